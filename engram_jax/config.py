@@ -1,0 +1,319 @@
+"""Floor 0: every dimension and switch, as frozen dataclasses validated once.
+
+A file under `configs/` returns an `ml_collections.ConfigDict` with the sections below (a section is
+a dataclass, a key is its field, the defaults are the fields' own); `parse` turns it into a
+`Config`, and nothing else in the project ever reads the ConfigDict. Which values are possible
+stands in validation.py.
+
+Symbols used in docstrings and shape comments all over the project:
+
+    B  batch (sequences)            T  sequence length (tokens)      V  vocabulary
+    d  hidden width (`d_model`)     M  residual streams (mHC; the paper's branches)
+    N  longest n-gram order         H  hash heads per token and layer = orders x heads per order
+    d_mem  width of the concatenated rows e_t                        dim  row width = d_mem / H
+    E  routed experts               k  experts per token (`top_k`)   f  expert inner width
+    R  rows of one layer's table (the sum of its H head sizes)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+
+from engram_jax.errors import UserError
+
+PAPER, V41, QWEN = "paper", "v41", "qwen"
+LOCAL_BPE = "local-bpe"
+
+# An address is an int32, and the 32-bit hash (address/hashing_jnp) needs 4 * head size <= 2**32.
+MAX_TABLE_ROWS = 2**31 - 1
+MAX_HEAD_SIZE = 2**30
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer the token ids come from.
+
+    name: LOCAL_BPE, or a published tokenizer's, whose file the user must supply to train (describe
+      and compile need none).
+    path: a `tokenizer.json`; "" = a byte-level BPE trained on the data (see `data`).
+    vocab_size: ids of the embedding table (at least the tokenizer's own size).
+    canonical_vocab_size: ids after compression; 0 = whatever the tokenizer compresses to. A
+      recorded size makes training refuse a tokenizer that compresses differently.
+    pad_id: the raw pad id; its canonical id fills the history before a document's start.
+    eos_id: the raw id that ends a document; -1 = the data pipeline finds it by its usual names.
+      Hash dialect "qwen" needs the number: its history restarts there.
+    """
+
+    name: str = LOCAL_BPE
+    path: str = ""
+    vocab_size: int = 4096
+    canonical_vocab_size: int = 0
+    pad_id: int = 0
+    eos_id: int = -1
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head latent attention without query compression (DeepSeek-V2/V3)."""
+
+    heads: int = 4
+    kv_lora_rank: int = 64
+    nope_dim: int = 32
+    rope_dim: int = 16
+    v_dim: int = 32
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class FeedForwardConfig:
+    """DeepSeekMoE; `routed_experts = 0` makes every layer dense.
+
+    dense_dim: inner width of the dense SwiGLU layers (the first `dense_layers`, or all).
+    expert_dim: inner width of one expert; the shared expert is `shared_experts` times as wide.
+    bias_update_rate: step of the auxiliary-loss-free balancing bias (selection only).
+    """
+
+    dense_dim: int = 512
+    dense_layers: int = 1
+    routed_experts: int = 0
+    shared_experts: int = 0
+    top_k: int = 0
+    expert_dim: int = 0
+    routed_scaling: float = 1.0
+    normalise_top_k: bool = True
+    bias_update_rate: float = 0.001
+
+
+@dataclass(frozen=True)
+class HyperConnectionConfig:
+    """mHC, manifold-constrained hyper-connections (arXiv 2512.24880); layers/hyper_connections.py.
+
+    start: "identity" (an almost plain residual network at step 0) or "uniform" (all biases zero).
+    transpose: mix the streams with the transpose of the Sinkhorn matrix (DeepSeek-V4), or with the
+      matrix itself.
+    norm_gain: whether the RMSNorm over all streams has a gain (mHC paper) or not (DeepSeek-V4).
+    """
+
+    streams: int = 4
+    sinkhorn_iterations: int = 20
+    eps: float = 1e-6
+    start: str = "identity"
+    transpose: bool = False
+    norm_gain: bool = True
+    scale_init: float = 0.01
+
+
+@dataclass(frozen=True)
+class EngramConfig:
+    """The conditional memory. `layers = ()` means none.
+
+    layers: 0-based layer ids, ascending (the paper's prose counts from 1: its 2 and 15 are 1, 14).
+    rows_per_head: base size of the heads of each order: one number, or one per order.
+    form: "paper" (biases, short conv), "v41" (neither), "qwen" (no biases, conv, gains stored
+      minus 1).
+    hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
+    init_std: standard deviation of the rows at step 0.
+    addresses: "device" hashes inside the training step, "host" in the data pipeline; same bits.
+    """
+
+    layers: tuple[int, ...] = ()
+    orders: tuple[int, ...] = (2, 3)
+    heads_per_order: int = 8
+    rows_per_head: tuple[int, ...] = (4000,)
+    d_mem: int = 128
+    seed: int = 0
+    form: str = PAPER
+    hash_dialect: str = PAPER
+    conv_kernel: int = 4
+    init_std: float = 0.02
+    addresses: str = "device"
+
+    @property
+    def heads(self) -> int:
+        """H: rows read per token and layer."""
+        return len(self.orders) * self.heads_per_order
+
+    @property
+    def dim(self) -> int:
+        """Width of one row."""
+        return self.d_mem // self.heads
+
+    @property
+    def max_ngram(self) -> int:
+        return max(self.orders)
+
+    @property
+    def base_rows(self) -> tuple[int, ...]:
+        """One base size per order."""
+        rows = self.rows_per_head
+        return rows * len(self.orders) if len(rows) == 1 else rows
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    d_model: int = 128
+    layers: int = 6
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    ffn: FeedForwardConfig = field(default_factory=FeedForwardConfig)
+    hyper: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
+    engram: EngramConfig = field(default_factory=EngramConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from.
+
+    source: "local" = the embedded default (text every machine has), "folder" = text/JSONL files
+      under `path`, "tfds" = the TFDS data set named `path`.
+    cache_dir: prepared data sets, trained tokenizers and token stores; "" = $ENGRAM_CACHE, else
+      ~/.cache/engram_jax.
+    max_megabytes: at most so much text (10^6 bytes); 0 = 24 of the embedded default, all of any
+      other source. What is left out is counted in the report.
+    max_document_bytes: longer documents are cut at line ends.
+    workers: processes that make the batches; 0 = threads of this one.
+    """
+
+    source: str = "local"
+    path: str = ""
+    text_key: str = "text"
+    cache_dir: str = ""
+    max_megabytes: int = 0
+    validation_fraction: float = 0.02
+    seq_len: int = 256
+    batch_size: int = 16
+    seed: int = 0
+    max_document_bytes: int = 1 << 20
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon for matrices, AdamW for the rest, row-wise Adam for the tables (paper, section 4)."""
+
+    peak_lr: float = 4e-4
+    warmup_steps: int = 2000
+    decay_at: tuple[float, ...] = (0.8, 0.9)
+    decay_factors: tuple[float, ...] = (0.316, 0.1)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    muon_momentum: float = 0.95
+    muon_ns_steps: int = 5
+    muon_rms: float = 0.2
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8
+    memory_lr_multiplier: float = 5.0
+    memory_optimizer: str = "rowwise_adam"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 50_000
+    accumulation: int = 1
+    log_every: int = 10
+    eval_every: int = 500
+    eval_batches: int = 16
+    checkpoint_every: int = 500
+    keep: int = 3
+    keep_best: int = 1
+    seed: int = 0
+    count_models: bool = False
+    samples: tuple[str, ...] = ()
+    sample_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    max_tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "unnamed"
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+def default_config_dict() -> ml_collections.ConfigDict:
+    """Every section and key with its default: what a file under configs/ starts from."""
+    return ml_collections.ConfigDict(_as_dict(Config()))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON-able values (tuples stay tuples)."""
+    return _as_dict(config)
+
+
+def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """Build and validate a `Config`. Raises UserError: the key, its value, what is allowed."""
+    from engram_jax.validation import validate  # it reads the sections above
+
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    parsed = _build(Config, values, "config")
+    validate(parsed)
+    return parsed
+
+
+def section_types(hint: Any) -> dict[str, Any]:
+    """Key -> type, of a section; {} for the type of a value."""
+    return typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+
+
+def type_name(hint: Any) -> str:
+    """What the type of a value is called in messages."""
+    items = typing.get_args(hint)
+    return f"a list, each {_TYPE_NAMES[items[0]]}" if items else _TYPE_NAMES[hint]
+
+
+def _as_dict(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} = {values!r}: must be a section with keys")
+    hints = section_types(cls)
+    out = {}
+    for key, value in values.items():
+        if key not in hints:
+            allowed = ", ".join(sorted(hints))
+            raise UserError(f"{where}.{key}: unknown key; allowed: {allowed}")
+        build = _build if section_types(hints[key]) else _coerce
+        out[key] = build(hints[key], value, f"{where}.{key}")
+    return cls(**out)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """A single value serves as a list of one, a whole number as a number; nothing else is bent."""
+    if items := typing.get_args(hint):
+        values = value if isinstance(value, list | tuple) else (value,)
+        return tuple(_coerce(items[0], item, where) for item in values)
+    is_bool = isinstance(value, bool)  # which is an int, too
+    if hint is float and isinstance(value, int) and not is_bool:
+        return float(value)
+    if not isinstance(value, hint) or is_bool != (hint is bool):
+        raise UserError(f"{where} = {value!r}: must be {type_name(hint)}")
+    return value
