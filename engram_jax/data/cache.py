@@ -1,0 +1,115 @@
+"""Prepared data on disk: every entry is a folder that is either complete or absent.
+
+An entry is made in a temporary folder beside its final place and renamed when it is whole, so that
+a killed preparation leaves nothing that could be taken for a result. Two processes that want the
+same entry wait for each other by a lock file; where locks do not work (some network file systems)
+both make it, and the first rename wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from engram_jax.config import DataConfig
+from engram_jax.errors import UserError
+
+
+def cache_root(config: DataConfig) -> Path:
+    """config.data.cache_dir, else $ENGRAM_CACHE, else ~/.cache/engram_jax; made if it is not
+    there."""
+    given = config.cache_dir or os.environ.get("ENGRAM_CACHE") or "~/.cache/engram_jax"
+    root = Path(given).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cache folder {root}: cannot be written ({error.strerror}); "
+            "set config.data.cache_dir or $ENGRAM_CACHE to a folder that can"
+        ) from error
+    return root
+
+
+def key_of(*parts: Any) -> str:
+    """A name for a cache entry: 32 hex digits of the SHA-256 of the parts as JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def build_once(
+    entry: Path, make: Callable[[Path], None], valid: Callable[[Path], bool] = Path.is_dir
+) -> Path:
+    """The folder `entry`, filled by `make(temporary folder)` unless it is there and `valid`."""
+    if valid(entry):
+        return entry
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(entry.with_name(entry.name + ".lock")) as locked:
+        if valid(entry):
+            return entry
+        shutil.rmtree(entry, ignore_errors=True)
+        if locked:  # nobody else is at it: whatever lies here is from a killed process
+            for stale in entry.parent.glob(f"{entry.name}.partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex[:12]}")
+        partial.mkdir()
+        try:
+            make(partial)
+            _rename(partial, entry)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"cache folder {entry.parent}: {os.strerror(error.errno)}; make room, or set "
+                "config.data.cache_dir or $ENGRAM_CACHE to another folder"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return entry
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        json.dump(value, file, indent=1)
+    os.replace(file.name, path)
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, or None if there is no such file or it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _rename(partial: Path, entry: Path) -> None:
+    try:
+        os.rename(partial, entry)
+    except OSError:
+        if not entry.is_dir():  # otherwise another process was first, with the same content
+            raise
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold `path` exclusively; yields False where the file system has no locks."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked  # closing the file, or the process's death, frees the lock

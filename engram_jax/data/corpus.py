@@ -1,0 +1,158 @@
+"""One door to every source: config.data -> a prepared, cached, fingerprinted set of documents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram_jax.config import DataConfig
+from engram_jax.data.cache import build_once, key_of, read_json, write_json
+from engram_jax.data.documents import Spool, cut
+from engram_jax.data.folder_text import FolderText
+from engram_jax.data.local_text import DEFAULT_MEGABYTES, LocalText
+from engram_jax.data.report import SourceReport
+from engram_jax.data.split import hold_out
+from engram_jax.errors import UserError
+
+# Raise it when the same files would be prepared differently.
+FORMAT = 1
+
+_MIN_PIECE = 1 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents in two splits ("train", "validation").
+
+    fingerprint: equal for equal documents in equal splits; report: what was kept and left out.
+    """
+
+    fingerprint: str
+    report: SourceReport
+    _read: Callable[[str], Iterator[str]]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The texts of a split in their fixed order, one at a time."""
+        return self._read(split)
+
+
+def open_corpus(config: DataConfig, cache: Path, log: Callable[[str], Any] = print) -> Corpus:
+    """Prepare config.data's text, or find it prepared below `cache`.
+
+    Whether it is prepared is decided by names, sizes and modification times; the data set itself is
+    named by its content. Raises UserError for what makes the source unusable.
+    """
+    if config.source == "tfds":
+        return _open_tfds(config, cache, log)
+    report = SourceReport(source="embedded text" if config.source == "local" else config.path)
+    source = (LocalText if config.source == "local" else FolderText)(config, report)
+    entry = cache / "sources" / key_of(FORMAT, source.manifest(), _settings(config))
+
+    def make(folder: Path) -> None:
+        log(f"data: reading {report.source}")
+        megabytes = config.max_megabytes or (DEFAULT_MEGABYTES if config.source == "local" else 0)
+        spool = Spool(folder / "spool", report, megabytes * 1_000_000 or None)
+        try:
+            source.collect(spool)
+            key = _write_dataset(spool, config, cache, report)
+        finally:
+            spool.close()
+        write_json(folder / "source.json", {"dataset": key, "report": report.to_dict()})
+
+    def dataset(folder: Path) -> Path:
+        found = read_json(folder / "source.json") or {}
+        return cache / "datasets" / found.get("dataset", "none")
+
+    build_once(entry, make, valid=lambda folder: dataset(folder).is_dir())
+    report = SourceReport.from_dict(read_json(entry / "source.json")["report"])
+    return Corpus(dataset(entry).name, report, partial(_read_dataset, dataset(entry)))
+
+
+def _read_dataset(folder: Path, split: str) -> Iterator[str]:
+    from engram_jax.data import (
+        text_dataset,  # imports tfds: a second that a warm start can do without
+    )
+
+    return text_dataset.read(folder, split)
+
+
+def _settings(config: DataConfig) -> list[Any]:
+    return [config.max_document_bytes, config.validation_fraction, config.max_megabytes]
+
+
+def _write_dataset(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) -> str:
+    """Split the spool's documents and write them as a data set; returns its key, a hash of
+    content."""
+    from engram_jax.data import text_dataset
+
+    if not len(spool):
+        left_out = ", ".join(
+            f"{tally.count:,} {reason}" for reason, tally in report.skipped.items()
+        )
+        raise UserError(f"{report.source}: no text to train on (left out: {left_out or 'nothing'})")
+    if len(np.unique(spool.origins)) == 1:
+        spool = _cut_small(spool, config, report)
+    try:
+        sizes = spool.sizes
+        fraction = config.validation_fraction
+        held = hold_out(spool.digests, sizes, fraction, spool.origins, report.source)
+        report.train_documents, report.validation_documents = int((~held).sum()), int(held.sum())
+        report.train_bytes, report.validation_bytes = (
+            int(sizes[~held].sum()),
+            int(sizes[held].sum()),
+        )
+        digests = sorted(
+            d.tobytes().hex() + "-+"[int(h)] for d, h in zip(spool.digests, held, strict=True)
+        )
+        key = key_of(FORMAT, digests)
+        write = partial(text_dataset.write, spool, held)
+        build_once(cache / "datasets" / key, write)
+    finally:
+        spool.close()
+    return key
+
+
+def _cut_small(spool: Spool, config: DataConfig, report: SourceReport) -> Spool:
+    """A single document is cut into pieces that each count as one, so that some can be held out."""
+    piece_bytes = min(
+        max(_MIN_PIECE, int(config.validation_fraction * spool.bytes)), config.max_document_bytes
+    )
+    small = Spool(spool.path.with_name("spool-small"), report)
+    for text in spool.read(np.arange(len(spool))):
+        for piece in cut(text, piece_bytes):
+            small.add(report.source, piece, len(small))
+    report.notes.append(
+        f"only one document: cut at line ends into {len(small):,} pieces, each on one side of the "
+        "split"
+    )
+    return small
+
+
+def _open_tfds(config: DataConfig, cache: Path, log: Callable[[str], Any]) -> Corpus:
+    from engram_jax.data.tfds_text import TRAIN, VALIDATION, TfdsText
+
+    source = TfdsText(config, log)
+    key = key_of(FORMAT, source.manifest(), _settings(config))
+
+    def make(folder: Path) -> None:
+        log(f"data: reading TFDS data set {config.path}")
+        report = SourceReport(source=f"TFDS {config.path}")
+        ids, digest = source.scan(report)
+        for split in ids:
+            np.save(folder / f"{split}.npy", ids[split])
+        fingerprint = key_of(FORMAT, digest, _settings(config))
+        write_json(folder / "source.json", {"dataset": fingerprint, "report": report.to_dict()})
+
+    entry = build_once(cache / "sources" / key, make)
+    found = read_json(entry / "source.json")
+    ids = {split: np.load(entry / f"{split}.npy") for split in (TRAIN, VALIDATION)}
+    return Corpus(
+        found["dataset"],
+        SourceReport.from_dict(found["report"]),
+        lambda split: source.documents(split, ids[split]),
+    )

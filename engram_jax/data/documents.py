@@ -1,0 +1,209 @@
+"""Files and JSON lines -> clean documents, collected once in a spool.
+
+A document is UTF-8 text that is not blank, at most `max_document_bytes` long (longer ones are cut
+at line ends, so that no file or line, however large, is ever held in memory whole), and different
+from every other document. Whatever does not become one is counted in the report.
+"""
+
+from __future__ import annotations
+
+import array
+import codecs
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from engram_jax.data import report as why
+from engram_jax.data.report import SourceReport
+
+# A JSON line is parsed whole: beyond this it is skipped, and counted.
+MAX_JSON_LINE = 64 << 20
+
+
+class Spool:
+    """Documents of one source, in one temporary file with their digests and lengths in memory.
+
+    limit: bytes of text to keep; the first document beyond sets `full`, and readers then stop
+    reading and count the rest as left out.
+    """
+
+    def __init__(self, path: Path, report: SourceReport, limit: int | None = None) -> None:
+        self.report = report
+        self.limit = limit
+        self.full = False
+        self.bytes = 0
+        self.path = path
+        self._file = open(path, "w+b")  # noqa: SIM115 - closed by close()
+        self._digests: dict[bytes, int] = {}
+        self._sizes = array.array("q")
+        self._origins = array.array("q")
+
+    def add(self, name: str, text: bytes, origin: int) -> None:
+        """Keep one document (or piece); `origin` numbers the uncut document that it comes from."""
+        reason = defect(text)
+        digest = hashlib.sha256(text).digest()[:16]
+        if reason is None and digest in self._digests:
+            reason = why.DUPLICATE
+        elif reason is None and self.limit is not None and self.bytes + len(text) > self.limit:
+            self.full, reason = True, why.OVER_LIMIT
+        if reason is not None:
+            self.report.skip(reason, name, len(text))
+            return
+        self._digests[digest] = len(self._sizes)
+        self._sizes.append(len(text))
+        self._origins.append(origin)
+        self._file.write(text)
+        self.bytes += len(text)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def digests(self) -> np.ndarray:
+        """uint8 [documents, 16]: the head of each document's SHA-256."""
+        return np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 16)
+
+    def digest_order(self) -> np.ndarray:
+        """int64 [documents]: document numbers in ascending order of digest."""
+        high, low = self.digests.view(">u8").T
+        return np.lexsort((low, high))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [documents]: bytes."""
+        return np.asarray(self._sizes, np.int64)
+
+    @property
+    def origins(self) -> np.ndarray:
+        """int64 [documents]: which uncut document each is from."""
+        return np.asarray(self._origins, np.int64)
+
+    def read(self, order: np.ndarray) -> Iterator[bytes]:
+        """The documents numbered `order`, in that order."""
+        sizes = self.sizes
+        starts = np.cumsum(sizes) - sizes
+        self._file.flush()
+        for i in order.tolist():
+            self._file.seek(starts[i])
+            yield self._file.read(sizes[i])
+
+    def close(self) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def cut(text: bytes, limit: int) -> Iterator[bytes]:
+    """`text` in pieces of at most `limit` bytes, cut after line ends where there are any."""
+    start = 0
+    while len(text) - start > limit:
+        end = start + _cut_point(text[start : start + limit + 1], limit)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def defect(text: bytes) -> str | None:
+    """Why `text` cannot be a document, or None."""
+    if not text.strip():
+        return why.EMPTY
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return why.NOT_UTF8
+    return None
+
+
+def add_text(spool: Spool, name: str, text: str, origin: int, max_bytes: int) -> None:
+    """One document that is already a string."""
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+        spool.report.skip(why.NOT_UTF8, name, len(text))
+        return
+    pieces = list(cut(encoded, max_bytes))
+    spool.report.cut_documents += len(pieces) > 1
+    for piece in pieces:
+        spool.add(name, piece, origin)
+
+
+def add_file(spool: Spool, path: Path, name: str, origin: int, max_bytes: int) -> None:
+    """A text file as one document, read in pieces."""
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size
+        rest, pieces = file.read(max_bytes + 1), 0
+        if b"\0" in rest:
+            spool.report.skip(why.BINARY, name, left)
+            return
+        rest = rest.removeprefix(codecs.BOM_UTF8)
+        while (rest := rest + file.read(max_bytes + 1 - len(rest))) or not pieces:
+            if spool.full:
+                spool.report.skip(why.OVER_LIMIT, name, left)
+                return
+            end = _cut_point(rest, max_bytes) if len(rest) > max_bytes else len(rest)
+            spool.add(name, rest[:end], origin)
+            rest, pieces, left = rest[end:], pieces + 1, left - end
+        spool.report.cut_documents += pieces > 1
+
+
+def add_json_lines(
+    spool: Spool, path: Path, name: str, origin: int, text_key: str, max_bytes: int
+) -> tuple[int, Counter[str]]:
+    """One document per line's `text_key`. Returns the next free origin, and a count of the keys of
+    the records that lack it."""
+    other_keys: Counter[str] = Counter()
+    with open(path, "rb") as file:
+        for number, line in _lines(file, spool.report, name):
+            where = f"{name}:{number}"
+            if spool.full:
+                spool.report.skip(why.OVER_LIMIT, where, len(line))
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                spool.report.skip(why.NOT_UTF8, where, len(line))
+                continue
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                spool.report.skip(why.BAD_JSON, where, len(line))
+            elif text_key not in record:
+                spool.report.skip(why.NO_KEY, where, len(line))
+                other_keys.update(record.keys())
+            elif not isinstance(record[text_key], str):
+                spool.report.skip(why.NOT_TEXT, where, len(line))
+            else:
+                add_text(spool, where, record[text_key], origin, max_bytes)
+                origin += 1
+    return origin, other_keys
+
+
+def _lines(file: BinaryIO, report: SourceReport, name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank; a line that is too long is skipped without being held."""
+    number = 0
+    while line := file.readline(MAX_JSON_LINE + 1):
+        number += 1
+        size = len(line)
+        if size > MAX_JSON_LINE:
+            while not line.endswith(b"\n") and (line := file.readline(MAX_JSON_LINE)):
+                size += len(line)
+            report.skip(why.LONG_LINE, f"{name}:{number}", size)
+        elif line.strip():
+            yield number, line
+
+
+def _cut_point(text: bytes, limit: int) -> int:
+    """Where to cut a text longer than `limit`: after the last line end, else space, else
+    character."""
+    for separator in (b"\n", b" "):
+        if (at := text.rfind(separator, 0, limit)) >= 0:
+            return at + 1
+    at = limit
+    while at > max(1, limit - 4) and text[at] & 0xC0 == 0x80:  # inside a UTF-8 character
+        at -= 1
+    return at

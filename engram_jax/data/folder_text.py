@@ -1,0 +1,124 @@
+"""A local folder, or one file, of text: .jsonl and .ndjson are JSON lines, any other file is
+text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engram_jax.config import DataConfig
+from engram_jax.data import report as why
+from engram_jax.data.documents import Spool, add_file, add_json_lines
+from engram_jax.data.report import SourceReport
+from engram_jax.errors import UserError
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was when the folder was listed; `name` is its path below the root."""
+
+    path: Path
+    name: str
+    size: int
+    mtime_ns: int
+
+
+class FolderText:
+    """Every readable file below config.data.path, in an order that does not depend on the
+    machine."""
+
+    def __init__(self, config: DataConfig, report: SourceReport) -> None:
+        self._config = config
+        root = Path(config.path).expanduser().absolute()
+        if not root.exists():
+            raise UserError(f"config.data.path = {config.path!r}: no such folder or file")
+        self._root = root
+        if root.is_dir():
+            files = list_files(root, report)
+        else:
+            files = [f for f in [stat_file(root, root.name, report)] if f is not None]
+        self.files = in_hash_order(files)
+
+    def manifest(self) -> list[Any]:
+        """What tells, without reading a file, whether any has changed."""
+        files = [[f.name, f.size, f.mtime_ns] for f in self.files]
+        return ["folder", str(self._root), self._config.text_key, files]
+
+    def collect(self, spool: Spool) -> None:
+        """Put every document into the spool. Raises UserError if JSON lines have no text key at
+        all."""
+        max_bytes, text_key = self._config.max_document_bytes, self._config.text_key
+        origin, documents_of_json, other_keys = 0, 0, Counter[str]()
+        for file in self.files:
+            if spool.full:
+                spool.report.skip(why.OVER_LIMIT, file.name, file.size)
+                continue
+            try:
+                if file.path.suffix.lower() in JSON_LINES:
+                    start = origin
+                    origin, keys = add_json_lines(
+                        spool, file.path, file.name, origin, text_key, max_bytes
+                    )
+                    documents_of_json += origin - start
+                    other_keys += keys
+                else:
+                    add_file(spool, file.path, file.name, origin, max_bytes)
+                    origin += 1
+            except OSError:
+                spool.report.skip(why.UNREADABLE, file.name, file.size)
+        if other_keys and not documents_of_json:
+            found = ", ".join(sorted(key for key, _ in other_keys.most_common(8)))
+            raise UserError(
+                f"config.data.text_key = {text_key!r}: no JSON record below {self._root} has that "
+                f"key; the records have {found}"
+            )
+
+
+def list_files(root: Path, report: SourceReport) -> list[File]:
+    """Regular files below `root`, links followed once; hidden and unreadable ones are counted."""
+    files: list[File] = []
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        report.skip(why.UNREADABLE, os.path.relpath(error.filename or "?", root), 0)
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back into the tree
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in [n for n in (*folders, *names) if n.startswith(".")]:
+            report.skip(why.HIDDEN, os.path.relpath(os.path.join(folder, name), root), 0)
+        folders[:] = sorted(n for n in folders if not n.startswith("."))
+        for name in sorted(n for n in names if not n.startswith(".")):
+            path = Path(folder, name)
+            if file := stat_file(path, path.relative_to(root).as_posix(), report):
+                files.append(file)
+    return files
+
+
+def stat_file(path: Path, name: str, report: SourceReport) -> File | None:
+    """`path` as a File, or None (counted) when it is not a regular file that can be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        report.skip(why.UNREADABLE, name, 0)
+        return None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
+        report.skip(why.UNREADABLE, name, 0)
+        return None
+    return File(path, name, status.st_size, status.st_mtime_ns)
+
+
+def in_hash_order(files: Iterable[File]) -> list[File]:
+    """Ordered by a hash of the name, so that any first part of the list is a fair sample of it."""
+    return sorted(files, key=lambda f: hashlib.sha256(f.name.encode(errors="replace")).digest())

@@ -1,0 +1,177 @@
+"""Grain: an endless shuffled stream of global batches, sliced per process, resumable at any batch.
+
+Global batch s is a function of (seed, s) alone: sequence numbers are shuffled anew every epoch,
+repeated, and cut into batches of B; epochs follow each other without a gap, so a batch may hold the
+end of one and the start of the next. Process p of n then reads rows [p B / n, (p + 1) B / n). Only
+those numbers go through Grain's shuffle; tokens are read, packed and, if wanted, hashed to
+addresses in the prefetching threads or processes. Going to batch s costs the same for every s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from engram_jax.config import Config
+from engram_jax.data.packing import Batch, PackedSequences
+from engram_jax.data.token_store import TokenStore
+from engram_jax.errors import UserError
+
+# (tokens int32 [b, T], segments int32 [b, T]) -> {layer id: flat rows int32 [b, T, H]}.
+AddressesFn = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+
+_THREADS = 2
+_PREFETCH = 8  # batches
+# As good as endless. Grain's own endless length, sys.maxsize, overflows where it is cut in ones.
+_ENDLESS = 1 << 50  # sequences
+
+
+@dataclass(frozen=True)
+class _ReadRows:
+    """Sequence numbers of a global batch [B] -> this process's rows as a batch."""
+
+    sequences: PackedSequences
+    rows: slice
+    addresses_fn: AddressesFn | None
+
+    def __call__(self, numbers: np.ndarray) -> Batch:
+        batch = self.sequences.batch(np.asarray(numbers)[self.rows])
+        if self.addresses_fn is not None:
+            batch["addresses"] = self.addresses_fn(batch["tokens"], batch["segments"])  # type: ignore
+        return batch
+
+
+class TrainIterator(Iterator[Batch]):
+    """Endless batches for one process; see `train_iterator`.
+
+    `get_state()` is a small dict of plain values, equal on every process and for any number of
+    them; `set_state()` goes there at once.
+    """
+
+    def __init__(self, batches: grain.MapDataset, identity: dict[str, Any], workers: int) -> None:
+        self._batches = batches
+        self._identity = identity
+        self._workers = workers
+        self._start(0)
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._next_batch += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch comes from."""
+        return {"next_batch": self._next_batch, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state of `get_state`. Raises UserError if it belongs to other data, or to
+        batches that were cut differently."""
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise UserError(
+                    f"the stored position in the data has {key} = {state.get(key)!r}, this run has "
+                    f"{mine!r}; resume with the same data settings, or start a new run"
+                )
+        self.close()
+        self._start(int(state["next_batch"]))
+
+    def close(self) -> None:
+        """Stop prefetching."""
+        self._iterator.close()
+
+    def _start(self, next_batch: int) -> None:
+        self._next_batch = next_batch
+        batches = self._batches.slice(slice(next_batch, None))
+        if self._workers:
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain's processes read absl flags; a notebook parses none
+                flags.FLAGS.mark_as_parsed()
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+            processes = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
+            stream = batches.to_iter_dataset(options).mp_prefetch(processes)
+        else:
+            options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
+            stream = batches.to_iter_dataset(options)
+        self._iterator = iter(stream)
+
+
+def train_batches(
+    store: TokenStore,
+    config: Config,
+    fingerprint: str,
+    process_index: int = 0,
+    process_count: int = 1,
+    addresses_fn: AddressesFn | None = None,
+) -> TrainIterator:
+    """This process's part [B / n, T] of every global batch (see the module; arrays:
+    data/packing.py).
+
+    addresses_fn: adds batch["addresses"]; needs to be picklable when config.data.workers > 0.
+    Raises UserError when the store holds less than one batch or B does not divide.
+    """
+    data = config.data
+    sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id)
+    if len(sequences) < data.batch_size:
+        raise UserError(
+            f"the training text has {len(store):,} tokens = {len(sequences):,} sequences of "
+            f"config.data.seq_len = {data.seq_len}, fewer than config.data.batch_size = "
+            f"{data.batch_size}; give more text or make one of them smaller"
+        )
+    rows = _rows(data.batch_size, process_index, process_count)
+    batches = (
+        grain.MapDataset.range(len(sequences))
+        .seed(data.seed)
+        .shuffle()
+        .repeat(_ENDLESS // len(sequences))
+        .batch(data.batch_size)
+        .map(_ReadRows(sequences, rows, addresses_fn))
+    )
+    identity = {
+        "data": fingerprint,
+        "seed": data.seed,
+        "batch_size": data.batch_size,
+        "seq_len": data.seq_len,
+    }
+    return TrainIterator(batches, identity, data.workers)
+
+
+def validation_batches(
+    store: TokenStore,
+    config: Config,
+    process_index: int = 0,
+    process_count: int = 1,
+    addresses_fn: AddressesFn | None = None,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """The held-out sequences in their order, each once; the last batch is filled with padding.
+
+    limit: at most so many global batches.
+    """
+    data = config.data
+    sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id, pad_tail=True)
+    rows = _rows(data.batch_size, process_index, process_count)
+    count = -(-len(sequences) // data.batch_size)
+    batches = (
+        grain.MapDataset.range(count * data.batch_size)
+        .batch(data.batch_size)
+        .map(_ReadRows(sequences, rows, addresses_fn))
+        .slice(slice(0, count if limit is None else min(limit, count)))
+    )
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size % process_count:
+        raise UserError(
+            f"config.data.batch_size = {batch_size}: must be a multiple of the {process_count} "
+            "processes"
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)

@@ -1,0 +1,103 @@
+"""config -> text, tokenizer and token stores, ready to train on; everything cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from engram_jax.address.tokenizer import tokenizer_fingerprint
+from engram_jax.config import Config
+from engram_jax.data import pipeline
+from engram_jax.data.bpe import find_eos, open_tokenizer
+from engram_jax.data.cache import build_once, cache_root, key_of
+from engram_jax.data.corpus import open_corpus
+from engram_jax.data.packing import Batch
+from engram_jax.data.report import SourceReport
+from engram_jax.data.token_store import TokenStore, write_store
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training reads.
+
+    eos_id: ends every document in the stores. bytes_per_token: of the validation text, for losses
+    in bits per byte. fingerprint: of documents, split and tokenizer; equal means the same token
+    stream.
+    """
+
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+    eos_id: int
+    store_train: TokenStore
+    store_valid: TokenStore
+    report: SourceReport
+    fingerprint: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.store_valid.bytes_per_token
+
+
+def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
+    """Read config.data's text, train or load the tokenizer, tokenise both splits; or find all that
+    in the cache. Safe to interrupt, and to run in several processes at once.
+
+    Raises UserError for what makes the text or the tokenizer unusable.
+    """
+    cache = cache_root(config.data)
+    corpus = open_corpus(config.data, cache, log)
+    corpus.report.log(log)
+    tokenizer, path = open_tokenizer(config.tokenizer, corpus, cache, log)
+    eos_id = find_eos(tokenizer, config.tokenizer)
+    key = key_of(corpus.fingerprint, tokenizer_fingerprint(tokenizer), eos_id)
+
+    def make(folder: Path) -> None:
+        log("data: tokenising")
+        for split in ("train", "validation"):
+            (folder / split).mkdir()
+            texts = corpus.documents(split)
+            write_store(folder / split, texts, tokenizer, eos_id, config.tokenizer.vocab_size)
+
+    folder = build_once(cache / "tokens" / key, make)
+    train, valid = TokenStore(folder / "train"), TokenStore(folder / "validation")
+    log(
+        f"data: {len(train):,} tokens to train on, {len(valid):,} held out, "
+        f"{valid.bytes_per_token:.2f} bytes per token, tokenizer {path}"
+    )
+    return PreparedData(tokenizer, path, eos_id, train, valid, corpus.report, key)
+
+
+def train_iterator(
+    prepared: PreparedData,
+    config: Config,
+    process_index: int = 0,
+    process_count: int = 1,
+    addresses_fn: pipeline.AddressesFn | None = None,
+) -> pipeline.TrainIterator:
+    """Endless training batches of this process; see pipeline.train_batches."""
+    return pipeline.train_batches(
+        prepared.store_train,
+        config,
+        prepared.fingerprint,
+        process_index,
+        process_count,
+        addresses_fn,
+    )
+
+
+def validation_batches(
+    prepared: PreparedData,
+    config: Config,
+    process_index: int = 0,
+    process_count: int = 1,
+    addresses_fn: pipeline.AddressesFn | None = None,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """Held-out batches of this process, in a fixed order; see pipeline.validation_batches."""
+    return pipeline.validation_batches(
+        prepared.store_valid, config, process_index, process_count, addresses_fn, limit
+    )

@@ -1,0 +1,83 @@
+"""What became of the text that was offered: nothing is left out without being counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+EMPTY = "empty"
+NOT_UTF8 = "not UTF-8"
+BINARY = "binary (NUL bytes)"
+UNREADABLE = "unreadable"
+HIDDEN = "hidden (name starts with a dot)"
+DUPLICATE = "duplicate"
+BAD_JSON = "not a JSON object"
+NO_KEY = "JSON without the text key"
+NOT_TEXT = "JSON text that is not a string"
+LONG_LINE = "JSON line too long"
+NUMBERS = "mostly digits or punctuation"
+OVER_LIMIT = "beyond data.max_megabytes"
+
+_EXAMPLES = 3
+
+
+@dataclass
+class Skipped:
+    """One reason's tally: `count` documents, files or lines of `bytes` bytes, the first few by
+    name."""
+
+    count: int = 0
+    bytes: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SourceReport:
+    """Documents kept and left out. Bytes are UTF-8 bytes of text.
+
+    train_documents, validation_documents: after cutting; cut_documents: how many were longer than
+    data.max_document_bytes and became several. notes: whatever else the reader should know.
+    """
+
+    source: str = ""
+    train_documents: int = 0
+    train_bytes: int = 0
+    validation_documents: int = 0
+    validation_bytes: int = 0
+    cut_documents: int = 0
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def skip(self, reason: str, name: str, size: int, count: int = 1) -> None:
+        """Count a document, file or line (or `count` of them) of `size` bytes that is left out."""
+        tally = self.skipped.setdefault(reason, Skipped())
+        tally.count += count
+        tally.bytes += size
+        if len(tally.examples) < _EXAMPLES:
+            tally.examples.append(name)
+
+    def log(self, log: Callable[[str], Any]) -> None:
+        """Say it in a few lines."""
+        log(
+            f"data: {self.source}: {self.train_documents:,} documents "
+            f"({self.train_bytes / 1e6:.2f} MB) to train on, {self.validation_documents:,} "
+            f"({self.validation_bytes / 1e6:.2f} MB) held out"
+        )
+        if self.cut_documents:
+            log(f"data: {self.cut_documents:,} documents were longer than the limit and were cut")
+        for reason, tally in sorted(self.skipped.items()):
+            names = ", ".join(tally.examples) + (
+                ", ..." if tally.count > len(tally.examples) else ""
+            )
+            log(f"data: left out {tally.count:,} ({tally.bytes / 1e6:.2f} MB), {reason}: {names}")
+        for note in self.notes:
+            log(f"data: {note}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SourceReport:
+        skipped = {reason: Skipped(**tally) for reason, tally in values["skipped"].items()}
+        return cls(**(values | {"skipped": skipped}))

@@ -1,0 +1,156 @@
+"""Any TFDS text data set by name, read by random access (ArrayRecord; TensorFlow is not needed)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from engram_jax.config import DataConfig
+from engram_jax.data import report as why
+from engram_jax.data.documents import cut, defect
+from engram_jax.data.report import SourceReport
+from engram_jax.data.split import hold_out
+from engram_jax.data.text_dataset import TRAIN, VALIDATION
+from engram_jax.errors import UserError
+
+# A split of one of these names is taken as the held-out one. A test split is left untouched.
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+class TfdsText:
+    """config.data.path names a data set as `tfds.builder` does ("lm1b", "c4/en:3.1.0"; data below
+    $TFDS_DATA_DIR), or a folder that holds a prepared one.
+
+    Raises UserError when there is no such data set, when it cannot be prepared or read without
+    TensorFlow, when it has no string feature named config.data.text_key, or no split to train on.
+    """
+
+    def __init__(self, config: DataConfig, log: Callable[[str], Any]) -> None:
+        self._config = config
+        self._builder = _open(config.path, log)
+        key, features = config.text_key, self._builder.info.features
+        names = sorted(features.keys()) if hasattr(features, "keys") else []
+        if key not in names or np.dtype(features[key].np_dtype).kind not in "OSU":
+            raise UserError(
+                f"config.data.text_key = {key!r}: TFDS data set {config.path} has no string "
+                f"feature of that name; its features are {', '.join(names) or features}"
+            )
+        splits = sorted(self._builder.info.splits)
+        if TRAIN not in splits:
+            raise UserError(
+                f"TFDS data set {config.path}: no split 'train'; it has {', '.join(splits)}"
+            )
+        self.validation_split = next((name for name in VALIDATION_NAMES if name in splits), None)
+
+    def manifest(self) -> list[Any]:
+        """What tells, without reading an example, whether the data set has changed."""
+        info = self._builder.info
+        used = (TRAIN, self.validation_split) if self.validation_split else (TRAIN,)
+        sizes = [
+            [name, list(info.splits[name].shard_lengths), info.splits[name].num_bytes]
+            for name in used
+        ]
+        return ["tfds", info.full_name, str(self._builder.data_path), sizes, self._config.text_key]
+
+    def scan(self, report: SourceReport) -> tuple[dict[str, np.ndarray], str]:
+        """Read everything once: the example numbers (int64) of each split that hold usable text,
+        and a digest of all that text."""
+        kept, digests, sizes = self._scan_split(TRAIN, report, self._limit)
+        if self.validation_split:
+            held_ids, held_digests, held_sizes = self._scan_split(
+                self.validation_split, report, None
+            )
+        else:
+            fraction = self._config.validation_fraction
+            held = hold_out(digests, sizes, fraction, source=f"TFDS data set {self._config.path}")
+            held_ids, held_digests, held_sizes = kept[held], digests[held], sizes[held]
+            kept, digests, sizes = kept[~held], digests[~held], sizes[~held]
+            report.notes.append(
+                "no validation split: some documents of 'train' are held out by content"
+            )
+        if not len(kept) or not len(held_ids):
+            raise UserError(
+                f"TFDS data set {self._config.path}: {len(kept)} usable texts to train on and "
+                f"{len(held_ids)} to validate on; both need some"
+            )
+        report.train_documents, report.train_bytes = len(kept), int(sizes.sum())
+        report.validation_documents, report.validation_bytes = len(held_ids), int(held_sizes.sum())
+        digest = hashlib.sha256(digests.tobytes() + b"|" + held_digests.tobytes()).hexdigest()
+        return {TRAIN: kept, VALIDATION: held_ids}, digest
+
+    def documents(self, split: str, ids: np.ndarray) -> Iterator[str]:
+        """The texts of the examples `ids`; those beyond max_document_bytes in pieces."""
+        name = self.validation_split if split == VALIDATION and self.validation_split else TRAIN
+        source = self._builder.as_data_source(name)
+        for i in ids.tolist():
+            for piece in cut(
+                _bytes(source[i][self._config.text_key]), self._config.max_document_bytes
+            ):
+                yield piece.decode()
+
+    @property
+    def _limit(self) -> int | None:
+        return self._config.max_megabytes * 1_000_000 or None
+
+    def _scan_split(
+        self, name: str, report: SourceReport, limit: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(numbers int64 [n], digests uint8 [n, 16], bytes int64 [n]) of the usable examples."""
+        source = self._builder.as_data_source(name)
+        numbers: list[int] = []
+        sizes: list[int] = []
+        digests = bytearray()
+        total = 0
+        for i in range(len(source)):
+            if limit is not None and total >= limit:
+                report.skip(why.OVER_LIMIT, f"{name}[{i}:{len(source)}]", 0, len(source) - i)
+                break
+            text = _bytes(source[i][self._config.text_key])
+            if reason := defect(text):
+                report.skip(reason, f"{name}[{i}]", len(text))
+                continue
+            numbers.append(i)
+            sizes.append(len(text))
+            digests += hashlib.sha256(text).digest()[:16]
+            total += len(text)
+            report.cut_documents += len(text) > self._config.max_document_bytes
+        return (
+            np.asarray(numbers, np.int64),
+            np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16),
+            np.asarray(sizes, np.int64),
+        )
+
+
+def _open(name: str, log: Callable[[str], Any]) -> tfds.core.DatasetBuilder:
+    folder = Path(name).expanduser()
+    try:
+        if (folder / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(str(folder))
+        else:
+            builder = tfds.builder(name)
+            if not builder.is_prepared():
+                log(f"data: TFDS data set {name} is not on this machine yet: downloading it")
+                builder = tfds.builder(name, file_format="array_record")
+                builder.download_and_prepare()
+        builder.as_data_source(next(iter(builder.info.splits)))
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise UserError(
+            f"config.data.path = {name!r}: TFDS knows no data set of that name, and it is not a "
+            "folder with a prepared one"
+        ) from error
+    except Exception as error:  # whatever a builder's own code raises: downloads, formats, ...
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"TFDS data set {name!r} cannot be read ({type(error).__name__}: {reason}); it must be "
+            "downloadable or prepared already, in the array_record format"
+        ) from error
+    return builder
+
+
+def _bytes(text: bytes | str) -> bytes:
+    return text.encode(errors="surrogateescape") if isinstance(text, str) else bytes(text)
