@@ -1,0 +1,194 @@
+"""Row gradients and row-wise Adam against NumPy loops over rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.config import OptimizerConfig
+from engram_jax.memory import formats, table
+from engram_jax.memory.row_gradients import deduplicate, drop_all, squared_norm
+from engram_jax.optim import rowwise_adam
+
+ROWS, DIM = 50, 4
+
+
+def _cases():
+    rng = np.random.default_rng(0)
+    yield "random", rng.integers(0, ROWS, (2, 7, 3))
+    yield "one row repeated", np.full((40,), 17)
+    yield "all distinct", rng.permutation(ROWS)
+    yield "a single lookup", np.array([ROWS - 1])
+    yield "first and last row", np.array([0, ROWS - 1] * 9)
+
+
+CASES = list(_cases())
+
+
+@pytest.mark.parametrize(("name", "addresses"), CASES, ids=[n for n, _ in CASES])
+def test_duplicates_are_summed_into_distinct_ascending_rows(name, addresses):
+    rng = np.random.default_rng(1)
+    gradients = rng.normal(size=(*addresses.shape, DIM)).astype(np.float32)
+    dense = np.zeros((ROWS, DIM))
+    for row, g in zip(addresses.reshape(-1), gradients.reshape(-1, DIM), strict=True):
+        dense[row] += g
+    ours = jax.jit(deduplicate)(jnp.asarray(addresses, jnp.int32), gradients)
+    touched = np.unique(addresses)
+    count = int(ours.count)
+    assert count == len(touched)
+    np.testing.assert_array_equal(ours.addresses[:count], touched)
+    np.testing.assert_allclose(ours.values[:count], dense[touched], rtol=1e-5, atol=1e-5)
+    assert not np.any(ours.values[count:])
+    everything = np.asarray(ours.addresses, np.int64)
+    assert np.all(np.diff(everything) > 0)  # distinct, so `unique_indices` is the truth
+    assert np.all(everything[count:] > 2**30)
+    np.testing.assert_allclose(squared_norm(ours), np.sum(dense**2), rtol=1e-5)
+
+
+def numpy_sparse_adam(rows, mu, nu, dense, touched, rate, step, config):
+    """Adam written out for the touched rows, float64."""
+    for r in touched:
+        mu[r] = config.adam_b1 * mu[r] + (1 - config.adam_b1) * dense[r]
+        nu[r] = config.adam_b2 * nu[r] + (1 - config.adam_b2) * dense[r] ** 2
+        m = mu[r] / (1 - config.adam_b1 ** (step + 1))
+        v = nu[r] / (1 - config.adam_b2 ** (step + 1))
+        rows[r] -= rate * m / (np.sqrt(v) + config.adam_eps)
+
+
+def test_rowwise_adam_over_steps_moves_only_the_rows_it_touches():
+    config, rng = OptimizerConfig(), np.random.default_rng(2)
+    memory = table.init_table(jax.random.key(0), ROWS, DIM, 1.0, jnp.float32)
+    rows, mu, nu = (np.array(x, np.float64) for x in (memory.rows, memory.mu, memory.nu))
+    step_fn = jax.jit(
+        lambda t, g, step: rowwise_adam.update(
+            t, g, rate=jnp.float32(0.01), step=step, config=config
+        )
+    )
+    ever = set()
+    for step in range(6):
+        addresses = rng.integers(0, ROWS, 12)
+        gradients = rng.normal(size=(12, DIM))
+        dense = np.zeros((ROWS, DIM))
+        np.add.at(dense, addresses, gradients)
+        touched = np.unique(addresses)
+        before = np.asarray(memory.rows)
+        grads = deduplicate(jnp.asarray(addresses), jnp.asarray(gradients, jnp.float32))
+        memory, seen = step_fn(memory, grads, jnp.int32(step))
+        numpy_sparse_adam(rows, mu, nu, dense, touched, 0.01, step, config)
+        assert int(seen) == len(ever & set(touched))
+        ever |= set(touched)
+        untouched = np.setdiff1d(np.arange(ROWS), touched)
+        np.testing.assert_array_equal(np.asarray(memory.rows)[untouched], before[untouched])
+    for ours, theirs in ((memory.rows, rows), (memory.mu, mu), (memory.nu, nu)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert 0 < len(ever) < ROWS
+
+
+def test_dense_adam_is_the_textbook_and_moves_untouched_rows():
+    config, rng = OptimizerConfig(), np.random.default_rng(3)
+    memory = table.init_table(jax.random.key(0), ROWS, DIM, 1.0, jnp.float32)
+    rows, mu, nu = (np.array(x, np.float64) for x in (memory.rows, memory.mu, memory.nu))
+    for step in range(3):
+        addresses = rng.integers(0, ROWS // 2, 9) if step else np.array([ROWS - 1] * 9)
+        gradients = rng.normal(size=(9, DIM))
+        dense = np.zeros((ROWS, DIM))
+        np.add.at(dense, addresses, gradients)
+        grads = deduplicate(jnp.asarray(addresses), jnp.asarray(gradients, jnp.float32))
+        memory, _ = rowwise_adam.update_dense(
+            memory, grads, rate=jnp.float32(0.01), step=jnp.int32(step), config=config
+        )
+        numpy_sparse_adam(rows, mu, nu, dense, range(ROWS), 0.01, step, config)
+    np.testing.assert_allclose(memory.rows, rows, rtol=1e-5, atol=1e-6)
+
+
+def test_dropped_gradients_change_nothing():
+    config = OptimizerConfig()
+    memory = table.init_table(jax.random.key(0), ROWS, DIM, 1.0, jnp.float32)
+    grads = deduplicate(jnp.arange(9), jnp.full((9, DIM), jnp.nan))
+    after, _ = rowwise_adam.update(
+        memory,
+        drop_all(grads, jnp.asarray(True)),
+        rate=jnp.float32(1),
+        step=jnp.int32(0),
+        config=config,
+    )
+    jax.tree.map(np.testing.assert_array_equal, after, memory)
+
+
+def test_update_is_in_place():
+    """Donated tables: compiled code holds no second table and aliases all three buffers."""
+    rows, dim, lookups = 200_000, 8, 64
+    shape = jax.ShapeDtypeStruct((rows, dim), jnp.float32)
+    memory = table.Table(shape, shape, shape)
+
+    def step(memory, addresses, gradients):
+        grads = deduplicate(addresses, gradients)
+        read = table.lookup(memory.rows, addresses)  # as the forward pass does
+        return rowwise_adam.update(
+            memory,
+            grads.scaled(jnp.sum(read)),
+            rate=jnp.float32(1),
+            step=jnp.int32(0),
+            config=OptimizerConfig(),
+        )
+
+    compiled = (
+        jax.jit(step, donate_argnums=0)
+        .lower(
+            memory,
+            jax.ShapeDtypeStruct((lookups,), jnp.int32),
+            jax.ShapeDtypeStruct((lookups, dim), jnp.float32),
+        )
+        .compile()
+    )
+    stats = compiled.memory_analysis()
+    assert stats.alias_size_in_bytes == 3 * rows * dim * 4
+    assert stats.temp_size_in_bytes < rows * dim * 4 / 10
+    assert f"f32[{rows},{dim}]{{1,0}} copy(" not in compiled.as_text()
+
+
+def test_lookup_is_the_exact_gather():
+    memory = table.init_memory(jax.random.key(1), {"1": 30, "4": 20}, DIM, 0.02)
+    addresses = {
+        k: np.random.default_rng(0).integers(0, n, (2, 3, 5)) for k, n in (("1", 30), ("4", 20))
+    }
+    rows = table.lookup_all(memory, {k: jnp.asarray(a) for k, a in addresses.items()})
+    for k, a in addresses.items():
+        np.testing.assert_array_equal(rows[k], np.asarray(memory[k].rows)[a])
+    assert abs(float(jnp.std(memory["1"].rows)) - 0.02) < 0.005
+
+
+def test_a_large_table_is_drawn_in_pieces(monkeypatch):
+    """Normal with the asked deviation, no column a copy of another, and no second table's worth of
+    temporary memory."""
+    rows, dim, std = 4000, 40, 0.02
+
+    def create(key):
+        return table.init_table(key, rows, dim, std, jnp.float32)
+
+    monkeypatch.setattr(table, "ONE_DRAW", rows * dim - 1)
+    compiled = jax.jit(create).lower(jax.random.key(3)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * dim * 4
+    values = np.asarray(compiled(jax.random.key(3)).rows, np.float64) / std
+    correlation = values.T @ values / rows  # [dim, dim]: identity, entries off by 1 / sqrt(rows)
+    np.testing.assert_allclose(correlation, np.eye(dim), atol=6 * np.sqrt(2 / rows))
+    assert abs(values.mean()) < 6 / np.sqrt(values.size)
+    assert abs((values**4).mean() - 3) < 6 * np.sqrt(96 / values.size)
+
+
+def test_e8m0_and_e4m3_against_their_definitions():
+    """Every byte: 2 ** (b - 127), NaN for 255; E4M3 by sign, exponent and mantissa."""
+    codes = np.arange(256, dtype=np.uint8)
+    powers = np.array([np.ldexp(1.0, b - 127) for b in range(255)] + [np.nan])
+    np.testing.assert_array_equal(np.asarray(formats.e8m0_to_float32(codes), np.float64), powers)
+
+    def e4m3(code):
+        sign, exponent, mantissa = -1.0 if code >> 7 else 1.0, code >> 3 & 15, code & 7
+        if exponent == 15 and mantissa == 7:
+            return np.nan
+        if exponent == 0:
+            return sign * mantissa / 8 * 2.0**-6
+        return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+    ours = np.asarray(formats.e4m3_to_float32(codes), np.float64)
+    np.testing.assert_array_equal(ours, [e4m3(int(c)) for c in codes])
