@@ -1,0 +1,164 @@
+"""The Engram module: rows of the memory, gated by the hidden state, added to the residual streams.
+
+Section 2 of the paper, for every branch m of M (the streams of mHC) and hidden width d:
+
+    key_m   = W_K^m e,  value = W_V e                                              (3)
+    s_m     = <RMSNorm(h_m), RMSNorm(key_m)> / sqrt(d)
+    gate_m  = sigmoid(sign(s_m) sqrt(max(|s_m|, 1e-6)))             (4), per branch (6)
+    u_m     = gate_m * value
+    out_m   = u_m + SiLU(Conv1d(RMSNorm(u_m)))                                     (5)
+    h_m    <- h_m + out_m, before attention
+
+The signed square root is in the official demo, not in the paper's text. Three published forms:
+
+    form     projections     short conv     gains of the norms     eps of the gate's norms
+    paper    with biases     yes            g                      machine epsilon (torch's default)
+    v41      no biases       no             g (q_weight, k_weight) the model's
+    qwen     no biases       yes            1 + g                  the model's
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from engram_jax.config import PAPER, QWEN, V41, EngramConfig
+from engram_jax.layers.norm import RMSNorm, compute_dtype
+from engram_jax.layers.short_conv import ShortConv
+
+CONV_EPS = 1e-5  # the demo's conv norms
+
+
+@dataclass(frozen=True)
+class Form:
+    """What distinguishes the published forms; None = see the model (`norm_eps`) or the dtype."""
+
+    bias: bool
+    conv: bool
+    gain_offset: float
+    machine_eps: bool
+
+
+FORMS = {
+    PAPER: Form(bias=True, conv=True, gain_offset=0.0, machine_eps=True),
+    V41: Form(bias=False, conv=False, gain_offset=0.0, machine_eps=False),
+    QWEN: Form(bias=False, conv=True, gain_offset=1.0, machine_eps=False),
+}
+
+
+class Engram(nnx.Module):
+    """rows [B, T, H, dim], streams [B, T, M, d] -> what is added to the streams [B, T, M, d]."""
+
+    def __init__(
+        self,
+        d_model: int,
+        streams: int,
+        config: EngramConfig,
+        *,
+        norm_eps: float,
+        init_std: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        form = FORMS[config.form]
+        self.dtype = dtype
+        self.norm_eps = None if form.machine_eps else norm_eps
+        # Keys of the M branches, then the value: one matrix product, as the paper fuses it.
+        shape = (config.d_mem, streams + 1, d_model)
+        self.projection = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * init_std)
+        self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype)) if form.bias else None
+        # Only the gains of these norms are used (`_gate` fuses the norms with the dot product).
+        norm = partial(RMSNorm, gain_offset=form.gain_offset, param_dtype=param_dtype)
+        self.query_norm = norm((streams, d_model), norm_eps)
+        self.key_norm = norm((streams, d_model), norm_eps)
+        self.conv = (
+            ShortConv(
+                streams,
+                d_model,
+                config.conv_kernel,
+                config.max_ngram,
+                eps=CONV_EPS if form.machine_eps else norm_eps,
+                gain_offset=form.gain_offset,
+                param_dtype=param_dtype,
+            )
+            if form.conv
+            else None
+        )
+
+    def _keys_and_value(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """rows [B, T, H, dim] -> keys [B, T, M, d], value [B, T, 1, d] (equation 3)."""
+        e = rows.reshape(*rows.shape[:2], -1).astype(self.dtype)
+        out = jnp.einsum("btc,cmd->btmd", e, self.projection[...].astype(self.dtype))
+        if self.bias is not None:
+            out = out + self.bias[...].astype(self.dtype)
+        return out[:, :, :-1], out[:, :, -1:]
+
+    def _gate(self, streams: jax.Array, keys: jax.Array) -> jax.Array:
+        """Equation 4: streams and keys [B, T, M, d] -> gate [B, T, M], in float32 (or float64)."""
+        dtype = compute_dtype(keys)
+        h, key = streams.astype(dtype), keys.astype(dtype)
+        eps = float(jnp.finfo(dtype).eps) if self.norm_eps is None else self.norm_eps
+        # <RMSNorm(h), RMSNorm(key)> without writing either norm out: the scales are per token.
+        gain = self.query_norm.scale() * self.key_norm.scale()
+        dot = jnp.sum(h * key * gain.astype(dtype), axis=-1)
+        scale = jax.lax.rsqrt(jnp.mean(h * h, axis=-1) + eps)
+        scale = scale * jax.lax.rsqrt(jnp.mean(key * key, axis=-1) + eps)
+        s = dot * scale / jnp.sqrt(jnp.asarray(h.shape[-1], dtype))
+        return jax.nn.sigmoid(jnp.sign(s) * jnp.sqrt(jnp.maximum(jnp.abs(s), 1e-6)))
+
+    def _gated_value(
+        self, rows: jax.Array, streams: jax.Array, mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        keys, value = self._keys_and_value(rows)
+        gate = self._gate(streams, keys)
+        if mask is not None:
+            gate = jnp.where(mask[..., None], gate, 0)
+        # The product is rounded once, to the streams' dtype (V4.1's cast).
+        return (gate[..., None] * value.astype(gate.dtype)).astype(streams.dtype), gate
+
+    def __call__(
+        self,
+        rows: jax.Array,
+        streams: jax.Array,
+        segments: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What to add to the streams, and the gates.
+
+        Args:
+          rows: [B, T, H, dim] from the memory, any float dtype.
+          streams: [B, T, M, d].
+          segments: int32 [B, T], document numbers; the convolution does not cross them.
+          mask: bool [B, T] or None; False = a token without memory (gate 0), such as an image
+            token.
+
+        Returns:
+          (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32).
+        """
+        u, gate = self._gated_value(rows, streams, mask)
+        return (u if self.conv is None else u + self.conv(u, segments)), gate
+
+    def init_tail(self, batch: int, dtype: DTypeLike) -> jax.Array | None:
+        """The convolution's state before the first token, None for a form without one."""
+        return None if self.conv is None else self.conv.init_tail(batch, dtype)
+
+    def cached(
+        self,
+        rows: jax.Array,
+        streams: jax.Array,
+        tail: jax.Array | None,
+        valid: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Prefill or decode: as `__call__` for S new positions of which valid[b] are real."""
+        u, _ = self._gated_value(rows, streams, mask)
+        if self.conv is None or tail is None:
+            return u, tail
+        y, tail = self.conv.cached(u, tail, valid)
+        return u + y, tail

@@ -1,0 +1,205 @@
+"""mHC: manifold-constrained hyper-connections (arXiv 2512.24880), the network's residual streams.
+
+n streams x in R^{n x d} run through all blocks. Around every sub-layer F, per token, with
+v = RMSNorm(vec(x)) in R^{nd} and (h_pre, h_post, h_res) = v fn:
+
+    pre  = sigmoid(a_pre h_pre + b_pre)                        R^n      what F reads of each stream
+    post = 2 sigmoid(a_post h_post + b_post)                   R^n      what each stream gets of F
+    res  = Sinkhorn(exp(a_res mat(h_res) + b_res))             R^{n x n}, doubly stochastic
+    x   <- res x + post^T F(pre x)
+
+Choices the sources leave open or make differently, and ours (config.HyperConnectionConfig):
+
+  orientation  DeepSeek-V4 reads mat(.) as [source, target] and mixes with its matrix's transpose,
+               the paper as [target, source] (`transpose`). Both then divide by the sums over
+               targets first and end with the sums over sources: one arithmetic, two indexings.
+  eps          added where DeepSeek-V4 adds it (to pre, to the result of the first division, to the
+               other divisors, in the norm); the paper's equations have none (eps -> 0).
+  norm         a gain over all n d entries (paper) or none (DeepSeek-V4): `norm_gain`.
+  start        "identity", the default: res close to I, post = 1, pre close to one home stream, so
+               training starts from a plain pre-norm residual network. "uniform" (b = 0,
+               DeepSeek-V4): pre = 1/2, post = 1, res = 1/n, so the first sub-layers average away
+               whatever makes streams differ. `scale_init` is 0.01 in the paper, 1 in V4.
+
+Coefficients are computed in float32 (float64 for float64 streams), streams keep their dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from engram_jax.config import HyperConnectionConfig
+from engram_jax.layers.norm import compute_dtype
+from engram_jax.layers.sinkhorn import sinkhorn
+
+# Logit of "yes" at the identity start. A sub-layer moves e^-6 = 0.25 % between any two streams: the
+# 60 sub-layers of the paper's models leave 55 % of a difference between streams (4: 1 %, 8: 92 %),
+# and an Adam step, which has the same size at any slope, still gets from there to mixing.
+IDENTITY_LOGIT = 6.0
+
+
+def expand(x: jax.Array, streams: int) -> jax.Array:
+    """x [B, T, d] -> `streams` equal streams [B, T, n, d]."""
+    return jnp.repeat(x[..., None, :], streams, axis=-2)
+
+
+def collapse(x: jax.Array) -> jax.Array:
+    """Streams [B, T, n, d] -> their sum [B, T, d]."""
+    return jnp.sum(x, axis=-2)
+
+
+def initial_base(home: ArrayLike, streams: int, start: str, dtype: DTypeLike) -> jax.Array:
+    """(b_pre [n], b_post [n], b_res [n * n]) of the "identity" or "uniform" start, concatenated."""
+    if start == "uniform":
+        return jnp.zeros((2 * streams + streams**2,), dtype)
+    at_home = jnp.arange(streams) == jnp.asarray(home) % streams
+    pre = jnp.where(at_home, IDENTITY_LOGIT, -IDENTITY_LOGIT)
+    res = IDENTITY_LOGIT * jnp.eye(streams)
+    return jnp.concatenate([pre, jnp.zeros(streams), res.reshape(-1)]).astype(dtype)
+
+
+class HyperConnection(nnx.Module):
+    """The coefficients of one sub-layer: `pre` in front of it, `merge` behind it.
+
+    Parameters: fn [n * d, 2n + n * n] (columns: pre, post, res), base [2n + n * n], scale [3]
+    (a_pre, a_post, a_res), norm_gain [n * d] or None.
+
+    Args:
+      home: which stream the sub-layer reads at the identity start, counted modulo n; may be traced
+        (blocks are stacked by nnx.vmap). Their number in the network spreads sub-layers evenly.
+      init_std: of fn; at scale 0.01 the coefficients start almost independent of the token.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        config: HyperConnectionConfig,
+        home: ArrayLike,
+        *,
+        init_std: float = 0.02,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        n = config.streams
+        shape = (n * d_model, 2 * n + n * n)
+        self.fn = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * init_std)
+        self.base = nnx.Param(initial_base(home, n, config.start, param_dtype))
+        self.scale = nnx.Param(jnp.full((3,), config.scale_init, param_dtype))
+        self.norm_gain = (
+            nnx.Param(jnp.ones((n * d_model,), param_dtype)) if config.norm_gain else None
+        )
+
+    def pre(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The sub-layer's input, and what `merge` needs.
+
+        Args:
+          x: streams [B, T, n, d].
+
+        Returns:
+          (input [B, T, d] in the dtype of x, post [B, T, n], res [B, T, n (target), n (source)]).
+        """
+        n, config = self.config.streams, self.config
+        wide = compute_dtype(x)
+        tokens = x.reshape(-1, *x.shape[-2:])
+        fn = self.fn[...].astype(wide)
+        if self.norm_gain is not None:
+            fn = fn * self.norm_gain[...].astype(wide)[:, None]
+        logits = _normalised_product(tokens.reshape(tokens.shape[0], -1), fn, config.eps)
+        a_pre, a_post, a_res = self.scale[...].astype(wide)
+        h_pre, h_post, h_res = jnp.split(logits, [n, 2 * n])
+        b_pre, b_post, b_res = jnp.split(self.base[...].astype(wide)[:, None], [n, 2 * n])
+
+        pre = jax.nn.sigmoid(a_pre * h_pre + b_pre) + config.eps
+        post = 2 * jax.nn.sigmoid(a_post * h_post + b_post)
+        mixing = (a_res * h_res + b_res).reshape(n, n, -1)
+        if config.transpose:
+            mixing = mixing.swapaxes(0, 1)
+        res = sinkhorn(mixing, config.sinkhorn_iterations, config.eps)
+
+        collapsed = _mix(pre.T[:, None], tokens).astype(x.dtype)
+        return (
+            collapsed.reshape(*x.shape[:-2], -1),
+            post.T.reshape(x.shape[:-1]),
+            jnp.moveaxis(res, -1, 0).reshape(*x.shape[:-1], n),
+        )
+
+    def merge(self, x: jax.Array, y: jax.Array, post: jax.Array, res: jax.Array) -> jax.Array:
+        """res x + post^T y: streams x [B, T, n, d], the sub-layer's output y [B, T, d] -> streams.
+
+        post and res are those of `pre` for the same x. Computed in their dtype, returned in x's.
+        """
+        n, d = x.shape[-2:]
+        mixed = _mix(res.reshape(-1, n, n), x.reshape(-1, n, d))
+        mixed = mixed + _mix(post.reshape(-1, n, 1), y.reshape(-1, 1, d))
+        return mixed.astype(x.dtype).reshape(x.shape)
+
+
+# The three products below are written for the memory they move: streams are by far the largest
+# arrays of a block, and JAX's own derivatives pass over them several times more (measured on CPU).
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normalised_product(x: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
+    """(RMSNorm(x) fn)^T: x [P, k], fn [k, c] -> [c, P] in the dtype of fn.
+
+    The norm divides by one number per token, so it may follow the product: no normalised copy of
+    the streams. Tokens come out innermost, as the tiny matrices made of this need them.
+    """
+    return _normalised_product_forward(x, fn, eps)[0]
+
+
+def _normalised_product_forward(x: jax.Array, fn: jax.Array, eps: float) -> tuple:
+    wide = x.astype(fn.dtype)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
+    # At least the tfloat32 in which the mHC paper keeps fn.
+    product = lax.dot_general(fn, wide, (((0,), (1,)), ((), ())), precision=lax.Precision.HIGH)
+    out = product * scale
+    return out, (x, fn, scale, out)
+
+
+def _normalised_product_backward(eps: float, residuals: tuple, g: jax.Array) -> tuple:
+    x, fn, scale, out = residuals
+    wide, scaled = x.astype(fn.dtype), g * scale
+    high = lax.Precision.HIGH
+    # A product with ones: as a sum, XLA's CPU code makes it part of the pass over x and slow.
+    along = (jnp.ones((1, len(out)), out.dtype) @ (out * g))[0] * scale**2 / x.shape[1]
+    dx = lax.dot_general(scaled, fn, (((0,), (1,)), ((), ())), precision=high)
+    dx = dx - along[:, None] * wide
+    # The barrier keeps XLA from computing the transpose itself, 5 times as slow a product on CPU.
+    dfn = lax.dot_general(scaled, wide, (((1,), (0,)), ((), ())), precision=high)
+    return dx.astype(x.dtype), lax.optimization_barrier(dfn).T
+
+
+_normalised_product.defvjp(_normalised_product_forward, _normalised_product_backward)
+
+
+@jax.custom_vjp
+def _mix(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """weights [P, m, n], x [P, n, d] -> [P, m, d] in the weights' dtype.
+
+    A sum of n elementwise terms: one pass over x, where a batched product of tiny matrices is slow.
+    """
+    terms = [
+        weights[:, :, j, None] * x[:, None, j].astype(weights.dtype) for j in range(x.shape[1])
+    ]
+    return functools.reduce(jnp.add, terms)
+
+
+def _mix_forward(weights: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple]:
+    return _mix(weights, x), (weights, x)
+
+
+def _mix_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights, x = residuals
+    dweights = jnp.einsum("pmd,pnd->pmn", g, x.astype(g.dtype))
+    return dweights, _mix(weights.swapaxes(1, 2), g).astype(x.dtype)
+
+
+_mix.defvjp(_mix_forward, _mix_backward)

@@ -1,0 +1,183 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1) without query compression.
+
+Keys and values of all heads are linear in one latent vector per token, which is all that decoding
+keeps, beside one rotated key part shared by the heads:
+
+    q_h = [q_h^nope ; RoPE(q_h^rope)] = W_q x                                       (per head h)
+    [c ; k^rope] = W_kv_a x,   c <- RMSNorm(c),   k^rope <- RoPE(k^rope)            (the latent)
+    [k_h^nope ; v_h] = W_kv_b c
+    y = W_o [softmax(<q_h, [k_h^nope ; k^rope]> / sqrt(nope + rope)) v_h]_h
+
+Symbols beside config.py's: h heads, r = kv_lora_rank, n = nope_dim, p = rope_dim, v = v_dim,
+L = capacity of the cache, S = new tokens of a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from engram_jax.config import AttentionConfig
+from engram_jax.layers.norm import RMSNorm, compute_dtype
+from engram_jax.layers.rope import apply_rope, rope_tables
+
+MASKED = -1e30  # finite: a row without any visible key still gives numbers, not NaN
+
+# A causal row of queries in the first quarter needs no keys of the other three: cut in Q parts,
+# attention computes (Q + 1) / 2Q of the square of scores (5/8 at 4) and holds less of it at a time.
+# Short sequences are not worth the code: one part per 128 tokens.
+QUERY_PARTS, PART = 4, 128
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MLACache:
+    """What decoding keeps: latent [B, L, r] (normalised) and key_rope [B, L, p] (rotated)."""
+
+    latent: jax.Array
+    key_rope: jax.Array
+
+
+class MLA(nnx.Module):
+    """x [B, T, d] -> [B, T, d]; see the head of this file. `cached` is the same step by step."""
+
+    def __init__(
+        self,
+        d_model: int,
+        config: AttentionConfig,
+        *,
+        norm_eps: float,
+        init_std: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.scale = (config.nope_dim + config.rope_dim) ** -0.5
+
+        def matrix(rows: int, columns: int) -> nnx.Param:
+            values = jax.random.normal(rngs.params(), (rows, columns), param_dtype)
+            return nnx.Param(values * init_std)
+
+        heads, rank = config.heads, config.kv_lora_rank
+        self.q_proj = matrix(d_model, heads * (config.nope_dim + config.rope_dim))
+        self.kv_a_proj = matrix(d_model, rank + config.rope_dim)
+        self.kv_norm = RMSNorm(rank, norm_eps, param_dtype=param_dtype)
+        self.kv_b_proj = matrix(rank, heads * (config.nope_dim + config.v_dim))
+        self.o_proj = matrix(heads * config.v_dim, d_model)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """Causal attention within each document.
+
+        Args:
+          x: [B, T, d].
+          positions: int32 [B, T], within the document.
+          segments: int32 [B, T], a token sees the earlier tokens (by index) of its own number.
+            Padding (0) sees padding; its outputs are finite and mean nothing.
+
+        Returns:
+          [B, T, d] in `dtype`.
+        """
+        query, latent, key_rope = self._project(x, positions)
+        key_weights, value_weights = self._kv_b()
+        keys = jnp.einsum("btr,rhn->bhtn", latent, key_weights)
+        values = jnp.einsum("btr,rhv->bhtv", latent, value_weights)
+        shared = jnp.broadcast_to(key_rope[:, None], (*keys.shape[:3], key_rope.shape[-1]))
+        keys = jnp.concatenate([keys, shared], axis=-1)
+        query = query.transpose(0, 2, 1, 3)
+
+        length = x.shape[1]
+        count = max(1, min(QUERY_PARTS, length // PART))
+        cuts = [length * i // count for i in range(count + 1)]
+        parts = []
+        for start, end in itertools.pairwise(cuts):
+            same = segments[:, start:end, None] == segments[:, None, :end]
+            causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+            scores = self._dot("bhsn,bhtn->bhst", query[:, :, start:end], keys[:, :, :end])
+            weights = self._softmax(scores, (same & causal)[:, None])
+            parts.append(jnp.einsum("bhst,bhtv->bshv", weights, values[:, :, :end]))
+        return self._output(jnp.concatenate(parts, axis=1))
+
+    def init_cache(self, batch: int, capacity: int) -> MLACache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens."""
+        shape = (batch, capacity)
+        return MLACache(
+            latent=jnp.zeros((*shape, self.config.kv_lora_rank), self.dtype),
+            key_rope=jnp.zeros((*shape, self.config.rope_dim), self.dtype),
+        )
+
+    def cached(
+        self, x: jax.Array, positions: jax.Array, cache: MLACache
+    ) -> tuple[jax.Array, MLACache]:
+        """Prefill or decode: attend to what the cache holds and to the new tokens, and keep these.
+
+        The queries are projected into the latent space (W_k absorbed into them, W_v into the
+        output), so a step costs S x L x r per head and never expands the cache to keys and values.
+
+        Args:
+          x: [B, S, d].
+          positions: int32 [B, S] >= 0, the slot a token is kept in; it sees the slots up to its
+            own, which must have been written. Padding has a position >= L: it is not kept, and
+            its output means nothing.
+          cache: of `init_cache`, or of the step before.
+
+        Returns:
+          ([B, S, d] in `dtype`, the cache with the new tokens).
+        """
+        query, latent, key_rope = self._project(x, positions)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache = MLACache(
+            latent=cache.latent.at[rows, positions].set(latent, mode="drop"),
+            key_rope=cache.key_rope.at[rows, positions].set(key_rope, mode="drop"),
+        )
+        key_weights, value_weights = self._kv_b()
+        nope, rope = jnp.split(query, [self.config.nope_dim], axis=-1)
+        absorbed = jnp.einsum("bshn,rhn->bshr", nope, key_weights)
+        scores = self._dot("bshr,blr->bshl", absorbed, cache.latent)
+        scores = scores + self._dot("bshp,blp->bshl", rope, cache.key_rope)
+        visible = jnp.arange(cache.latent.shape[1]) <= positions[..., None]
+        weights = self._softmax(scores, visible[:, :, None])
+        mixed = jnp.einsum("bshl,blr->bshr", weights, cache.latent)
+        return self._output(jnp.einsum("bshr,rhv->bshv", mixed, value_weights)), cache
+
+    def _project(
+        self, x: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [B, S, h, n + p], latents [B, S, r], rotated keys [B, S, p]."""
+        config = self.config
+        x = x.astype(self.dtype)
+        cos, sin = rope_tables(positions, config.rope_dim, config.rope_theta)
+        query = x @ self.q_proj[...].astype(self.dtype)
+        query = query.reshape(*x.shape[:2], config.heads, -1)
+        nope, rope = jnp.split(query, [config.nope_dim], axis=-1)
+        rope = apply_rope(rope, cos[:, :, None], sin[:, :, None])
+        query = jnp.concatenate([nope, rope], axis=-1)
+        down = x @ self.kv_a_proj[...].astype(self.dtype)
+        latent, key_rope = jnp.split(down, [config.kv_lora_rank], axis=-1)
+        return query, self.kv_norm(latent), apply_rope(key_rope, cos, sin)
+
+    def _kv_b(self) -> tuple[jax.Array, jax.Array]:
+        """W_kv_b as the heads' key weights [r, h, n] and value weights [r, h, v]."""
+        config = self.config
+        weights = self.kv_b_proj[...].astype(self.dtype)
+        weights = weights.reshape(config.kv_lora_rank, config.heads, -1)
+        return weights[..., : config.nope_dim], weights[..., config.nope_dim :]
+
+    def _dot(self, dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(dimensions, a, b, preferred_element_type=compute_dtype(a))
+
+    def _softmax(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
+        """Over the last axis in at least float32, out in `dtype`."""
+        scores = jnp.where(visible, scores * self.scale, MASKED)
+        return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+
+    def _output(self, heads: jax.Array) -> jax.Array:
+        """[B, S, h, v] -> [B, S, d]."""
+        merged = heads.reshape(*heads.shape[:2], -1)
+        return merged @ self.o_proj[...].astype(self.dtype)
