@@ -1,0 +1,122 @@
+"""One transformer block, and a stack of equal blocks run as a scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engram_jax.config import ModelConfig
+from engram_jax.layers.feed_forward import SwiGLU
+from engram_jax.layers.hyper_connections import HyperConnection
+from engram_jax.layers.mla import MLA, MLACache
+from engram_jax.layers.moe import MoE
+from engram_jax.layers.norm import RMSNorm
+
+DENSE, MOE = "dense", "moe"
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each between the pre and post mixing of its own hyper-connection.
+
+    kind: DENSE (SwiGLU) or MOE (shared + routed experts).
+    layer: 0-based layer id, a traced int32 [] when blocks are stacked; sub-layer 2 * layer + {0, 1}
+      starts from residual stream (sub-layer mod M).
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, layer: jax.Array, *, rngs: nnx.Rngs):
+        dtypes: dict[str, Any] = {
+            "dtype": jnp.dtype(config.dtype),
+            "param_dtype": jnp.dtype(config.param_dtype),
+        }
+        gain = {"param_dtype": dtypes["param_dtype"]}
+        init = {"init_std": config.init_std, **dtypes, "rngs": rngs}
+        d = config.d_model
+        self.attention_hyper = HyperConnection(d, config.hyper, home=2 * layer, **gain, rngs=rngs)
+        self.attention_norm = RMSNorm(d, config.norm_eps, **gain)
+        self.attention = MLA(d, config.attention, norm_eps=config.norm_eps, **init)
+        self.ffn_hyper = HyperConnection(d, config.hyper, home=2 * layer + 1, **gain, rngs=rngs)
+        self.ffn_norm = RMSNorm(d, config.norm_eps, **gain)
+        self.kind = kind
+        self.ffn: MoE | SwiGLU = (
+            MoE(d, config.ffn, **init) if kind == MOE else SwiGLU(d, config.ffn.dense_dim, **init)
+        )
+
+    def _feed_forward(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """streams [B, T, M, d] -> (streams, load [E]; [0] for a dense block)."""
+        h, post, res = self.ffn_hyper.pre(x)
+        h = self.ffn_norm(h)
+        if isinstance(self.ffn, MoE):
+            y, load = self.ffn(h, segments)
+        else:
+            y, load = self.ffn(h), jnp.zeros((0,), jnp.float32)
+        return self.ffn_hyper.merge(x, y, post, res), load
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, M, d], positions and segments int32 [B, T] -> (x, load [E])."""
+        h, post, res = self.attention_hyper.pre(x)
+        y = self.attention(self.attention_norm(h), positions, segments)
+        x = self.attention_hyper.merge(x, y, post, res)
+        return self._feed_forward(x, segments)
+
+    def cached(
+        self, x: jax.Array, positions: jax.Array, valid: jax.Array, cache: MLACache
+    ) -> tuple[jax.Array, MLACache]:
+        """Prefill or decode: x [B, S, M, d]; positions of padding lie beyond the cache's capacity.
+
+        valid: int32 [B, S], 1 for real tokens and 0 for padding.
+        """
+        h, post, res = self.attention_hyper.pre(x)
+        y, cache = self.attention.cached(self.attention_norm(h), positions, cache)
+        x = self.attention_hyper.merge(x, y, post, res)
+        return self._feed_forward(x, valid)[0], cache
+
+
+class Stack(nnx.Module):
+    """`count` blocks of one kind from layer `first` on.
+
+    Their parameters are stacked on axis 0 and run by lax.scan, so compile time does not depend on
+    `count`.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, first: int, count: int, *, rngs: nnx.Rngs):
+        self.count, self.remat = count, config.remat
+
+        @nnx.split_rngs(splits=count)
+        @nnx.vmap(in_axes=(0, 0))
+        def create(rngs: nnx.Rngs, layer: jax.Array) -> Block:
+            return Block(config, kind, layer, rngs=rngs)
+
+        self.blocks = create(rngs, jnp.arange(first, first + count, dtype=jnp.int32))
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, M, d] -> (x, loads [count, E])."""
+        graphdef, state = nnx.split(self.blocks)
+
+        def body(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
+            return nnx.merge(graphdef, state)(x, positions, segments)
+
+        if self.remat == "block":
+            body = jax.checkpoint(body)
+        elif self.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, policy=policy)
+        return jax.lax.scan(body, x, state)
+
+    def cached(
+        self, x: jax.Array, positions: jax.Array, valid: jax.Array, cache: MLACache
+    ) -> tuple[jax.Array, MLACache]:
+        """As Block.cached, with caches stacked on axis 0."""
+        graphdef, state = nnx.split(self.blocks)
+
+        def body(x: jax.Array, inputs: tuple[Any, MLACache]) -> tuple[jax.Array, MLACache]:
+            state, cache = inputs
+            return nnx.merge(graphdef, state).cached(x, positions, valid, cache)
+
+        return jax.lax.scan(body, x, (state, cache))

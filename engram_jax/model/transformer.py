@@ -1,0 +1,192 @@
+"""The language model: embedding, stacks of blocks with Engram modules between them, head.
+
+Tables are not here. The model takes the rows its tokens address as an input, like the tokens
+themselves, so the same model trains on device tables and serves from host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engram_jax.config import Config, ModelConfig
+from engram_jax.layers.engram import Engram
+from engram_jax.layers.hyper_connections import collapse, expand
+from engram_jax.layers.norm import RMSNorm
+from engram_jax.model.block import DENSE, MOE, Stack
+from engram_jax.model.decode_state import DecodeState
+
+Rows = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Equal layers [first, first + count); an Engram module, if any, precedes `first`."""
+
+    first: int
+    count: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return str(self.first)
+
+
+def stages(config: ModelConfig) -> tuple[Stage, ...]:
+    """Cut the depth where the kind of block changes and in front of every Engram layer."""
+    moe = config.ffn.routed_experts > 0
+    kinds = [
+        MOE if moe and layer >= config.ffn.dense_layers else DENSE for layer in range(config.layers)
+    ]
+    cuts = [
+        layer
+        for layer in range(config.layers)
+        if layer == 0 or kinds[layer] != kinds[layer - 1] or layer in config.engram.layers
+    ]
+    ends = [*cuts[1:], config.layers]
+    return tuple(Stage(a, b - a, kinds[a]) for a, b in zip(cuts, ends, strict=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M]; loads [MoE layers, E]."""
+
+    hidden: jax.Array
+    gates: dict[str, jax.Array]
+    loads: jax.Array
+
+
+class Transformer(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        model = config.model
+        vocab, d = config.tokenizer.vocab_size, model.d_model
+        param_dtype = jnp.dtype(model.param_dtype)
+        self.dtype = jnp.dtype(model.dtype)
+        self.streams = model.hyper.streams
+        self.stage_list = stages(model)
+
+        def matrix(*shape: int) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * model.init_std)
+
+        self.embedding = matrix(vocab, d)
+        self.engrams = nnx.Dict(
+            {
+                str(layer): Engram(
+                    d,
+                    self.streams,
+                    model.engram,
+                    norm_eps=model.norm_eps,
+                    init_std=model.init_std,
+                    dtype=self.dtype,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for layer in model.engram.layers
+            }
+        )
+        self.blocks = nnx.Dict(
+            {
+                stage.name: Stack(model, stage.kind, stage.first, stage.count, rngs=rngs)
+                for stage in self.stage_list
+            }
+        )
+        self.norm = RMSNorm(d, model.norm_eps, param_dtype=param_dtype)
+        self.head = None if model.tie_embeddings else matrix(vocab, d)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens int32 [B, T] -> M equal streams [B, T, M, d]; a negative id embeds as id 0."""
+        x = self.embedding[...].astype(self.dtype)[jnp.maximum(tokens, 0)]
+        return expand(x, self.streams)
+
+    def unembedding(self) -> jax.Array:
+        """[V, d]: the head's matrix, which is the embedding where the two are tied."""
+        return self.embedding[...] if self.head is None else self.head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., d] -> float32 (float64) logits [..., V]."""
+        matrix = self.unembedding().astype(self.dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, matrix, preferred_element_type=wide)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        rows: Rows,
+        positions: jax.Array,
+        segments: jax.Array,
+        mask: jax.Array | None = None,
+    ) -> Output:
+        """The differentiated part of a training step.
+
+        Args:
+          tokens, positions, segments: int32 [B, T] (see data/packing.py).
+          rows: Engram layer id -> [B, T, H, dim] from the memory.
+          mask: bool [B, T] or None; False = a token that gets no memory.
+        """
+        x = self.embed(tokens)
+        gates, loads = {}, []
+        for stage in self.stage_list:
+            if stage.name in self.engrams:
+                out, gates[stage.name] = self.engrams[stage.name](
+                    rows[stage.name], x, segments, mask
+                )
+                x = x + out
+            x, load = self.blocks[stage.name](x, positions, segments)
+            if stage.kind == MOE:
+                loads.append(load)
+        hidden = self.norm(collapse(x))
+        return Output(hidden, gates, jnp.concatenate(loads) if loads else jnp.zeros((0, 0)))
+
+    def init_decode(self, batch: int, capacity: int) -> DecodeState:
+        """An empty state for `batch` sequences of at most `capacity` tokens."""
+        caches: dict[str, Any] = {}
+        for stage in self.stage_list:
+            attention = self.blocks[stage.name].blocks.attention
+            one = attention.init_cache(batch, capacity)
+            caches[stage.name] = jax.tree.map(
+                lambda x, n=stage.count: jnp.broadcast_to(x, (n, *x.shape)), one
+            )
+        tails = {k: m.init_tail(batch, self.dtype) for k, m in self.engrams.items()}
+        return DecodeState(jnp.zeros((batch,), jnp.int32), caches, tails)
+
+    def cached(
+        self,
+        tokens: jax.Array,
+        rows: Rows,
+        valid: jax.Array,
+        state: DecodeState,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, DecodeState]:
+        """Prefill or decode S more tokens of each sequence.
+
+        Args:
+          tokens: int32 [B, S]; rows: layer id -> [B, S, H, dim].
+          valid: int32 [B], how many of a row's S tokens are real (a prefix); the rest is padding.
+          mask: bool [B, S] or None, as in `__call__`.
+
+        Returns:
+          (hidden [B, S, d], the state after the real tokens).
+        """
+        x = self.embed(tokens)
+        steps = jnp.arange(tokens.shape[1])
+        real = steps < valid[:, None]
+        capacity = state.capacity
+        positions = jnp.where(real, state.lengths[:, None] + steps, capacity)
+        caches, tails = {}, dict(state.tails)
+        for stage in self.stage_list:
+            if stage.name in self.engrams:
+                out, tails[stage.name] = self.engrams[stage.name].cached(
+                    rows[stage.name], x, state.tails[stage.name], valid, mask
+                )
+                x = x + out
+            x, caches[stage.name] = self.blocks[stage.name].cached(
+                x, positions, real.astype(jnp.int32), state.caches[stage.name]
+            )
+        hidden = self.norm(collapse(x))
+        return hidden, DecodeState(state.lengths + valid, caches, tails)
