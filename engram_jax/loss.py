@@ -1,0 +1,107 @@
+"""Next-token cross-entropy with the head's matrix product inside, so that [B, T, V] never exists.
+
+The tokens are cut into chunks; only one chunk's logits exist at a time. The gradient of a mean of
+token losses is known as soon as the logits are, so the forward pass takes it along: three matrix
+products per chunk in all, nothing recomputed, and the backward pass is a scaling.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """logits [..., V] float32, targets int32 [...] -> nats [...]."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk: int = 1024,
+) -> jax.Array:
+    """Sum of the weighted token losses, nats, float32 (float64).
+
+    Args:
+      hidden: [B, T, d] in the compute dtype.
+      unembedding: [V, d], cast to the compute dtype.
+      targets: int32 [B, T].
+      mask: [B, T], weight of every target; not differentiated.
+      chunk: tokens whose logits exist at a time.
+    """
+    tokens, width = targets.size, hidden.shape[-1]
+    chunk = min(chunk, tokens)
+    pad = -tokens % chunk
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
+
+    return _summed(
+        cut(hidden.reshape(tokens, width)),
+        unembedding.astype(hidden.dtype),
+        cut(targets.reshape(tokens)),
+        cut(mask.reshape(tokens)),
+    )
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+@jax.custom_vjp
+def _summed(h: jax.Array, matrix: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """h [n, c, d], matrix [V, d], targets and mask [n, c] -> []."""
+
+    def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        losses = token_losses(_logits(part[0], matrix), part[1])
+        return total + jnp.sum(losses * part[2]), None
+
+    return jax.lax.scan(body, jnp.zeros((), _wide(h)), (h, targets, mask))[0]
+
+
+def _logits(h: jax.Array, matrix: jax.Array) -> jax.Array:
+    return jnp.einsum("cd,vd->cv", h, matrix, preferred_element_type=_wide(h))
+
+
+def _forward(h: jax.Array, matrix: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
+    wide = _wide(h)
+    product = partial(jnp.einsum, preferred_element_type=wide)
+
+    def body(carry: Any, part: tuple[jax.Array, ...]) -> Any:
+        total, grad_matrix = carry
+        h, target, weight = part
+        logits = _logits(h, matrix)
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        hit = jnp.arange(matrix.shape[0]) == target[:, None]
+        # d loss / d logits = softmax - one-hot, per token; rounded once for the two products.
+        grad_logits = jnp.where(hit, -1, 0) + jnp.exp(logits - normaliser)
+        grad_logits = (grad_logits * weight[:, None].astype(wide)).astype(h.dtype)
+        losses = normaliser[:, 0] - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        grad_h = product("cv,vd->cd", grad_logits, matrix).astype(h.dtype)
+        grad_matrix = grad_matrix + product("cv,cd->vd", grad_logits, h)
+        return (total + jnp.sum(losses * weight), grad_matrix), grad_h
+
+    start = (jnp.zeros((), wide), jnp.zeros(matrix.shape, wide))
+    (total, grad_matrix), grad_h = jax.lax.scan(body, start, (h, targets, mask))
+    return total, (grad_h, grad_matrix.astype(matrix.dtype))
+
+
+def _backward(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> Any:
+    grad_h, grad_matrix = residuals
+    return (
+        grad_h * cotangent.astype(grad_h.dtype),
+        grad_matrix * cotangent.astype(grad_matrix.dtype),
+        None,
+        None,
+    )
+
+
+_summed.defvjp(_forward, _backward)

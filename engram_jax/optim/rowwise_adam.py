@@ -1,0 +1,79 @@
+"""Adam on the rows that were read, and on nothing else (the paper: Adam, LR x5, weight decay 0).
+
+The moments are per weight, as in Adam; a row that no lookup touched keeps its weights and its
+moments (torch's SparseAdam does the same). Dense Adam differs: there an untouched row still moves
+along its decaying first moment. Bias correction counts training steps, not visits of the row.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import OptimizerConfig
+from engram_jax.memory.row_gradients import RowGradients
+from engram_jax.memory.table import Table
+
+
+def update(
+    table: Table,
+    gradients: RowGradients,
+    *,
+    rate: jax.Array,
+    step: jax.Array,
+    config: OptimizerConfig,
+) -> tuple[Table, jax.Array]:
+    """One step on the touched rows. Donate `table`: then its buffers are updated in place.
+
+    Returns the table and how many of the rows earlier steps had already trained (int32 []; counted
+    here, where the second moments are read anyway: another read of them, unordered with the update,
+    would cost a copy of the table).
+
+    Args:
+      table: rows, mu, nu [R, dim].
+      gradients: deduplicated; entries whose address is out of range are dropped.
+      rate: float32 [], the tables' learning rate.
+      step: int32 [], steps taken before this one.
+    """
+    b1, b2 = config.adam_b1, config.adam_b2
+    count = (step + 1).astype(jnp.float32)
+    at, g = gradients.addresses, gradients.values
+
+    def read(x: jax.Array) -> jax.Array:
+        return x.at[at].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
+
+    def write(x: jax.Array, new: jax.Array) -> jax.Array:
+        return x.at[at].set(
+            new.astype(x.dtype), mode="drop", indices_are_sorted=True, unique_indices=True
+        )
+
+    mu = b1 * read(table.mu) + (1 - b1) * g
+    old_nu = read(table.nu)
+    seen = jnp.sum(jnp.any(old_nu > 0, axis=1), dtype=jnp.int32)
+    nu = b2 * old_nu + (1 - b2) * g * g
+    unbiased = mu / (1 - b1**count)
+    delta = rate * unbiased / (jnp.sqrt(nu / (1 - b2**count)) + config.adam_eps)
+    # `add`, not `set`: reading the rows again would cost another pass over them.
+    change = -delta.astype(table.rows.dtype)
+    rows = table.rows.at[at].add(change, mode="drop", indices_are_sorted=True, unique_indices=True)
+    return Table(rows, write(table.mu, mu), write(table.nu, nu)), seen
+
+
+def update_dense(
+    table: Table,
+    gradients: RowGradients,
+    *,
+    rate: jax.Array,
+    step: jax.Array,
+    config: OptimizerConfig,
+) -> tuple[Table, jax.Array]:
+    """Textbook Adam over the whole table, for comparison: costs O(R) where `update` costs O(N)."""
+    b1, b2 = config.adam_b1, config.adam_b2
+    count = (step + 1).astype(jnp.float32)
+    g = jnp.zeros_like(table.mu).at[gradients.addresses].add(gradients.values, mode="drop")
+    mu = b1 * table.mu + (1 - b1) * g
+    nu = b2 * table.nu + (1 - b2) * g * g
+    delta = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + config.adam_eps)
+    old_nu = table.nu.at[gradients.addresses].get(mode="fill", fill_value=0)
+    seen = jnp.sum(jnp.any(old_nu > 0, axis=1), dtype=jnp.int32)
+    return Table(table.rows - (rate * delta).astype(table.rows.dtype), mu, nu), seen

@@ -1,0 +1,49 @@
+"""The chunked loss and its gradients against NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.loss import cross_entropy
+
+
+def oracle(hidden, matrix, targets, mask):
+    """Loss and gradients, one token at a time, float64."""
+    loss, grad_h, grad_w = 0.0, np.zeros_like(hidden), np.zeros_like(matrix)
+    for index in np.ndindex(targets.shape):
+        h, target, weight = hidden[index], targets[index], mask[index]
+        logits = matrix @ h
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        loss -= weight * np.log(p[target])
+        p[target] -= 1
+        grad_h[index] = weight * p @ matrix
+        grad_w += weight * np.outer(p, h)
+    return loss, grad_h, grad_w
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 12, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss_and_gradients(chunk, dtype):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(3, 9, 8))
+    matrix = rng.normal(size=(21, 8))
+    targets = rng.integers(0, 21, (3, 9))
+    mask = rng.integers(0, 2, (3, 9)).astype(np.float64)
+    h, w = jnp.asarray(hidden, dtype), jnp.asarray(matrix, dtype)
+    hidden, matrix = np.asarray(h, np.float64), np.asarray(w, np.float64)
+
+    def mean(h, w):
+        total = cross_entropy(h, w, jnp.asarray(targets), jnp.asarray(mask, "float32"), chunk=chunk)
+        return total / mask.sum()
+
+    loss, (grad_h, grad_w) = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(h, w)
+    expected = [x / mask.sum() for x in oracle(hidden, matrix, targets, mask)]
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(mean)(h, w), expected[0], rtol=1e-5)
+    for ours, theirs in ((grad_h, expected[1]), (grad_w, expected[2])):
+        error = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+        assert error < tolerance
