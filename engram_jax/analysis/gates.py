@@ -1,0 +1,36 @@
+"""Where a trained model opens its memory: the gate of every Engram layer, token by token."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.generate import Weights
+from engram_jax.memory.table import lookup
+from engram_jax.train_state import Program
+from engram_jax.train_step import batch_addresses
+
+
+def gates_of_text(
+    program: Program, weights: Weights, tokenizer: Any, text: str
+) -> tuple[list[str], np.ndarray]:
+    """(token strings, gates [Engram layers, T] averaged over the M branches) of one document."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    strings = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    tokens = np.asarray([ids], np.int32)
+    gates = jax.jit(partial(_gates, program))(weights, tokens)
+    return strings, np.stack([np.asarray(g) for g in gates.values()])
+
+
+def _gates(program: Program, weights: Weights, tokens: jax.Array) -> dict[str, jax.Array]:
+    segments = jnp.ones_like(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    addresses = batch_addresses(program, {"tokens": tokens, "segments": segments})
+    rows = {layer: lookup(weights.rows[layer], ids) for layer, ids in addresses.items()}
+    model = program.model(weights.params, weights.router_bias)
+    output = model(tokens, rows, positions, segments, program.memory_mask(tokens))
+    return {layer: jnp.mean(gate[0], axis=-1) for layer, gate in output.gates.items()}

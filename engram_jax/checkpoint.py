@@ -1,0 +1,355 @@
+"""Checkpoints: written by Orbax in the background, checked before they are believed.
+
+    workdir/
+      addressing/         what decides an address (address/artifact.py), one for the whole run
+      checkpoints/
+        1500/             one directory per step; appears by a rename when all in it is written
+          state/          every array of the state in one flat namespace: "params/embedding", ...
+            files.json    size and CRC-32 of every file of state/
+          meta/metadata   JSON: step, losses, shapes, data iterators, fingerprint, and its CRC-32
+
+A process killed at any moment leaves whole checkpoints and temporary directories, which the next
+start removes. Anything else that is wrong with a directory is refused by name: nothing is ever
+restored as far as possible.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from engram_jax.address.artifact import Addressing, check_same
+from engram_jax.checkpoint_files import (
+    FORMAT,
+    TRACEBACKS,
+    IteratorState,
+    OneLine,
+    StateHandler,
+    check_arrays,
+    compare,
+    decode_iterator,
+    gather_iterators,
+    read_meta,
+    seal,
+)
+from engram_jax.errors import UserError
+
+_TRASH = "deleted"
+_CHUNK = 1 << 26  # bytes of an array that are compressed, and read, in one piece
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `Checkpointer.restore` found.
+
+    state: the arrays, in the abstract tree's structure.
+    iterator, metrics, metadata: as they were given to `save` (tuples became lists); the iterator's
+      state is this process's.
+    """
+
+    step: int
+    state: Any
+    iterator: IteratorState
+    metrics: dict[str, float | None]
+    metadata: dict[str, Any]
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every process of the run makes one.
+
+    workdir: the run's directory, local or anything else that etils.epath opens.
+    addressing: the run's addressing, None for a model without memory. A new run stores it; what a
+      run with checkpoints has stored must be the same (else UserError with both fingerprints).
+    keep, keep_best: the latest `keep` checkpoints stay, and the `keep_best` of the lowest "loss".
+    read_only: open to restore only; nothing is created, cleaned up or deleted.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        addressing: Addressing | None = None,
+        keep: int = 3,
+        keep_best: int = 1,
+        read_only: bool = False,
+    ):
+        root = _absolute(workdir)
+        self.directory = root / "checkpoints"
+        self._fingerprint = addressing.fingerprint if addressing else None
+        self._read_only = read_only
+        self._losses: dict[int, float] = {}
+        logging.getLogger("absl").addFilter(TRACEBACKS)
+        if read_only and not self.directory.is_dir():
+            raise UserError(f"workdir {root}: holds no checkpoints/; nothing was saved there")
+        if not read_only:
+            with OneLine(f"checkpoints {self.directory}: cannot be made"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+        if addressing is not None:
+            begun = any(path.name.isdigit() for path in self.directory.iterdir())
+            _settle_addressing(root / "addressing", addressing, begun, write=not read_only)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state = StateHandler()
+        registry.add("state", ocp.args.StandardSave, state)
+        registry.add("state", ocp.args.StandardRestore, state)
+        registry.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            handler_registry=registry,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                cleanup_tmp_directories=not read_only,
+                preservation_policy=_LatestAndBest(self, keep, keep_best),
+                # A rename is atomic, a deletion is not: cut short, it leaves what looks whole.
+                todelete_subdir=_TRASH,
+                lightweight_initialize=True,
+                save_root_metadata=False,
+            ),
+        )
+        self._empty_trash()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        iterator: IteratorState = None,
+        metrics: dict[str, float] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> bool:
+        """Start to write a checkpoint; False if this step already has one.
+
+        state: a pytree of jax and NumPy arrays. When this returns, its buffers may be donated or
+          overwritten, though files are still being written.
+        iterator: the state of this process's data iterator.
+        metrics: "loss" ranks the checkpoints (absent or not finite: never the best).
+        metadata: JSON values.
+
+        Waits for the previous save first; raises UserError if that one failed.
+        """
+        if self._read_only:
+            raise UserError(f"checkpoints {self.directory}: opened to restore only")
+        self.wait()
+        if step in self.steps():
+            return False
+        self._empty_trash()
+        arrays = _flatten(state)
+        stored = {k: v for k, v in arrays.items() if v.size}
+        meta = seal(
+            {
+                "format": FORMAT,
+                "step": step,
+                "addressing": self._fingerprint,
+                "metrics": {k: _finite(v) for k, v in (metrics or {}).items()},
+                "metadata": metadata or {},
+                "iterators": gather_iterators(iterator),
+                "arrays": {k: [list(v.shape), v.dtype.name] for k, v in arrays.items()},
+            }
+        )
+        self._losses[step] = _loss(meta["content"])
+        with OneLine(f"checkpoint {self.directory / str(step)}: cannot be written"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(
+                        stored, save_args={k: ocp.SaveArgs(chunk_byte_size=_CHUNK) for k in stored}
+                    ),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                force=True,
+            )
+        return True
+
+    def restore(self, step: int | str | None, abstract_state: Any) -> Restored:
+        """Read a checkpoint, bit for bit, onto the shardings asked for.
+
+        step: a number, None for the latest, "best" for the lowest loss.
+        abstract_state: the tree to fill, of jax.ShapeDtypeStruct (without a sharding: onto the
+          default device) or of arrays (likewise; np.ndarray: onto the host).
+
+        Raises UserError, one line with the path and the reason, if there is no such checkpoint; if
+        a file of it is missing, truncated or altered; if it belongs to another model, another
+        addressing or another number of processes. The line names the complete checkpoints beside.
+        """
+        self.wait()
+        number = self._resolve(step)
+        path = self.directory / str(number)
+        wanted = _flatten(abstract_state)
+        try:
+            content = read_meta(path)
+            compare(content, wanted, self._fingerprint)
+            check_arrays(path, contents=jax.process_count() == 1)
+        except UserError as error:
+            raise UserError(f"checkpoint {path}: {error}; {self._others(number)}") from error
+        targets = {k: _target(v) for k, v in wanted.items() if v.size}
+        with OneLine(f"checkpoint {path}: cannot be read"):
+            found = self._manager.restore(
+                number, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))
+            )["state"]
+        leaves = [found[k] if v.size else _without_elements(v) for k, v in wanted.items()]
+        return Restored(
+            step=number,
+            state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
+            iterator=decode_iterator(content["iterators"][jax.process_index()]),
+            metrics=content["metrics"],
+            metadata=content["metadata"],
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending; the one being written counts."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step of the lowest "loss", None if no checkpoint has one."""
+        ranked = [(self._loss_at(s), s) for s in self.steps()]
+        return min((pair for pair in ranked if pair[0] < math.inf), default=(0.0, None))[1]
+
+    def metadata(self, step: int | str | None = None) -> dict[str, Any]:
+        """The metadata given to `save`, without reading any array."""
+        number = self._resolve(step)
+        path = self.directory / str(number)
+        try:
+            return read_meta(path)["metadata"]
+        except UserError as error:
+            raise UserError(f"checkpoint {path}: {error}; {self._others(number)}") from error
+
+    def wait(self) -> None:
+        """Until the save under way is complete. Raises UserError if it failed."""
+        with OneLine(f"checkpoints {self.directory}: the last save failed"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Complete the save under way and end all threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            self._empty_trash()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _resolve(self, step: int | str | None) -> int:
+        steps = self.steps()
+        if step is None or step == "best":
+            number = self.latest_step() if step is None else self.best_step()
+        else:
+            number = int(step) if int(step) in steps else None
+        if number is None:
+            names = {"None": "the latest step", "best": "the step of the lowest loss"}
+            there = f"there are steps {', '.join(map(str, steps))}" if steps else "there is none"
+            wanted = names.get(str(step), f"step {step}")
+            raise UserError(f"checkpoints {self.directory}: {wanted} was asked for; {there}")
+        return number
+
+    def _loss_at(self, step: int) -> float:
+        if step not in self._losses:
+            try:
+                self._losses[step] = _loss(read_meta(self.directory / str(step)))
+            except UserError:
+                self._losses[step] = math.inf
+        return self._losses[step]
+
+    def _others(self, step: int) -> str:
+        complete = []
+        for other in self.steps():
+            try:
+                read_meta(self.directory / str(other))
+                check_arrays(self.directory / str(other), contents=False)
+            except UserError:
+                continue
+            complete.append(str(other))
+        names = ", ".join(other for other in complete if other != str(step))
+        return f"complete checkpoints beside it: {names or 'none'}"
+
+    def _empty_trash(self) -> None:
+        trash = self.directory / _TRASH
+        if not self._read_only and jax.process_index() == 0 and trash.exists():
+            trash.rmtree()
+
+
+@dataclass
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Orbax's own BestN knows the losses only as long as the process lives, or reads every file."""
+
+    checkpointer: Checkpointer
+    keep: int
+    keep_best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        ranked = sorted((self.checkpointer._loss_at(s), s) for s in steps)
+        kept = {s for loss, s in ranked[: self.keep_best] if loss < math.inf}
+        kept.update(sorted(steps)[-self.keep :])
+        return [s in kept for s in steps]
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax writes to absolute paths only; one with a scheme (gs://bucket/run) is."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def _settle_addressing(
+    directory: epath.Path, mine: Addressing, begun: bool, *, write: bool
+) -> None:
+    """What an earlier launch stored binds this one once there are tables, in a checkpoint."""
+    if begun and (directory / "addressing.json").exists():
+        check_same(Addressing.load(directory), mine)
+    elif write:
+        if jax.process_index() == 0:
+            mine.save(directory)
+    elif begun:
+        raise UserError(f"workdir {directory.parent}: holds no addressing/ for its tables")
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as "params/embedding". Raises TypeError for a leaf that is no array."""
+    flat: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise TypeError(f"state {name}: a checkpoint holds arrays, not {type(leaf).__name__}")
+        if name in flat:
+            raise TypeError(f"state {name}: two leaves have this path")
+        flat[name] = leaf
+    return flat
+
+
+def _target(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _without_elements(leaf: Any) -> Any:
+    """An empty array, which Orbax does not store."""
+    if isinstance(leaf, np.ndarray):
+        return np.zeros(leaf.shape, leaf.dtype)
+    return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _loss(content: dict[str, Any]) -> float:
+    loss = content["metrics"].get("loss")
+    return math.inf if loss is None else loss

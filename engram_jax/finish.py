@@ -1,0 +1,98 @@
+"""What a finished run shows: held-out loss beside count models, samples, gates, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+from engram_jax.analysis.count_models import fit_and_score
+from engram_jax.analysis.gates import gates_of_text
+from engram_jax.config import Config
+from engram_jax.evaluate import Evaluator
+from engram_jax.generate import Generator, Weights
+from engram_jax.report import GateSample, write_report
+from engram_jax.run_data import RunData
+
+GATE_TOKENS = 160
+
+_TITLES = {
+    "unigram": "unigram counts",
+    "bigram": "bigram counts",
+    "kneser_ney_3gram": "Kneser-Ney 3-gram counts",
+}
+
+
+def finish(
+    config: Config,
+    workdir: Path,
+    data: RunData,
+    evaluator: Evaluator,
+    weights: Weights,
+    log: Callable[[str], None],
+) -> dict[str, float]:
+    """Evaluate on the whole held-out split, compare, sample, and write the report.
+
+    Returns the losses by model name, nats per token on the same held-out targets; they are also
+    `workdir`/losses.json.
+    """
+    losses = {config.name: evaluator.loss(weights)}
+    if config.train.count_models:
+        log("fitting the count models to the same training tokens")
+        losses |= count_model_losses(config, data)
+    log(loss_table(losses))
+    (workdir / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
+    samples = continuations(config, data, evaluator, weights)
+    for prompt, text in samples:
+        log(f"--- {prompt!r} continues:\n{prompt}{text}")
+    report = write_report(
+        workdir,
+        title=config.name,
+        figures={"held-out loss": losses[config.name]},
+        baselines={k: v for k, v in losses.items() if k != config.name},
+        gates=gate_sample(data, evaluator, weights),
+        samples=samples,
+    )
+    log(f"report: {report}")
+    return losses
+
+
+def count_model_losses(config: Config, data: RunData) -> dict[str, float]:
+    """Count models fitted on the very batches the run trained on, scored on the same targets."""
+    batches = islice(data.train_iterator(), config.train.steps)
+    scores = fit_and_score(batches, data.validation_batches(), config.tokenizer.vocab_size)
+    return {_TITLES[name]: loss for name, loss in scores.items() if name in _TITLES}
+
+
+def loss_table(losses: dict[str, float]) -> str:
+    width = max(len(name) for name in losses) + 2
+    lines = ["", f"{'held-out loss':{width}} nats per token"]
+    lines += [f"{name:{width}} {loss:.3f}" for name, loss in losses.items()]
+    return "\n".join([*lines, ""])
+
+
+def continuations(
+    config: Config, data: RunData, evaluator: Evaluator, weights: Weights
+) -> list[tuple[str, str]]:
+    """(prompt, continuation) of every configured sample."""
+    prompts = config.train.samples
+    if not prompts:
+        return []
+    generator = Generator(evaluator.program, weights)
+    tokenizer = data.prepared.tokenizer
+    ids = [tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
+    found = generator.complete(
+        ids, config.generate, data.prepared.eos_id, max_tokens=config.train.sample_tokens
+    )
+    return [(p, tokenizer.decode(f)) for p, f in zip(prompts, found, strict=True)]
+
+
+def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSample | None:
+    """The gates on the beginning of the held-out text; None for a model without memory."""
+    if data.addressing is None:
+        return None
+    tokenizer = data.prepared.tokenizer
+    text = tokenizer.decode(data.prepared.store_valid.tokens[:GATE_TOKENS].tolist())
+    strings, gates = gates_of_text(evaluator.program, weights, tokenizer, text)
+    return GateSample(strings, gates, list(data.addressing.layers))

@@ -1,0 +1,123 @@
+"""run.json: how every launch of a run can be repeated.
+
+    {"launches": [{"time": ..., "command": ..., "resumed_at": 0, "config": {...}, ...}, ...]}
+
+A resumed run adds a launch. The file is replaced by renaming, so it is whole at any moment.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import engram_jax
+from engram_jax.config import Config, to_dict
+from engram_jax.errors import UserError
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "grain",
+    "tensorflow-datasets",
+    "tokenizers",
+)
+_VARIABLES = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_")
+
+
+def record(workdir: str | Path, config: Config, *, resumed_at: int = 0) -> Path:
+    """Add this launch to `workdir`/run.json (made if missing); returns its path.
+
+    resumed_at: the step this launch starts from. Only the first process writes.
+    Raises UserError if the file there is not one of ours.
+    """
+    path = Path(workdir) / "run.json"
+    if jax.process_index() != 0:
+        return path
+    launches = read(path) if path.exists() else []
+    launches.append({**describe_launch(), "resumed_at": resumed_at, "config": to_dict(config)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps({"launches": launches}, indent=1) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The launches of a run.json, oldest first."""
+    try:
+        launches = json.loads(Path(path).read_text())["launches"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not a record of launches; move it away") from error
+    if not isinstance(launches, list):
+        raise UserError(f"{path}: is not a record of launches; move it away")
+    return launches
+
+
+def describe_launch() -> dict[str, Any]:
+    """Command, versions, machine and commit of this process, as JSON values."""
+    devices = jax.devices()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "directory": os.getcwd(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "git": git_commit(Path(engram_jax.__file__).parent),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Version by package; None if it is not installed."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "engram_jax": engram_jax.__version__,
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit(package: Path) -> dict[str, Any] | None:
+    """{"commit": ..., "dirty": ...} of the checkout that `package` is tracked in.
+
+    dirty: tracked files differ from the commit. None without git, outside a checkout, and for a
+    package that only lies in somebody else's checkout (a virtual environment, say).
+    """
+    try:
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        commit = _git(package, "rev-parse", "HEAD").strip()
+        dirty = bool(_git(package, "status", "--porcelain", "--untracked-files=no").strip())
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": dirty}
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout

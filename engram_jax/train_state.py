@@ -1,0 +1,138 @@
+"""Everything a training run carries from step to step, as one pytree."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from engram_jax.address import hashing_jnp
+from engram_jax.address.artifact import Addressing
+from engram_jax.config import Config
+from engram_jax.errors import UserError
+from engram_jax.layers.moe import RouterBias
+from engram_jax.memory.table import Table, init_memory
+from engram_jax.model.transformer import Transformer
+from engram_jax.optim import optimizer
+from engram_jax.optim.schedule import learning_rate
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32 [], updates applied so far.
+
+    params: the model's trained parameters, a plain nested dict.
+    router_bias: the experts' selection biases (not trained by gradients), likewise.
+    opt_state: the optax state of `params`.
+    memory: Engram layer id -> Table (rows and their moments).
+    halted: bool [], True after a non-finite loss or gradient: later steps change nothing.
+    """
+
+    step: jax.Array
+    params: Params
+    router_bias: Params
+    opt_state: Any
+    memory: dict[str, Table]
+    halted: jax.Array
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static half of a run: what functions close over. Build it once with `build_program`."""
+
+    config: Config
+    addressing: Addressing | None
+    graphdef: Any
+    tx: optax.GradientTransformation
+    rate: Any
+
+    def model(self, params: Params, router_bias: Params) -> Transformer:
+        """The model with these values; call it inside jit."""
+        return nnx.merge(self.graphdef, params, router_bias)
+
+    def canonical(self, tokens: jax.Array) -> jax.Array:
+        """Raw ids int32 [...] -> canonical ids; negative where a token has no memory."""
+        compression = self.addressing.compression if self.addressing is not None else None
+        table = None if compression is None else jnp.asarray(compression)
+        return hashing_jnp.canonicalise(tokens, table)
+
+    def memory_mask(self, tokens: jax.Array) -> jax.Array:
+        """bool [...]: False for what yields no memory: negative (masked, image) ids, ids past the
+        tokenizer's."""
+        return self.canonical(tokens) >= 0
+
+    @property
+    def table_rows(self) -> dict[str, int]:
+        """Stored rows per Engram layer id (R, plus the padding that the "qwen" dialect has)."""
+        if self.addressing is None:
+            return {}
+        return {str(k): layer.padded_rows for k, layer in self.addressing.layers.items()}
+
+
+def split_model(model: Transformer) -> tuple[Any, Params, Params]:
+    """(graphdef, params, router biases) of a model, the latter two as plain nested dicts."""
+    graphdef, *states = nnx.split(model, nnx.Param, RouterBias)
+    params, bias = (nnx.to_pure_dict(state) for state in states)
+    return graphdef, params, bias
+
+
+def build_program(config: Config, addressing: Addressing | None) -> Program:
+    """Raises UserError for float64 where JAX has it switched off: it would compute in float32."""
+    for key in ("dtype", "param_dtype"):
+        dtype = getattr(config.model, key)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise UserError(
+                f"config.model.{key} = {dtype!r}: must be float32 or bfloat16, unless"
+                " JAX_ENABLE_X64=1 is set in the environment"
+            )
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    rate = learning_rate(config.optimizer, config.train.steps)
+    return Program(
+        config=config,
+        addressing=addressing,
+        graphdef=split_model(model)[0],
+        tx=optimizer.build(config.optimizer, rate),
+        rate=rate,
+    )
+
+
+def init_state(program: Program) -> TrainState:
+    """A fresh state, a pure function of `config.train.seed`. Jit it (on a mesh: out_shardings)."""
+    config, engram = program.config, program.config.model.engram
+    seed = config.train.seed
+    _, params, bias = split_model(Transformer(config, rngs=nnx.Rngs(params=seed)))
+    # A stream of its own, so that adding a table changes no other parameter's start.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        router_bias=bias,
+        opt_state=program.tx.init(params),
+        memory=init_memory(key, program.table_rows, engram.dim, engram.init_std),
+        halted=jnp.zeros((), bool),
+    )
+
+
+def abstract_state(program: Program) -> TrainState:
+    """The state's shapes and dtypes, without allocating it."""
+    return jax.eval_shape(lambda: init_state(program))
+
+
+def check_memory(program: Program) -> None:
+    """Raises UserError if the state cannot lie in memory: a machine that tries may stand still."""
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state(program)))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    there = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"config.model: parameters, tables and their moments take {needed / 1e9:,.1f} GB, this"
+            f" {jax.default_backend()} has {there / 1e9:,.1f} GB; --mode=describe tells the parts"
+        )

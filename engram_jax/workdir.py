@@ -1,0 +1,68 @@
+"""The folder a run lives in: can it be written to, is somebody else training there.
+
+run.json, metrics.jsonl, report.html   what happened (provenance, metrics, report)
+checkpoints/, addressing/              the model (checkpoint)
+tokenizer.json, text.json              its text side (restore)
+.lock                                  held while a process trains here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from engram_jax.errors import UserError
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises UserError if `workdir` is not, and cannot become, a folder to write to.
+
+    Makes nothing, so that what is refused later leaves no empty folder behind.
+    """
+    folder = workdir.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"--workdir={workdir}: {folder} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written to ({error.strerror})"
+        raise UserError(f"--workdir={workdir}: {reason}") from error
+
+
+def check_trained(workdir: Path) -> None:
+    """Raises UserError if no run was ever started in `workdir`."""
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"--workdir={workdir}: no trained model there; run --mode=train first")
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Make `workdir` and keep other launches from training in it meanwhile.
+
+    The lock goes with the process, however that ends. One process of a run holds it; on a file
+    system without locks nobody does. Raises UserError if another launch has it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--workdir={workdir}: another process is training there; wait for it, or give"
+                " another --workdir"
+            ) from None
+        except OSError:
+            pass
+        yield

@@ -1,0 +1,76 @@
+"""One program for everything: train, evaluate, generate from, or describe a model.
+
+    python launch.py --config=configs/engram_tiny.py
+    python launch.py --config=configs/engram_tiny.py --mode=generate --prompt="def main("
+    python launch.py --config=configs/engram27b.py --mode=describe --json
+
+Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
+--workdir (default runs/<config.name>); the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from engram_jax import command_line
+from engram_jax.errors import UserError
+
+MODES = ("train", "evaluate", "generate", "describe")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/.")
+_MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
+_JSON = flags.DEFINE_bool("json", False, "describe, evaluate: one JSON object on standard output.")
+_PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
+_STEP = flags.DEFINE_string("step", "latest", "evaluate, generate: latest, best or a step number.")
+
+
+@command_line.reported
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    command_line.parse(argv, flags.FLAGS, "config")
+    mode, step = _MODE.value, _STEP.value
+    if mode not in MODES:
+        raise UserError(f"--mode={mode}: must be one of {', '.join(MODES)}")
+    if mode == "generate" and _PROMPT.value is None:
+        raise UserError("--prompt: missing; generate needs a text to continue")
+    if step not in ("latest", "best") and not step.isdecimal():
+        raise UserError(f"--step={step}: must be latest, best or a step number")
+    return list(argv[:1])
+
+
+@command_line.reported
+def main(argv: Sequence[str]) -> None:
+    """Carry out the mode. Imports are local: describing a model must not load the data pipeline."""
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    config = command_line.config_of(_CONFIG.value, "config")
+    workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+    if _MODE.value == "describe":
+        from engram_jax import describe
+
+        description = describe.describe(config)
+        print(json.dumps(description) if _JSON.value else describe.table(description))
+        return
+    command_line.keep_compiled_programs(config)
+    if _MODE.value == "train":
+        from engram_jax import train
+
+        train.train(config, workdir)
+    elif _MODE.value == "evaluate":
+        from engram_jax import evaluate
+
+        result = evaluate.evaluate(config, workdir, _STEP.value)
+        print(json.dumps(result) if _JSON.value else evaluate.table(result))
+    elif _MODE.value == "generate":
+        from engram_jax import restore
+
+        restore.print_continuation(config, workdir, _STEP.value, _PROMPT.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

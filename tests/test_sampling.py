@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.sampling import sample
+
+LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.05, 0.05, 0.1, 0.8]]))
+
+
+def frequencies(row, draws=20_000, **options):
+    logits = jnp.tile(LOGITS[row], (draws, 1))
+    tokens = jax.jit(lambda k: sample(logits, k, **options))(jax.random.key(0))
+    return np.bincount(np.asarray(tokens), minlength=4) / draws
+
+
+def test_greedy_takes_the_largest():
+    assert sample(LOGITS, jax.random.key(0), temperature=0).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"temperature": 1.0}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, np.array([16, 9, 4, 1]) / 30),
+        ({"temperature": 1.0, "top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 1.0, "top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 1.0, "top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"temperature": 1.0, "top_p": 0.01}, [1, 0, 0, 0]),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+    ],
+)
+def test_draws_follow_the_truncated_distribution(options, expected):
+    """20,000 draws: four standard deviations are 0.014."""
+    np.testing.assert_allclose(frequencies(0, **options), expected, atol=0.014)
+
+
+def test_rows_are_independent_and_seeds_repeat():
+    one = sample(LOGITS, jax.random.key(3), temperature=1.0)
+    two = sample(LOGITS, jax.random.key(3), temperature=1.0)
+    assert one.tolist() == two.tolist() and one.shape == (2,) and one.dtype == jnp.int32

@@ -1,0 +1,221 @@
+"""A finished run: what it wrote, what it says of itself, and what the other modes make of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax import provenance, train
+from engram_jax.checkpoint import Checkpointer
+from engram_jax.config import Config, to_dict
+from engram_jax.generate import Generator, stream_text
+from engram_jax.metrics import read_metrics
+from engram_jax.restore import load
+from engram_jax.run_data import RunData, open_data
+from engram_jax.train_state import build_program
+from engram_jax.workdir import held
+from tests.runs import launched, small_config, small_run
+
+EVERY_STEP = {
+    "step": (),
+    "time": (),
+    "loss": (),
+    "grad_norm": (),
+    "grad_norm_memory": (),
+    "learning_rate": (),
+    "expert_load": (1, 4),
+    "gate/1": (2,),
+    "rows_touched/1": (),
+    "hit_rate/1": (),
+}
+FROM_THE_SECOND = {"step_seconds": (), "tokens_per_second": ()}
+EVALUATION = {"step": (), "time": (), "validation_loss": (), "utilisation/1": ()}
+
+
+def shapes(record: dict) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(value) for name, value in record.items()}
+
+
+def best_step(workdir: Path) -> int:
+    """The step of the lowest logged validation loss."""
+    records = [r for r in read_metrics(workdir) if "validation_loss" in r]
+    return min(records, key=lambda r: r["validation_loss"])["step"]
+
+
+@pytest.fixture(scope="module")
+def config(corpus) -> Config:
+    return small_config(corpus)
+
+
+@pytest.fixture(scope="module")
+def data(config) -> RunData:
+    return open_data(config, log=lambda line: None)
+
+
+def test_every_metric_at_every_step(undisturbed):
+    records = read_metrics(undisturbed)
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "validation_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 25))
+    assert [r["step"] for r in evaluations] == [12, 24]
+    assert shapes(steps[0]) == EVERY_STEP
+    assert all(shapes(r) == EVERY_STEP | FROM_THE_SECOND for r in steps[1:])
+    assert all(shapes(r) == EVALUATION for r in evaluations)
+    assert len(records) == len(steps) + len(evaluations)
+
+
+def test_the_metrics_mean_what_they_say(undisturbed, config):
+    steps = [r for r in read_metrics(undisturbed) if "loss" in r]
+    tokens = config.data.batch_size * config.data.seq_len
+    for r in steps:
+        np.testing.assert_allclose(r["expert_load"].sum(axis=1), 1, rtol=1e-6)
+        assert np.all((r["gate/1"] > 0) & (r["gate/1"] < 1))
+        assert 0 < r["rows_touched/1"] <= tokens * config.model.engram.heads
+        assert 0 < r["grad_norm_memory"] < r["grad_norm"]
+    assert steps[0]["hit_rate/1"] == 0  # no row was ever trained before
+    assert steps[-1]["hit_rate/1"] > steps[1]["hit_rate/1"] > 0
+    assert abs(steps[0]["loss"] - math.log(config.tokenizer.vocab_size)) < 0.2
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    peak = config.optimizer.peak_lr
+    # Two steps of warm-up, then down at 80 % and 90 % of 24 steps.
+    expected = [peak / 2, *[peak] * 18, *[0.316 * peak] * 3, *[0.1 * peak] * 2]
+    np.testing.assert_allclose([r["learning_rate"] for r in steps], expected, rtol=1e-6)
+
+
+def test_a_run_leaves_a_report_curves_and_its_record(undisturbed, config):
+    html = (undisturbed / "report.html").read_text()
+    assert "<img" in html and "data:image/png;base64," in html
+    assert "engram_tiny" in (undisturbed / "report.md").read_text()
+    events = list((undisturbed / "tensorboard").iterdir())
+    assert events and all(event.stat().st_size > 1000 for event in events)
+    (launch,) = provenance.read(undisturbed / "run.json")
+    assert launch["config"] == json.loads(json.dumps(to_dict(config)))
+    assert launch["versions"]["jax"] == jax.__version__
+    assert {"python", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(launch["versions"])
+    assert re.fullmatch("[0-9a-f]{40}", launch["git"]["commit"]) if launch["git"] else True
+    assert launch["command"] and launch["resumed_at"] == 0
+
+
+def test_checkpoints_are_the_latest_and_the_best(undisturbed):
+    with Checkpointer(undisturbed, read_only=True) as checkpointer:
+        best = best_step(undisturbed)
+        assert checkpointer.steps() == sorted({best, 18, 21, 24})
+        assert checkpointer.best_step() == best
+
+
+def test_nothing_is_transferred_implicitly(config, data, tmp_path):
+    """Steps, evaluation, metrics and checkpoints: every transfer in the loop is asked for."""
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed"):
+        jnp.add(np.ones(3), 1)  # what the guard catches
+    program = build_program(config, data.addressing)
+    with Checkpointer(tmp_path, addressing=data.addressing) as checkpointer:
+        run = train.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None)
+        with jax.transfer_guard("disallow"):
+            state = run.loop()
+        assert checkpointer.steps()[-3:] == [18, 21, 24]
+    assert int(state.step) == 24
+
+
+def numbers(batches: Iterator[dict], data: RunData) -> set[int]:
+    """Which documents of the corpus ("document 17 ...") the tokens of the batches are from."""
+    text = " ".join(
+        data.prepared.tokenizer.decode(row.tolist(), skip_special_tokens=False)
+        for batch in batches
+        for row in batch["tokens"]
+    )
+    return {int(number) for number in re.findall(r"document (\d+)\n", text)}
+
+
+def test_no_held_out_document_is_trained_on(corpus):
+    data = open_data(small_config(corpus, data__seq_len=64), log=lambda line: None)
+    iterator = data.train_iterator()
+    trained = numbers((next(iterator) for _ in range(200)), data)
+    held_out = numbers(data.validation_batches(), data)
+    assert len(held_out) > 5 and len(trained) > 30
+    assert not trained & held_out
+    assert trained | held_out <= set(range(60))
+
+
+def evaluated(corpus: Path, workdir: Path, *arguments: str) -> dict:
+    outcome = launched(*small_run(corpus, workdir), "--mode=evaluate", "--json", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("\n") == 1
+    return json.loads(outcome.out)
+
+
+def test_evaluate_prints_one_object(corpus, undisturbed, data):
+    result = evaluated(corpus, undisturbed)
+    assert set(result) == {"name", "step", "validation_loss", "perplexity", "bits_per_byte"}
+    assert (result["name"], result["step"]) == ("engram_tiny", 24)
+    loss = result["validation_loss"]
+    assert loss == json.loads((undisturbed / "losses.json").read_text())["engram_tiny"]
+    assert result["perplexity"] == pytest.approx(math.exp(loss))
+    held_out = data.prepared.store_valid
+    text = data.prepared.tokenizer.decode(held_out.tokens.tolist())
+    bits = loss / math.log(2) * len(held_out) / len(text.encode())
+    assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+
+
+def test_evaluate_any_checkpoint(corpus, undisturbed):
+    assert evaluated(corpus, undisturbed, "--step=best")["step"] == best_step(undisturbed)
+    assert evaluated(corpus, undisturbed, "--step=18")["step"] == 18
+    outcome = launched(*small_run(corpus, undisturbed), "--mode=evaluate", "--step=7")
+    assert outcome.code == 2
+    assert "step 7 was asked for; there are steps" in outcome.err
+    assert "18, 21, 24" in outcome.err
+
+
+def test_evaluate_as_text(corpus, undisturbed):
+    outcome = launched(*small_run(corpus, undisturbed), "--mode=evaluate", "--step=21")
+    assert outcome.code == 0
+    lines = dict(line.split() for line in outcome.out.splitlines())
+    assert lines["step"] == "21" and float(lines["validation_loss"]) > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_generate_prints_the_prompt_and_what_the_generator_says(
+    corpus, undisturbed, config, temperature
+):
+    arguments = small_run(corpus, undisturbed, generate__temperature=temperature)
+    arguments.append("--config.generate.max_tokens=20")
+    outcome = launched(*arguments, "--mode=generate", "--prompt=document 3\nabcd", "--step=best")
+    assert outcome.code == 0, outcome.err
+    settings = small_config(
+        corpus, generate__temperature=temperature, generate__max_tokens=20
+    ).generate
+    trained = load(config, undisturbed, "best")
+    generator = Generator(trained.program, trained.weights)
+    pieces = list(
+        stream_text(generator, trained.tokenizer, "document 3\nabcd", settings, trained.eos_id)
+    )
+    assert outcome.out == "document 3\nabcd" + "".join(pieces) + "\n"
+    assert len(pieces) > 3  # it streams
+    ids = trained.tokenizer.encode("document 3\nabcd", add_special_tokens=False).ids
+    (found,) = generator.complete([ids], settings, trained.eos_id)
+    assert "".join(pieces).rstrip("\N{REPLACEMENT CHARACTER}") == trained.tokenizer.decode(
+        found
+    ).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_generating_needs_a_token_to_start_from(corpus, undisturbed):
+    outcome = launched(*small_run(corpus, undisturbed), "--mode=generate", "--prompt=")
+    assert outcome.code == 2
+    assert outcome.err == "error: prompt: must have at least one token\n"
+    assert outcome.out == ""
+
+
+def test_two_launches_do_not_train_in_one_workdir(corpus, undisturbed):
+    before = (undisturbed / "run.json").read_text()
+    with held(undisturbed):
+        outcome = launched(*small_run(corpus, undisturbed))
+    assert outcome.code == 2
+    assert f"--workdir={undisturbed}: another process is training there" in outcome.err
+    assert (undisturbed / "run.json").read_text() == before

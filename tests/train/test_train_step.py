@@ -1,0 +1,282 @@
+"""The training step against plain differentiation through the tables, and itself in parts."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from engram_jax.loss import token_losses
+from engram_jax.optim import partition
+from engram_jax.train_state import abstract_state, init_state
+from engram_jax.train_step import (
+    batch_addresses,
+    eval_step,
+    jit_train_step,
+    train_step,
+    utilisation,
+)
+from tests.tiny import random_batch, tiny, tiny_addressing, tiny_config
+
+CLIPPED = {"optimizer.clip_norm": 0.05}
+
+
+def copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def dense_gradients(program, state, batch):
+    """d loss / d (params, whole tables), by differentiating through the gather."""
+    addresses = batch_addresses(program, batch)
+
+    def loss(params, tables):
+        rows = {k: tables[k][a] for k, a in addresses.items()}
+        model = program.model(params, state.router_bias)
+        out = model(batch["tokens"], rows, batch["positions"], batch["segments"])
+        losses = token_losses(model.logits(out.hidden), batch["targets"])
+        return jnp.sum(losses * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
+
+    tables = {k: t.rows for k, t in state.memory.items()}
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state.params, tables)
+
+
+def relative(a, b):
+    return float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_one_step_equals_differentiation_through_the_tables(accumulation):
+    """Loss, clipped global norm, moments, rows after one step of Adam, all from dense gradients."""
+    program, state = tiny(**{"train.accumulation": accumulation, **CLIPPED})
+    config, batch = program.config.optimizer, random_batch(program.config)
+    loss, (grad_params, grad_tables) = dense_gradients(program, state, batch)
+    norm = float(optax.tree.norm((grad_params, grad_tables)))
+    assert norm > config.clip_norm  # clipping takes part
+    new, metrics = jit_train_step(program)(copy(state), batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    factor = config.clip_norm / norm
+    rate = float(program.rate(jnp.int32(0))) * config.memory_lr_multiplier
+    for k, table in new.memory.items():
+        g = np.asarray(grad_tables[k], np.float64) * factor
+        touched = np.unique(batch_addresses(program, batch)[k])
+        assert int(metrics[f"rows_touched/{k}"]) == len(touched)
+        assert relative(table.mu, (1 - config.adam_b1) * g) < 1e-4
+        assert relative(table.nu, (1 - config.adam_b2) * g * g) < 1e-4
+        expected = np.asarray(state.memory[k].rows, np.float64)
+        expected[touched] -= (rate * g / (np.abs(g) + config.adam_eps))[touched]
+        np.testing.assert_allclose(table.rows, expected, atol=rate * 2e-2)
+    expected_updates, _ = program.tx.update(
+        jax.tree.map(lambda g: g * factor, grad_params), state.opt_state, state.params
+    )
+    moved = jax.tree.map(lambda a, b: a - b, new.params, state.params)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(expected_updates), strict=True
+    ):
+        assert relative(ours, theirs) < 2e-2, jax.tree_util.keystr(path)
+    assert int(new.step) == 1 and not new.halted
+
+
+def test_accumulation_trains_as_the_whole_batch():
+    whole, state = tiny(**{"train.accumulation": 1, **CLIPPED})
+    parts, _ = tiny(**{"train.accumulation": 2, **CLIPPED})
+    one, many = copy(state), copy(state)
+    step_one, step_many = jit_train_step(whole), jit_train_step(parts)
+    for i in range(5):
+        batch = random_batch(whole.config, seed=i)
+        one, a = step_one(one, batch)
+        many, b = step_many(many, batch)
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+        np.testing.assert_allclose(a["load"], b["load"])
+        assert int(a["rows_touched/1"]) == int(b["rows_touched/1"])
+
+
+def test_it_learns_a_repeated_batch():
+    program, state = tiny()
+    state, step = copy(state), jit_train_step(program)
+    batch, losses = random_batch(program.config), []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_halts():
+    program, state = tiny()
+    step, batch = jit_train_step(program), random_batch(program.config)
+    poisoned = {**batch, "loss_mask": np.full_like(batch["loss_mask"], np.inf)}
+    after, metrics = step(copy(state), poisoned)
+    assert not metrics["finite"] and bool(after.halted)
+    later, metrics = step(after, batch)  # already dispatched when the host notices
+    assert not metrics["finite"] and int(later.step) == 0
+    kept = dataclasses.replace(later, halted=state.halted)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+
+def test_hit_rate_and_utilisation_count_trained_rows():
+    """A row counts as trained once a gradient has reached it (a masked target sends none)."""
+    program, state = tiny()
+    step = jit_train_step(program)
+    batch = random_batch(program.config)
+    state, first = step(copy(state), batch)
+    assert float(first["hit_rate/1"]) == 0
+    trained = np.count_nonzero(np.any(np.asarray(state.memory["1"].nu) > 0, axis=1))
+    assert float(utilisation(state.memory)["1"]) == pytest.approx(trained / program.table_rows["1"])
+    touched = int(first["rows_touched/1"])
+    assert 0.7 * touched < trained <= touched
+    _, again = step(state, batch)
+    assert float(again["hit_rate/1"]) == pytest.approx(trained / touched)
+
+
+def test_loads_count_real_tokens_and_move_the_bias():
+    program, state = tiny()
+    ffn = program.config.model.ffn
+    batch = random_batch(program.config, accumulate_padding=True)
+    after, metrics = jit_train_step(program)(copy(state), batch)
+    load = np.asarray(metrics["load"])
+    real = np.count_nonzero(batch["segments"])
+    np.testing.assert_array_equal(load.sum(1), np.full(2, real * ffn.top_k))
+    before = np.concatenate([np.asarray(b) for b in jax.tree.leaves(state.router_bias)])
+    now = np.concatenate([np.asarray(b) for b in jax.tree.leaves(after.router_bias)])
+    moved = ffn.bias_update_rate * np.sign(load.mean(1, keepdims=True) - load)
+    np.testing.assert_allclose(now - before, moved, atol=1e-6)
+
+
+def test_host_addresses_train_the_same():
+    program, state = tiny()
+    batch = random_batch(program.config)
+    from engram_jax.address import BatchAddresser
+
+    addresses = BatchAddresser(program.addressing)(batch["tokens"], batch["segments"])
+    step = jit_train_step(program)
+    _, device = step(copy(state), batch)
+    _, host = step(copy(state), {**batch, "addresses": addresses})
+    assert float(device["loss"]) == float(host["loss"])
+
+
+def test_tables_are_updated_in_place():
+    """No copy of a table in the compiled step, every state buffer aliased."""
+    rows = 300_007
+    config = tiny_config(**{"model.engram.rows_per_head": (rows,)})
+    from engram_jax.train_state import build_program
+
+    program = build_program(config, tiny_addressing(config))
+    state = abstract_state(program)
+    compiled = jit_train_step(program).lower(state, random_batch(config)).compile()
+    stats = compiled.memory_analysis()
+    table_bytes = program.table_rows["1"] * config.model.engram.dim * 4
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert size > 3 * table_bytes
+    assert stats.alias_size_in_bytes >= size
+    assert stats.temp_size_in_bytes < table_bytes / 4
+
+
+def test_the_state_keeps_its_types():
+    """Else the second step compiles again."""
+    program, _ = tiny()
+    state = abstract_state(program)
+    after, _ = jax.eval_shape(partial(train_step, program), state, random_batch(program.config))
+
+    def types(tree):
+        return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.weak_type), tree)
+
+    assert types(after) == types(state)
+
+
+def test_evaluation_is_the_training_loss_before_the_step():
+    program, state = tiny()
+    batch = random_batch(program.config)
+    rows = {k: t.rows for k, t in state.memory.items()}
+    total, count = jax.jit(partial(eval_step, program))(
+        state.params, state.router_bias, rows, batch
+    )
+    _, metrics = jit_train_step(program)(copy(state), batch)
+    np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
+    assert float(count) == batch["loss_mask"].sum()
+
+
+def test_a_table_changes_no_other_parameters_start():
+    program, _ = tiny()
+    bigger, _ = tiny(**{"model.engram.rows_per_head": (71,)})
+    jax.tree.map(
+        np.testing.assert_array_equal, init_state(program).params, init_state(bigger).params
+    )
+
+
+EXPECTED_OPTIMIZERS = {
+    "embedding": "adamw",
+    "norm/gain": "adamw_no_decay",
+    "engrams/*/projection": "muon",
+    "engrams/*/bias": "adamw_no_decay",
+    "engrams/*/query_norm/gain": "adamw_no_decay",
+    "engrams/*/key_norm/gain": "adamw_no_decay",
+    "engrams/*/conv/norm/gain": "adamw_no_decay",
+    "engrams/*/conv/taps": "adamw_no_decay",
+    "blocks/*/blocks/attention/q_proj": "muon",
+    "blocks/*/blocks/attention/kv_a_proj": "muon",
+    "blocks/*/blocks/attention/kv_b_proj": "muon",
+    "blocks/*/blocks/attention/o_proj": "muon",
+    "blocks/*/blocks/attention/kv_norm/gain": "adamw_no_decay",
+    "blocks/*/blocks/attention_norm/gain": "adamw_no_decay",
+    "blocks/*/blocks/ffn_norm/gain": "adamw_no_decay",
+    "blocks/*/blocks/attention_hyper/fn": "adamw",
+    "blocks/*/blocks/attention_hyper/base": "adamw_no_decay",
+    "blocks/*/blocks/attention_hyper/scale": "adamw_no_decay",
+    "blocks/*/blocks/attention_hyper/norm_gain": "adamw_no_decay",
+    "blocks/*/blocks/ffn_hyper/fn": "adamw",
+    "blocks/*/blocks/ffn_hyper/base": "adamw_no_decay",
+    "blocks/*/blocks/ffn_hyper/scale": "adamw_no_decay",
+    "blocks/*/blocks/ffn_hyper/norm_gain": "adamw_no_decay",
+    "blocks/*/blocks/ffn/router": "adamw",
+    "blocks/*/blocks/ffn/gate": "muon",
+    "blocks/*/blocks/ffn/up": "muon",
+    "blocks/*/blocks/ffn/down": "muon",
+    "blocks/*/blocks/ffn/shared/gate": "muon",
+    "blocks/*/blocks/ffn/shared/up": "muon",
+    "blocks/*/blocks/ffn/shared/down": "muon",
+}
+
+
+def test_every_parameter_has_the_expected_optimizer():
+    program, _ = tiny()
+    found = {}
+    for path, label in jax.tree_util.tree_leaves_with_path(
+        partition.labels(abstract_state(program).params)
+    ):
+        name = "/".join("*" if part.isdigit() else part for part in partition.names(path))
+        assert found.setdefault(name, label) == label
+    assert found == EXPECTED_OPTIMIZERS
+
+
+def newton_schulz(g):
+    """Five quintic steps towards the nearest orthogonal matrix, float64."""
+    x = np.asarray(g, np.float64)
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_muon_takes_stacks_matrix_by_matrix():
+    """Every expert of every scanned layer, every key: -lr 0.2 sqrt(max(in, out)) NS(g)."""
+    program, state = tiny()
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), state.params)
+    zero = jax.tree.map(jnp.zeros_like, state.params)
+    updates, _ = jax.jit(program.tx.update)(grads, program.tx.init(zero), zero)
+    rate = float(program.rate(jnp.int32(0)))
+
+    def experts(tree):  # [layers, E, d, f]
+        return np.asarray(tree["blocks"]["1"]["blocks"]["ffn"]["gate"]).reshape(-1, 16, 12)
+
+    def keys_and_value(tree):  # [d_mem, M + 1, d]
+        return np.asarray(tree["engrams"]["1"]["projection"]).transpose(1, 0, 2)
+
+    for matrices in (experts, keys_and_value):
+        for g, update in zip(matrices(grads), matrices(updates), strict=True):
+            expected = -rate * 0.2 * np.sqrt(max(g.shape)) * newton_schulz(g)
+            np.testing.assert_allclose(update, expected, atol=1e-3 * np.abs(expected).max())
