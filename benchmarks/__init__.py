@@ -1,0 +1,1 @@
+"""What the project claims about speed and memory, measured: see benchmarks/run.py."""
