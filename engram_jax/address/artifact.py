@@ -131,11 +131,18 @@ def check_same(stored: Addressing, mine: Addressing) -> None:
     different = [name for name in theirs if name != "eos_id" and theirs[name] != ours[name]]
     if _bytes(stored.compression) != _bytes(mine.compression) and "compression" not in different:
         different.append("compression")
-    raise UserError(
+    message = (
         f"addressing {stored.fingerprint} (stored with the checkpoint) differs from"
         f" {mine.fingerprint} (this configuration and tokenizer) in {', '.join(different)}:"
         " its tables would be read at the wrong rows"
     )
+    if "tokenizer_fingerprint" in different:
+        message += (
+            "; the tokenizer is another one, or the text that it is trained on has changed (the"
+            " embedded text does with another Python or other versions of this project's packages):"
+            " go back to them, or start a new run with another --workdir"
+        )
+    raise UserError(message)
 
 
 def build(config: Config, tokenizer: Tokenizer | None = None) -> Addressing:

@@ -4,7 +4,8 @@ has.
 Three parts, none of which needs a network: prose (the Python language reference that `help()`
 prints, the descriptions of installed packages, their .md and .rst files), the standard library's
 sources, and the sources of installed packages. They are mixed in fixed shares and cut off at
-data.max_megabytes. What is on a machine depends on its Python and its packages, so the text differs
+data.max_megabytes. Only packages that this project needs to run are read: a run can be resumed
+after others were installed beside it. Their versions and Python's still matter, so the text differs
 a little between machines; the data set's fingerprint says whether two runs read the same.
 """
 
@@ -14,7 +15,7 @@ import importlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from engram_jax.config import DataConfig
 from engram_jax.data import report as why
 from engram_jax.data.documents import Spool, add_text
 from engram_jax.data.folder_text import File, in_hash_order
+from engram_jax.data.installed import needed
 from engram_jax.data.report import SourceReport
 
 DEFAULT_MEGABYTES = 24
@@ -37,8 +39,6 @@ _SKIPPED_FOLDERS = {
 }
 _GENERATED = re.compile(r"(_pb2(_grpc)?|_gen|_generated)\.py$|(^|[/\\])_sysconfigdata")
 _TOPICS = "pydoc_data/topics"
-# Own text would change the data with every edit of this project.
-_OWN = re.compile(r"^(engram_jax|kernels_pallas|__editable__)")
 
 
 class LocalText:
@@ -46,16 +46,13 @@ class LocalText:
 
     def __init__(self, config: DataConfig, report: SourceReport) -> None:
         self._config = config
-        paths = sysconfig.get_paths()
-        stdlib = Path(paths["stdlib"])
-        packages = sorted({Path(paths["purelib"]), Path(paths["platlib"])})
-        parts: dict[str, list[File]] = {"prose": [], "stdlib": [], "packages": []}
-        topics = stdlib / "pydoc_data" / "topics.py"
-        parts["prose"] += _files(topics, _TOPICS)
-        parts["stdlib"] += _sources(stdlib, "stdlib")
-        for root in packages:
-            parts["prose"] += _prose(root)
-            parts["packages"] += _sources(root, "packages")
+        stdlib = Path(sysconfig.get_paths()["stdlib"])
+        installed = dict(_installed())
+        parts: dict[str, list[File]] = {
+            "prose": _files(stdlib / "pydoc_data" / "topics.py", _TOPICS) + _prose(installed),
+            "stdlib": _sources(dict(_walk(stdlib)), "stdlib"),
+            "packages": _sources(installed, "packages"),
+        }
         budget = (config.max_megabytes or DEFAULT_MEGABYTES) * 1_000_000
         self.files = choose({part: in_hash_order(files) for part, files in parts.items()}, budget)
         sizes = {part: sum(f.size for f in files) / 1e6 for part, files in self.files.items()}
@@ -110,32 +107,41 @@ def _files(path: Path | str, name: str) -> list[File]:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, str]]:
-    """(path, name below root) of the files that a reader of this machine's text would look at."""
+    """(name below root, path) of the files that a reader of this machine's text would look at."""
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(
-            n
-            for n in folders
-            if n not in _SKIPPED_FOLDERS and not n.startswith(".") and not _OWN.match(n)
-        )
+        folders[:] = sorted(n for n in folders if not _skipped(n))
         below = os.path.relpath(folder, root)
         for name in sorted(names):
-            yield os.path.join(folder, name), name if below == "." else f"{below}/{name}"
+            yield name if below == "." else f"{below}/{name}", os.path.join(folder, name)
 
 
-def _sources(root: Path, prefix: str) -> list[File]:
+def _installed() -> Iterator[tuple[str, str]]:
+    """(name below site-packages, path) of such files of the packages this project needs."""
+    for package in needed():
+        for file in package.files or ():  # ".." leads to programs and manual pages
+            if ".." not in file.parts and not any(map(_skipped, file.parts[:-1])):
+                yield file.as_posix(), str(file.locate())
+
+
+def _skipped(folder: str) -> bool:
+    return folder in _SKIPPED_FOLDERS or folder.startswith(".")
+
+
+def _sources(paths: Mapping[str, str], prefix: str) -> list[File]:
+    """paths: name -> path."""
     files: list[File] = []
-    for path, name in _walk(root):
-        if name.endswith(".py") and not _GENERATED.search(name) and not _OWN.match(name):
+    for name, path in paths.items():
+        if name.endswith(".py") and not _GENERATED.search(name):
             found = _files(path, f"{prefix}/{name}")
             files += [f for f in found if 0 < f.size <= _MAX_FILE_BYTES]
     return files
 
 
-def _prose(root: Path) -> list[File]:
+def _prose(paths: Mapping[str, str]) -> list[File]:
     """Descriptions and documents; licences are left out, since near copies of them would fall on
     both sides of the held-out split."""
     files: list[File] = []
-    for path, name in _walk(root):
+    for name, path in paths.items():
         stem = os.path.basename(name).upper()
         if (
             stem.startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE", "AUTHORS"))

@@ -73,9 +73,13 @@ class TrainIterator(Iterator[Batch]):
         batches that were cut differently."""
         for key, mine in self._identity.items():
             if state.get(key) != mine:
+                what = "data settings"
+                if key == "data":  # a fingerprint: say of what
+                    what = "text and tokenizer (the embedded text changes with Python and packages)"
                 raise UserError(
                     f"the stored position in the data has {key} = {state.get(key)!r}, this run has "
-                    f"{mine!r}; resume with the same data settings, or start a new run"
+                    f"{mine!r}; resume with the same {what}, or start a new run with another "
+                    "--workdir"
                 )
         self.close()
         self._start(int(state["next_batch"]))

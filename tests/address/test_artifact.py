@@ -140,6 +140,10 @@ def test_fingerprint_sees_everything_that_decides_an_address(addressing):
         message = one_line(raised)
         assert addressing.fingerprint in message
         assert other.fingerprint in message
+        another_tokenizer = other.tokenizer_fingerprint != addressing.tokenizer_fingerprint
+        assert ("the text that it is trained on has changed" in message) == another_tokenizer
+        assert ("another --workdir" in message) == another_tokenizer
+    assert len({other.tokenizer_fingerprint for other in others}) > 1
     with pytest.raises(UserError, match=r" in compression: "):
         check_same(others[0], addressing)
 
