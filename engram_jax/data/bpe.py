@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS)
 # Merges learnt from more text than this differ little; learning takes seconds per ten megabytes.
 SAMPLE_BYTES = 64 << 20
+# Characters. Learning takes the square of a word's length: a run of a megabyte (base64, a minified
+# script, blanks) took half an hour. No merge needs more; only learning breaks runs, encoding not.
+LONGEST_RUN = 1000
 
 # End-of-document tokens by their usual names, most telling first.
 EOS_NAMES = (
@@ -35,6 +39,7 @@ EOS_NAMES = (
 )
 
 _BYTES = 256
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN + 1},}}|\s{{{LONGEST_RUN + 1},}}")
 
 
 def open_tokenizer(
@@ -113,15 +118,26 @@ def _trained(
         log(f"data: training a tokenizer of {config.vocab_size:,} ids")
         train_bpe(_sample(corpus), config.vocab_size).save(str(folder / "tokenizer.json"))
 
-    key = key_of(corpus.fingerprint, config.vocab_size, SPECIAL_TOKENS, SAMPLE_BYTES)
+    key = key_of(corpus.fingerprint, config.vocab_size, SPECIAL_TOKENS, SAMPLE_BYTES, LONGEST_RUN)
     return build_once(cache / "tokenizers" / key, make) / "tokenizer.json"
 
 
 def _sample(corpus: Corpus) -> Iterator[str]:
-    """The first SAMPLE_BYTES of the training split (its order is by content, so a fair sample)."""
+    """The first SAMPLE_BYTES of the training split (its order is by content, so a fair sample), in
+    pieces without a run of more than LONGEST_RUN characters that are all blank or all not."""
     left = SAMPLE_BYTES
     for text in corpus.documents("train"):
-        yield text
+        yield from _without_long_runs(text)
         left -= len(text.encode())
         if left <= 0:
             return
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """Pieces that join to `text`."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            yield text[start:end]
+            start = end
+    yield text[start:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from engram_jax.config import TokenizerConfig
-from engram_jax.data import prepare
+from engram_jax.data import bpe, prepare
 from engram_jax.data.bpe import find_eos, train_bpe
+from engram_jax.data.cache import cache_root
+from engram_jax.data.corpus import open_corpus
 from engram_jax.errors import UserError
 
 HARD = "tabs\t\tand  spaces\r\n<|eos|> 日本語 \U0001f600 é \0 <|pad|>"
@@ -70,6 +73,28 @@ def test_text_that_spells_a_special_token_is_text(tmp_path, make_config, helpers
         assert (tokens == prepared.eos_id).sum() == store.documents
         assert (tokens[store.starts[1:] - 1] == prepared.eos_id).all()
         assert not (tokens == 0).any()
+
+
+@pytest.mark.parametrize("unit", ["x", "日本", " ", "\n", "ab1;"])
+def test_the_trainer_never_sees_a_run_of_a_megabyte(tmp_path, make_config, monkeypatch, unit):
+    """It takes the square of a word's length. The encoder gets the text as it is."""
+    (tmp_path / "t").mkdir()
+    run = unit * ((1 << 20) // len(unit.encode()) - 100)
+    for i in range(8):
+        (tmp_path / "t" / f"{i}.txt").write_text(f"document {i}\n{run}end {i}")
+    seen: list[str] = []
+
+    def record(texts, vocab_size):
+        seen.extend(texts)
+        return train_bpe(iter(["short"]), vocab_size)
+
+    monkeypatch.setattr(bpe, "train_bpe", record)
+    config = make_config(tmp_path / "t", max_document_bytes=1 << 21)
+    corpus = open_corpus(config.data, cache_root(config.data), lambda line: None)
+    bpe.open_tokenizer(config.tokenizer, corpus, tmp_path / "cache", lambda line: None)
+    assert "".join(seen) == "".join(corpus.documents("train"))
+    words = (len(word) for text in seen for word in re.findall(r"\S+|\s+", text))
+    assert max(words) == 1000
 
 
 def test_vocabulary_too_small_to_train(tmp_path, make_config, helpers):
