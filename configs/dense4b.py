@@ -36,7 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.ffn.dense_dim = 12_288
     model.ffn.dense_layers = 30
 
-    # Any TFDS text data set, or a folder: --config.data.source=folder --config.data.path=...
+    # C4 as prepared elsewhere, below $TFDS_DATA_DIR (its builder needs Apache Beam). Or any other
+    # TFDS text data set, or a folder: --config.data.source=folder --config.data.path=...
     config.data.source = "tfds"
     config.data.path = "c4/en"
     config.data.seq_len = 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,17 @@ def _open(name: str, log: Callable[[str], Any]) -> tfds.core.DatasetBuilder:
                 builder.download_and_prepare()
         builder.as_data_source(next(iter(builder.info.splits)))
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise UserError(
-            f"config.data.path = {name!r}: TFDS knows no data set of that name, and it is not a "
-            "folder with a prepared one"
-        ) from error
+        if _has_code(name):
+            reason = (
+                "neither a folder with a prepared TFDS data set nor prepared below $TFDS_DATA_DIR, "
+                "and TFDS can prepare it only with TensorFlow or Apache Beam; do that where they "
+                "are, with file_format='array_record', and give the folder"
+            )
+        else:
+            reason = (
+                "TFDS knows no data set of that name, and it is not a folder with a prepared one"
+            )
+        raise UserError(f"config.data.path = {name!r}: {reason}") from error
     except Exception as error:  # whatever a builder's own code raises: downloads, formats, ...
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -150,6 +158,16 @@ def _open(name: str, log: Callable[[str], Any]) -> tfds.core.DatasetBuilder:
             "downloadable or prepared already, in the array_record format"
         ) from error
     return builder
+
+
+def _has_code(name: str) -> bool:
+    """Whether TFDS comes with a builder of that name, be it one that it does not register.
+
+    So it is with the older ones, NAME.py in a folder by subject ("text/c4.py").
+    """
+    base = re.split("[/:]", name)[0]
+    modules = Path(tfds.__file__).parent.glob("*/*.py")
+    return any(module.stem == base for module in modules if module.stem != "__init__")
 
 
 def _bytes(text: bytes | str) -> bytes:

@@ -116,6 +116,8 @@ def test_refusals(tmp_path, make_config):
         open_tfds(make_config(made.data_path, source="tfds", text_key="id"))
     with pytest.raises(UserError, match="TFDS knows no data set of that name"):
         open_tfds(make_config("no_such_data_set_at_all", source="tfds"))
+    with pytest.raises(UserError, match=r"'c4/en:3\.1\.0': .* only with TensorFlow or Apache Beam"):
+        open_tfds(make_config("c4/en:3.1.0", source="tfds"))
     with pytest.raises(UserError, match=r"'engram_test_text:9\.9\.9' cannot be read"):
         open_tfds(make_config("engram_test_text:9.9.9", source="tfds"))
     only_test = build(EngramTestOnlyTest, tmp_path / "tfds")
