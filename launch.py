@@ -37,6 +37,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"--mode={mode}: must be one of {', '.join(MODES)}")
     if mode == "generate" and _PROMPT.value is None:
         raise UserError("--prompt: missing; generate needs a text to continue")
+    try:
+        (_PROMPT.value or "").encode()
+    except UnicodeEncodeError:  # what the command line gave was not UTF-8: a lone surrogate
+        raise UserError(f"--prompt={_PROMPT.value!r}: must be UTF-8 text") from None
     if step not in ("latest", "best") and not step.isdecimal():
         raise UserError(f"--step={step}: must be latest, best or a step number")
     return list(argv[:1])
