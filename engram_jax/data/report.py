@@ -22,6 +22,11 @@ OVER_LIMIT = "beyond data.max_megabytes"
 _EXAMPLES = 3
 
 
+def printable(name: str) -> str:
+    """`name` with the bytes of a file name that are not UTF-8 spelled out, as \\udcff for 0xff."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 @dataclass
 class Skipped:
     """One reason's tally: `count` documents, files or lines of `bytes` bytes, the first few by
@@ -49,13 +54,16 @@ class SourceReport:
     skipped: dict[str, Skipped] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.source = printable(self.source)
+
     def skip(self, reason: str, name: str, size: int, count: int = 1) -> None:
         """Count a document, file or line (or `count` of them) of `size` bytes that is left out."""
         tally = self.skipped.setdefault(reason, Skipped())
         tally.count += count
         tally.bytes += size
         if len(tally.examples) < _EXAMPLES:
-            tally.examples.append(name)
+            tally.examples.append(printable(name))
 
     def log(self, log: Callable[[str], Any]) -> None:
         """Say it in a few lines."""

@@ -92,6 +92,21 @@ def test_mixed_folder_is_counted(tmp_path, make_config, helpers, write_json_line
     }
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_names_that_are_not_utf8_can_be_printed(tmp_path, make_config, helpers):
+    folder = tmp_path / "te\udcffxt"
+    texts = helpers.write_folder(folder, 20)
+    (folder / "d\udcfe.txt").write_text("a name that is not UTF-8")
+    (folder / "e\udcfd.txt").write_bytes(b"\0")
+    lines: list[str] = []
+    config = make_config(folder)
+    corpus = open_corpus(config.data, cache_root(config.data), lines.append)
+    corpus.report.log(lines.append)
+    assert set().union(*both(corpus)) == {*texts.values(), "a name that is not UTF-8"}
+    printed = "\n".join(lines).encode()  # as a terminal does
+    assert rb"e\udcfd.txt" in printed and rb"te\udcffxt" in printed
+
+
 def test_missing_folder(tmp_path, make_config):
     with pytest.raises(UserError, match=r"config.data.path = .*nowhere.*no such folder"):
         open_folder(make_config(tmp_path / "nowhere"))
