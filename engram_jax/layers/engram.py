@@ -135,14 +135,14 @@ class Engram(nnx.Module):
           rows: [B, T, H, dim] from the memory, any float dtype.
           streams: [B, T, M, d].
           segments: int32 [B, T], document numbers; the convolution does not cross them.
-          mask: bool [B, T] or None; False = a token without memory (gate 0), such as an image
-            token.
+          mask: bool [B, T] or None; False = a token without memory, such as an image token: its
+            gate and output are 0, and it adds nothing to the convolution of those after it.
 
         Returns:
           (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32).
         """
         u, gate = self._gated_value(rows, streams, mask)
-        return (u if self.conv is None else u + self.conv(u, segments)), gate
+        return (u if self.conv is None else _masked(u + self.conv(u, segments), mask)), gate
 
     def init_tail(self, batch: int, dtype: DTypeLike) -> jax.Array | None:
         """The convolution's state before the first token, None for a form without one."""
@@ -161,4 +161,9 @@ class Engram(nnx.Module):
         if self.conv is None or tail is None:
             return u, tail
         y, tail = self.conv.cached(u, tail, valid)
-        return u + y, tail
+        return _masked(u + y, mask), tail
+
+
+def _masked(out: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zero where `mask` [B, T] is False: the convolution reaches a token from those before it."""
+    return out if mask is None else jnp.where(mask[..., None, None], out, 0)

@@ -274,12 +274,39 @@ def test_chunks_with_a_carried_tail_equal_the_whole(form):
     assert list(done) == [23, 23]
 
 
-def test_masked_tokens_get_no_memory():
-    config = EngramConfig(layers=(1,), heads_per_order=2, d_mem=32, form=V41)
-    module = build(config, 16, 3, 1e-6, "float32")
+def masked_module(form):
+    """A module with a convolution that does something, its inputs, and a mask of every fifth: the
+    convolution, which reaches 3, 6 and 9 back, finds others before them."""
+    config = EngramConfig(layers=(1,), heads_per_order=2, d_mem=32, form=form)
+    module = trained(build(config, 16, 3, 1e-6, "float32"))
     rows, h, segments = random_inputs(config)
-    mask = np.arange(h.shape[1])[None] % 3 != 0
-    out, gate = module(rows, h, segments, jnp.asarray(np.repeat(mask, 2, 0)))
-    assert not np.any(out[:, ::3]) and not np.any(gate[:, ::3])
-    plain, _ = module(rows, h, segments)
-    np.testing.assert_array_equal(out[:, 1::3], plain[:, 1::3])
+    mask = np.broadcast_to(np.arange(h.shape[1]) % 5 != 0, h.shape[:2])
+    return module, rows, h, segments, jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("form", [PAPER, QWEN, V41])
+def test_masked_tokens_get_no_memory(form):
+    """Not from the convolution, either. For those after them they are as if they had no value."""
+    module, rows, h, segments, mask = masked_module(form)
+    out, gate = module(rows, h, segments, mask)
+    assert not np.any(out[:, ::5]) and not np.any(gate[:, ::5])
+    _, value = module._keys_and_value(rows)
+    u = np.where(mask[..., None, None], module(rows, h, segments)[1][..., None] * value, 0)
+    expected = u if module.conv is None else u + module.conv(jnp.asarray(u), segments)
+    others = np.flatnonzero(mask[0])
+    np.testing.assert_allclose(out[:, others], expected[:, others], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [PAPER, QWEN, V41])
+def test_masked_tokens_get_no_memory_in_chunks(form):
+    module, rows, h, _, mask = masked_module(form)
+    whole, _ = module(rows, h, jnp.ones(h.shape[:2], jnp.int32), mask)
+    tail, pieces = module.init_tail(2, h.dtype), []
+    for start, end in ((0, 7), (7, 8), (8, 10), (10, 23)):
+        part = slice(start, end)
+        taken = jnp.full(2, end - start)
+        out, tail = module.cached(rows[:, part], h[:, part], tail, taken, mask[:, part])
+        pieces.append(out)
+    found = np.concatenate(pieces, axis=1)
+    assert not np.any(found[:, ::5])
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
