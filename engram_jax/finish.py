@@ -6,10 +6,14 @@ import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from engram_jax.analysis.count_models import fit_and_score
-from engram_jax.analysis.gates import gates_of_text
+from engram_jax.analysis.gates import gates_of_document
 from engram_jax.config import Config
+from engram_jax.errors import UserError
 from engram_jax.evaluate import Evaluator
 from engram_jax.generate import Generator, Weights
 from engram_jax.report import GateSample, write_report
@@ -72,6 +76,19 @@ def loss_table(losses: dict[str, float]) -> str:
     return "\n".join([*lines, ""])
 
 
+def check_samples(config: Config, tokenizer: Any) -> None:
+    """Raises UserError for a configured prompt that is no token: known before training, not after.
+
+    Some tokenizers strip what they normalise or do not know.
+    """
+    for prompt in config.train.samples:
+        if not tokenizer.encode(prompt, add_special_tokens=False).ids:
+            raise UserError(
+                f"config.train.samples: {prompt!r} is no token of this tokenizer; every prompt must"
+                " have at least one"
+            )
+
+
 def continuations(
     config: Config, data: RunData, evaluator: Evaluator, weights: Weights
 ) -> list[tuple[str, str]]:
@@ -89,10 +106,17 @@ def continuations(
 
 
 def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSample | None:
-    """The gates on the beginning of the held-out text; None for a model without memory."""
+    """The gates on the beginning of a held-out document; None for a model without memory.
+
+    Of the first one that is long enough, else of the longest: n-grams and attention reach back to
+    the document's start and no further, as in training.
+    """
     if data.addressing is None:
         return None
-    tokenizer = data.prepared.tokenizer
-    text = tokenizer.decode(data.prepared.store_valid.tokens[:GATE_TOKENS].tolist())
-    strings, gates = gates_of_text(evaluator.program, weights, tokenizer, text)
+    store, tokenizer = data.prepared.store_valid, data.prepared.tokenizer
+    lengths = np.minimum(np.diff(store.starts) - 1, GATE_TOKENS)  # without the end of the document
+    document = int(np.argmax(lengths))  # the first of the longest
+    start = int(store.starts[document])
+    ids = store.tokens[start : start + int(lengths[document])].tolist()
+    strings, gates = gates_of_document(evaluator.program, weights, tokenizer, ids)
     return GateSample(strings, gates, list(data.addressing.layers))

@@ -22,7 +22,7 @@ from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.errors import UserError
 from engram_jax.evaluate import Evaluator
-from engram_jax.finish import finish
+from engram_jax.finish import check_samples, finish
 from engram_jax.metrics import MetricsWriter, Progress
 from engram_jax.restore import save_text_side, weights_of
 from engram_jax.run_data import RunData, open_data
@@ -56,6 +56,7 @@ def train(config: Config, workdir: Path, log: Callable[[str], None] = print) -> 
     """
     check_writable(workdir)
     data = open_data(config, log)
+    check_samples(config, data.prepared.tokenizer)
     program = build_program(config, data.addressing)
     check_memory(program)
     with held(workdir):

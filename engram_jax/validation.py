@@ -233,7 +233,9 @@ def _train(train: TrainConfig, batch_size: int) -> None:
     parts = train.accumulation
     divisor = f"a divisor of data.batch_size = {batch_size}"
     _require(batch_size % parts == 0, "train.accumulation", parts, divisor)
-    _require(all(train.samples), "train.samples", train.samples, "prompts that are not empty")
+    unbroken = all(p.encode(errors="replace").decode() == p for p in train.samples)
+    prompts = "prompts that are not empty, in UTF-8"
+    _require(all(train.samples) and unbroken, "train.samples", train.samples, prompts)
 
 
 def _generate(generate: GenerateConfig, vocab: int) -> None:

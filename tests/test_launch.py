@@ -157,6 +157,7 @@ IMPOSSIBLE = [
     ("train.accumulation=3", "3", "a divisor of data.batch_size = 4"),
     ("train.accumulation=8", "8", "a divisor of data.batch_size = 4"),
     ("train.samples=('a', '')", "('a', '')", "not empty"),
+    ("train.samples=('a', '\udcff')", r"('a', '\udcff')", "UTF-8"),
     ("optimizer.peak_lr=0", "0", "positive"),
     ("optimizer.clip_norm=0", "0", "positive"),
     ("optimizer.adam_b1=1", "1", "in [0, 1)"),

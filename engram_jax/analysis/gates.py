@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,11 @@ from engram_jax.train_state import Program
 from engram_jax.train_step import batch_addresses
 
 
-def gates_of_text(
-    program: Program, weights: Weights, tokenizer: Any, text: str
+def gates_of_document(
+    program: Program, weights: Weights, tokenizer: Any, ids: Sequence[int]
 ) -> tuple[list[str], np.ndarray]:
-    """(token strings, gates [Engram layers, T] averaged over the M branches) of one document."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    """(token strings, gates [Engram layers, T] averaged over the M branches) of one document's T
+    token ids, from its first one on."""
     strings = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
     tokens = np.asarray([ids], np.int32)
     gates = jax.jit(partial(_gates, program))(weights, tokens)
