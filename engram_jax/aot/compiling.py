@@ -181,8 +181,8 @@ def _does_not_fit(message: str, folder: Path, seconds: float) -> DoesNotFitError
 
 
 def alive_at_peak(live_ranges: str, assignment: str) -> tuple[Buffer, ...]:
-    """The buffers alive at the peak, largest first: names from XLA's dump of live ranges, sizes with
-    padding from its buffer assignment, which also tells what shares a buffer (listed once)."""
+    """The buffers alive at the peak, largest first: names from XLA's dump of live ranges, sizes
+    with padding from its buffer assignment, which also tells what shares one (listed once)."""
     listing = live_ranges.partition("(peak):")[2].partition("Stack trace")[0]
     alive = set(re.findall(r"^\s+(\S+?\{[\d,]*\}): \d+ bytes", listing, re.MULTILINE))
     found: dict[tuple[str, str], Buffer] = {}

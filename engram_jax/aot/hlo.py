@@ -299,7 +299,7 @@ def _is_large(
 
 def _in_place(module: Module, where: Computation, instruction: Instruction, index: int) -> bool:
     """Whether result `index` takes over the buffer of an operand."""
-    said = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", instruction.attributes)
+    said = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.attributes)
     if said:
         outputs = re.findall(r"\{([\d,]*)\}: \(", said[1])
         if any(output in ("", str(index)) for output in outputs):
