@@ -238,7 +238,7 @@ def large_copies(
         if _has_no_buffers(module, computation):
             continue
         for instruction in computation.instructions.values():
-            for index, array in _written(instruction):
+            for index, array in _written(instruction, computation):
                 if not _is_large(instruction, array, wanted, min_bytes):
                     continue
                 if _in_place(module, computation, instruction, index):
@@ -267,15 +267,20 @@ def _has_no_buffers(module: Module, computation: Computation) -> bool:
     )
 
 
-def _written(instruction: Instruction) -> Iterator[tuple[int, Array]]:
+def _written(instruction: Instruction, where: Computation) -> Iterator[tuple[int, Array]]:
     """(index among the results, array) that the instruction fills."""
     opcode = instruction.opcode
-    if opcode in _NO_BUFFER or opcode.endswith("-done") or opcode == "async-update":
+    if opcode in _NO_BUFFER or opcode.endswith("-done"):
         return
+    if opcode == "async-update":
+        # A SparseCore's start may carry no arrays yet: then this is where they are filled.
+        start = where.instructions[instruction.operands[0]].shape
+        if isinstance(start, tuple) and start[1] != ():
+            return
     parts = list(instruction.shape) if isinstance(instruction.shape, tuple) else []
     if opcode == "copy-start":  # (destination, source, context)
         yield from enumerate(leaves(parts[0]))
-    elif opcode.endswith("-start") and len(parts) > 1:  # (operands, results, context...)
+    elif opcode.endswith(("-start", "-update")) and len(parts) > 1:  # (operands, results, ...)
         yield from enumerate(leaves(parts[1]))
     else:
         yield from enumerate(leaves(instruction.shape))

@@ -103,8 +103,9 @@ class Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         """Computations that run as part of this instruction, reducers and comparators aside."""
-        if self.opcode == "conditional":
-            found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        listed = {"conditional": "branch_computations", "custom-call": "called_computations"}
+        if self.opcode in listed:
+            found = re.search(listed[self.opcode] + r"=\{([^}]*)\}", self.attributes)
             if found:
                 return tuple(name.strip().lstrip("%") for name in found[1].split(","))
             names = [self.attribute(k) for k in ("true_computation", "false_computation")]

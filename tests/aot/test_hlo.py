@@ -100,27 +100,36 @@ def test_loops_and_branches(shard_mapped, name):
 
 
 def sharded_layer(x, w):
-    """Weights gathered beside independent work, a gradient scattered: bfloat16, w [1024, 4096]."""
+    """Weights gathered beside independent work, a gradient scattered: bfloat16, w [D / n, D]."""
     h = jnp.tanh(x @ x.T)
     whole = lax.all_gather(w, "x", tiled=True)
     y = jnp.tanh(x @ whole) @ whole
     return y, lax.psum_scatter(jnp.sin(h) @ x, "x", tiled=True)
 
 
+def test_a_collective_on_a_sparse_core_counts_once(shard_mapped):
+    """A tpu7x gathers in an async wrapper around a custom call around the all-gather."""
+    text = shard_mapped("tpu7x:2x2x1", sharded_layer, (512, 512), (64, 512), dtype=jnp.bfloat16)
+    assert 'async_execution_thread="sparsecore"' in text
+    found = {c.kind: (c.count, c.bytes) for c in collectives(text)}
+    assert found["all-gather"] == (1, 7 * 64 * 512 * 2)
+    assert found["reduce-scatter"] == (1, 7 * 64 * 512 * 2)
+
+
 def test_a_collective_spread_over_fusions_counts_once(shard_mapped):
     """A v5e hides this all-gather in matrix products, each of which names it again."""
-    text = shard_mapped("v5e:2x2", sharded_layer, (4096, 4096), (1024, 4096), dtype=jnp.bfloat16)
+    text = shard_mapped("v5e:2x2", sharded_layer, (512, 512), (128, 512), dtype=jnp.bfloat16)
     assert text.count(" all-gather(") > 1 and "AsyncCollectiveStart" in text
     found = [c for c in collectives(text) if c.kind == "all-gather"]
-    assert [(c.count, c.bytes) for c in found] == [(1, 3 * 1024 * 4096 * 2)]
+    assert [(c.count, c.bytes) for c in found] == [(1, 3 * 128 * 512 * 2)]
 
 
 def test_a_reduce_scatter_written_as_all_reduce(shard_mapped):
-    """A v5p reduces 4 x 1120 rows instead of 4 x 1024, keeps its part, and moves the seams."""
-    text = shard_mapped("v5p:2x2x1", sharded_layer, (4096, 4096), (1024, 4096), dtype=jnp.bfloat16)
+    """A v5p reduces some more rows than 4 x 512, keeps its part, and moves the seams."""
+    text = shard_mapped("v5p:2x2x1", sharded_layer, (2048, 2048), (512, 2048), dtype=jnp.bfloat16)
     assert "all-reduce-scatter" in text
     found = {c.kind: c.bytes for c in collectives(text)}
-    needed = 3 * 1024 * 4096 * 2
+    needed = 3 * 512 * 2048 * 2
     assert "all-reduce" not in found
     assert needed <= found["reduce-scatter"] <= 1.1 * needed
 
@@ -211,7 +220,9 @@ ENTRY %main (p: f32[100,80], i: s32[4], g: f32[4,80]) -> f32[100,80] {
   %g = f32[4,80] parameter(2)
   %b = f32[80,100] bitcast(%p)
   %f = f32[100,80] fusion(%p, %i, %g), kind=kLoop, calls=%scattered
+  %u = ((), (), u32[]) async-start(), calls=%scattered
 """
+STARTED = "  %v = ((f32[4,80]), f32[100,80], u32[]) async-start(%g), calls=%scattered\n"
 
 
 @pytest.mark.parametrize(
@@ -226,6 +237,10 @@ ENTRY %main (p: f32[100,80], i: s32[4], g: f32[4,80]) -> f32[100,80] {
         ("f32[400,80] all-gather(%f), replica_groups={{0,1,2,3}}", True),
         ("f32[400,80] broadcast(%f)", False),  # large, but no table: that is min_bytes' matter
         ("f32[100,80] add(%f, %f)", True),
+        ("((f32[100,80]), f32[4,80], u32[]) async-start(%f), calls=%scattered", False),
+        ("((f32[4,80]), f32[100,80], u32[]) async-start(%g), calls=%scattered", True),
+        ("((f32[4,80]), f32[100,80], u32[]) async-update(%u, %g)", True),
+        ("((f32[4,80]), f32[100,80], u32[]) async-update(%v, %g)", False),  # %v has filled it
         (
             "f32[100,80] custom-call(%f), output_to_operand_aliasing={{}: (0, {})}",
             False,
@@ -243,8 +258,9 @@ ENTRY %main (p: f32[100,80], i: s32[4], g: f32[4,80]) -> f32[100,80] {
     ],
 )
 def test_what_is_a_copy(line, found):
-    copies = large_copies(f"{COPIES}  ROOT %it = {line}\n}}\n", [(100, 80)])
-    assert [c.name for c in copies] == (["it"] if found else [])
+    started = STARTED if "%v" in line else ""
+    copies = large_copies(f"{COPIES}{started}  ROOT %it = {line}\n}}\n", [(100, 80)])
+    assert [c.name for c in copies if c.name != "v"] == (["it"] if found else [])
 
 
 def test_copies_by_size():
