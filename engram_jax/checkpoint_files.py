@@ -241,7 +241,7 @@ def gather_iterators(state: IteratorState) -> list[dict[str, Any]]:
     mine: dict[str, Any] = {"json": state}
     if isinstance(state, bytes):
         mine = {"bytes": base64.b64encode(state).decode()}
-    states = gather(json.dumps(mine, sort_keys=True))
+    states = gather(json.dumps(mine))
     return [json.loads(text) for text in (states[:1] if len(set(states)) == 1 else states)]
 
 
