@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
 from engram_jax.address.artifact import Addressing
-from engram_jax.agreement import SaveBarrier, agree
+from engram_jax.agreement import SaveBarrier, agree, gather
 from engram_jax.checkpoint_arrays import (
     flatten,
     pad_host,
@@ -39,6 +38,7 @@ from engram_jax.checkpoint_files import (
     FORMAT,
     TRACEBACKS,
     IteratorState,
+    LatestAndBest,
     MetaHandler,
     OneLine,
     StateHandler,
@@ -111,7 +111,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=not read_only,
-                preservation_policy=_LatestAndBest(self, keep, keep_best),
+                preservation_policy=LatestAndBest(self._loss_at, keep, keep_best),
                 # A rename is atomic, a deletion is not: cut short, it leaves what looks whole.
                 todelete_subdir=_TRASH,
                 lightweight_initialize=True,
@@ -213,6 +213,11 @@ class Checkpointer:
         shapes = stored_shapes(wanted, true_rows)
         number, content = agree(lambda: self._examine(step, wanted, shapes))
         path = self.directory / str(number)
+        if len(seen := set(gather(str(number)))) > 1:
+            raise UserError(
+                f"checkpoints {self.directory}: processes see different latest steps,"
+                f" {' and '.join(sorted(seen))}; all need the same directory"
+            )
         targets = {k: v for k, v in wanted.items() if math.prod(shapes[k])}
         found = agree(lambda: self._read(path, targets, shapes))
         leaves = [
@@ -328,22 +333,6 @@ class Checkpointer:
         trash = self.directory / _TRASH
         if not self._read_only and jax.process_index() == 0 and trash.exists():
             trash.rmtree()
-
-
-@dataclass
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Orbax's own BestN knows the losses only as long as the process lives, or reads every file."""
-
-    checkpointer: Checkpointer
-    keep: int
-    keep_best: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        ranked = sorted((self.checkpointer._loss_at(s), s) for s in steps)
-        kept = {s for loss, s in ranked[: self.keep_best] if loss < math.inf}
-        kept.update(sorted(steps)[-self.keep :])
-        return [s in kept for s in steps]
 
 
 def _finite(value: Any) -> float | None:

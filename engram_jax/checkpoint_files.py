@@ -10,14 +10,17 @@ import base64
 import heapq
 import json
 import logging
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers
 
 from engram_jax.address.artifact import Addressing, check_same
 from engram_jax.agreement import SaveBarrier, gather
@@ -249,6 +252,22 @@ def decode_iterator(stored: list[dict[str, Any]]) -> IteratorState:
     """This process's state, of what `gather_iterators` gave."""
     mine = stored[jax.process_index() if stored[1:] else 0]
     return base64.b64decode(mine["bytes"]) if "bytes" in mine else mine["json"]
+
+
+@dataclass
+class LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Orbax's own BestN knows the losses only as long as the process lives, or reads every file."""
+
+    loss_at: Callable[[int], float]
+    keep: int
+    keep_best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        ranked = sorted((self.loss_at(s), s) for s in steps)
+        kept = {s for loss, s in ranked[: self.keep_best] if loss < math.inf}
+        kept.update(sorted(steps)[-self.keep :])
+        return [s in kept for s in steps]
 
 
 class OneLine:

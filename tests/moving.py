@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
@@ -29,6 +28,7 @@ from engram_jax import checkpoint_files
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.errors import UserError
 
+BFLOAT16 = np.dtype(jax.numpy.bfloat16)
 ROOT = Path(__file__).resolve().parent.parent
 AXES = ("data", "fsdp", "expert", "tensor")
 SIZES = {1: (1, 1, 1, 1), 2: (1, 2, 1, 1), 4: (1, 2, 2, 1), 8: (2, 2, 1, 2)}
@@ -46,19 +46,19 @@ ITERATOR = {"next_batch": 7, "data": "fingerprint", "seed": 3}
 def originals(seed: int) -> dict:
     rng = np.random.default_rng(seed)
 
-    def bits(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    def bits(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return np.frombuffer(rng.bytes(size), dtype).reshape(shape)
 
     return {
         "memory": {
             "1": {k: bits((101, 6), np.float32) for k in ("rows", "mu", "nu")},
-            "14": {"rows": bits((37, 4), ml_dtypes.bfloat16)},
+            "14": {"rows": bits((37, 4), BFLOAT16)},
             "20": {"rows": bits((3, 5), np.float32)},
         },
         "params": {
             "experts": bits((4, 8, 6), np.float32),
-            "norm": bits((5,), ml_dtypes.bfloat16),
+            "norm": bits((5,), BFLOAT16),
             "w": bits((8, 16), np.float32),
         },
         "counts": bits((8, 3), np.int32),
