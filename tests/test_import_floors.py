@@ -27,7 +27,8 @@ FLOORS: tuple[tuple[str, str], ...] = (
     ("5 learning", "loss optim/"),
     (
         "6 a run's state and records",
-        "train_state workdir checkpoint checkpoint_files metrics provenance",
+        "train_state workdir checkpoint checkpoint_files metrics provenance preemption watchdog"
+        " profiling throughput goodput device_peaks",
     ),
     ("6 a run's report", "report report_figures"),
     (
@@ -35,7 +36,7 @@ FLOORS: tuple[tuple[str, str], ...] = (
         "describe train_step sampling generate run_data restore evaluate",
     ),
     ("7 studies", "analysis/"),
-    ("7 the loop and the command", "finish train command_line"),
+    ("7 the loop and the command", "finish instruments train command_line"),
 )
 FLOOR_OF = {name: n for n, (_, names) in enumerate(FLOORS) for name in names.split()}
 
