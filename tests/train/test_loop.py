@@ -36,7 +36,16 @@ EVERY_STEP = {
     "rows_touched/1": (),
     "hit_rate/1": (),
 }
-FROM_THE_SECOND = {"step_seconds": (), "tokens_per_second": ()}
+FROM_THE_SECOND = {
+    "step_seconds": (),
+    "step_seconds/p50": (),
+    "step_seconds/p90": (),
+    "step_seconds/p99": (),
+    "step_seconds/max": (),
+    "tokens_per_second": (),
+    "tokens_per_second_per_device": (),
+    "goodput": (),  # and no "mfu": a CPU's peak is unknown
+}
 EVALUATION = {"step": (), "time": (), "validation_loss": (), "utilisation/1": ()}
 
 
