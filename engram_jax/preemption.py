@@ -90,8 +90,10 @@ class Preemption:
             replicated = NamedSharding(mesh, PartitionSpec())
             self._any = jax.jit(jnp.any, out_shardings=replicated)
         flag = np.full((1,), self._requested)
-        flags = jax.make_array_from_callback(
-            (mesh.size,), NamedSharding(mesh, PartitionSpec("all")), lambda index: flag
+        flags = jax.make_array_from_single_device_arrays(
+            (mesh.size,),
+            NamedSharding(mesh, PartitionSpec("all")),
+            [jax.device_put(flag, device) for device in mesh.local_devices],
         )
         return self._any(flags)
 

@@ -158,7 +158,8 @@ class Run:
             before = copy.deepcopy(self.iterator.get_state())
             host_batch = next(self.iterator)
             batch = jax.device_put(host_batch)
-            with jax.transfer_guard("disallow"):
+            annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            with annotation, jax.transfer_guard("disallow"):
                 self.state, metrics = step_fn(self.state, batch)
             if pending is not None:
                 self._read(pending, progress)
