@@ -5,7 +5,7 @@
 --json=/dev/stdout prints the JSON object.
 
 The small model of the tests, 180 steps, a checkpoint every third. Every launch is a process, ended
-by SIGKILL or SIGTERM (sometimes twice) while starting, stepping, evaluating or saving.
+by SIGKILL or SIGTERM (sometimes twice) while starting, stepping or saving.
 """
 
 from __future__ import annotations

@@ -187,10 +187,12 @@ def finished(outcome: Outcome) -> Outcome:
 def campaign(
     corpus: Path, workdir: Path, count: int, rng: random.Random, **overrides
 ) -> Iterator[Kill]:
-    """`count` launches, each killed at a random moment of some kind: SIGKILL or SIGTERM (then
-    sometimes twice), starting, stepping, evaluating or saving."""
-    for moment in rng.choices([starting, stepping, saving], [1, 2, 2], k=count):
-        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+    """`count` launches, each killed at a random moment: a fifth while starting, two fifths each
+    while stepping and saving; every second by SIGTERM, of which some are sent twice."""
+    moments = ([starting, stepping, saving, stepping, saving] * count)[:count]
+    numbers = ([signal.SIGKILL, signal.SIGTERM] * count)[:count]
+    rng.shuffle(moments)
+    for moment, number in zip(moments, numbers, strict=True):
         again = number == signal.SIGTERM and rng.random() < 0.5
         condition, begun, within = moment(workdir, rng), has_begun(workdir), [False]
 
