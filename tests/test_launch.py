@@ -280,7 +280,7 @@ FLAGS = [
     ([TINY, "--mode="], "--mode=", "train, evaluate, generate, describe"),
     ([TINY, "--json=perhaps"], "--json=perhaps"),
     ([TINY, "--mode=generate"], "--prompt: missing"),
-    # The shell's $'\\xff', as Python hands it over.
+    # The shell's $'\xff', as Python hands it over.
     ([TINY, "--mode=generate", "--prompt=a\udcff"], r"--prompt='a\udcff'", "UTF-8"),
     ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
     ([TINY, "--mode=evaluate", "--step=-1"], "--step=-1", "latest, best or a step number"),
