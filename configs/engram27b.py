@@ -1,4 +1,4 @@
-"""Engram-27B (paper, Table 1): 26.73 B parameters, 3.83 B active, 5.79 B of them in the tables.
+"""Engram-27B (paper, Table 1): 26.73 B parameters, 3.84 B active, 5.79 B of them in the tables.
 
     python launch.py --config=configs/engram27b.py --mode=describe
 

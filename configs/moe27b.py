@@ -1,6 +1,6 @@
 """MoE-27B: the paper's baseline of the same size and cost as Engram-27B.
 
-26.72 B parameters, 3.80 B active.
+26.72 B parameters, 3.81 B active.
 
     python launch.py --config=configs/moe27b.py --mode=describe
 

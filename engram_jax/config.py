@@ -30,7 +30,10 @@ PAPER, V41, QWEN = "paper", "v41", "qwen"
 LOCAL_BPE = "local-bpe"
 
 # An address is an int32, and the 32-bit hash (address/hashing_jnp) needs 4 * head size <= 2**32.
-MAX_TABLE_ROWS = 2**31 - 1
+# The highest addresses belong to no row: memory/row_gradients.py fills its unused entries, as many
+# as a step looks up in a table, with the last ones below 2**31.
+MAX_LOOKUPS = 2**28
+MAX_TABLE_ROWS = 2**31 - MAX_LOOKUPS
 MAX_HEAD_SIZE = 2**30
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

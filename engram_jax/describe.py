@@ -86,12 +86,14 @@ def describe(config: Config) -> dict[str, Any]:
     active_params: weights a token multiplies with, without the token embedding (paper, Table 1).
     rho: routed experts' share of the sparse parameters (those a token does not touch), None if
       there are none (section 3 of the paper).
+    rows: that an address can name; stored_rows: of the table with its padding (dialect "qwen"),
+      which the counts of parameters include.
     multipliers: None while the tokenizer, and so the number of canonical ids, is not known.
     """
     counts = parts(config)
     engram, ffn = config.model.engram, config.model.ffn
     layers, canonical = geometry(config)
-    tables = sum(layer.rows for layer in layers.values()) * engram.dim
+    tables = sum(layer.padded_rows for layer in layers.values()) * engram.dim
     if tables:
         counts["engram tables"] = tables
     total = sum(counts.values())
@@ -114,6 +116,7 @@ def describe(config: Config) -> dict[str, Any]:
         "engram": {
             str(layer_id): {
                 "rows": layer.rows,
+                "stored_rows": layer.padded_rows,
                 "head_sizes": list(layer.head_sizes),
                 "multipliers": list(layer.multipliers) if canonical else None,
                 "dim": engram.dim,
@@ -139,9 +142,11 @@ def table(description: dict[str, Any]) -> str:
     lines.append(f"rho (experts' share of sparse params) {'-' if rho is None else f'{rho:.1%}'}")
     for layer, memory in description["engram"].items():
         sizes, multipliers = memory["head_sizes"], memory["multipliers"]
+        padded = memory["stored_rows"] > memory["rows"]
+        stored = f" ({memory['stored_rows']:,} rows stored)" if padded else ""
         numbers = ", ".join(map(str, multipliers or ["known once the tokenizer is trained"]))
         lines.append(
-            f"engram layer {layer}: {memory['rows']:,} rows x {memory['dim']}; "
+            f"engram layer {layer}: {memory['rows']:,} rows x {memory['dim']}{stored}; "
             f"{len(sizes)} heads of {min(sizes):,} to {max(sizes):,} rows; "
             f"multipliers {numbers}"
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from engram_jax.config import (
     MAX_HEAD_SIZE,
+    MAX_LOOKUPS,
     MAX_TABLE_ROWS,
     PAPER,
     QWEN,
@@ -101,6 +102,8 @@ def validate(config: Config) -> None:
     _engram(model.engram, model.layers)
     _tokenizer(config.tokenizer, restarts=bool(model.engram.layers) and _is_qwen(model.engram))
     _data(config.data)
+    if model.engram.layers:
+        _lookups(config.data, model.engram.heads)
     _optimizer(config.optimizer)
     _train(config.train, config.data.batch_size)
     _generate(config.generate, config.tokenizer.vocab_size)
@@ -167,7 +170,8 @@ def _engram(engram: EngramConfig, layers: int) -> None:
         table <= MAX_TABLE_ROWS,
         f"{key}.rows_per_head",
         rows,
-        f"at most {MAX_TABLE_ROWS} rows over all {engram.heads} heads (addresses are int32);"
+        f"at most {MAX_TABLE_ROWS} rows over all {engram.heads} heads (addresses are int32, and"
+        " the highest are no rows);"
         f" this is {table}",
     )
 
@@ -207,6 +211,17 @@ def _data(data: DataConfig) -> None:
     fraction, longest = data.validation_fraction, data.max_document_bytes
     _require(0 < fraction < 1, "data.validation_fraction", fraction, "between 0 and 1")
     _require(longest >= 64, "data.max_document_bytes", longest, "64 or more")
+
+
+def _lookups(data: DataConfig, heads: int) -> None:
+    most = MAX_LOOKUPS // (data.seq_len * heads)
+    _require(
+        data.batch_size <= most,
+        "data.batch_size",
+        data.batch_size,
+        f"at most {most}: a step of data.seq_len = {data.seq_len} and {heads} heads looks up at"
+        f" most {MAX_LOOKUPS} rows per table",
+    )
 
 
 def _optimizer(optimizer: OptimizerConfig) -> None:

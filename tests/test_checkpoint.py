@@ -333,6 +333,7 @@ def test_kill_at_any_moment_leaves_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_kill_many_times(tmp_path):
     kill_rounds(tmp_path, rounds=40, seed=1)
 
@@ -422,6 +423,7 @@ print("same")
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_two_processes_save_and_restore_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

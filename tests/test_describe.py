@@ -9,6 +9,10 @@ import sys
 
 import pytest
 
+from configs import engram_tiny
+from engram_jax import config as config_lib
+from engram_jax.address import build
+from engram_jax.train_state import abstract_state, build_program
 from tests.runs import CONFIGS, ROOT, configuration, launched
 
 GB = 1 << 30
@@ -102,7 +106,7 @@ def test_counts_follow_from_the_equations(name):
     engram = config.model.engram
     assert {k: v["head_sizes"] for k, v in found["engram"].items()} == head_sizes(engram)
     for memory in found["engram"].values():
-        assert memory["rows"] == sum(memory["head_sizes"])
+        assert memory["rows"] == memory["stored_rows"] == sum(memory["head_sizes"])
         assert memory["dim"] == engram.d_mem // (len(engram.orders) * engram.heads_per_order)
 
 
@@ -155,6 +159,26 @@ def test_multipliers_wait_for_a_tokenizer_that_is_yet_to_be_trained(deepseek_tok
     for layer, memory in given["engram"].items():
         assert len(memory["multipliers"]) == 3
         assert memory["head_sizes"] == memories[layer]["head_sizes"]
+
+
+def test_what_is_stored_is_counted():
+    """Dialect "qwen" rounds a table up to a multiple of 128 rows; training stores them all."""
+    qwen = {"model.engram.hash_dialect": "qwen", "tokenizer.eos_id": 2}
+    arguments = [f"--config.{key}={value}" for key, value in qwen.items()]
+    found = described("engram_tiny", *arguments)
+    memories = found["engram"].values()
+    for memory in memories:
+        assert memory["rows"] == sum(memory["head_sizes"])
+        assert memory["stored_rows"] == math.ceil(memory["rows"] / 128) * 128 > memory["rows"]
+    counted = sum(memory["stored_rows"] * memory["dim"] for memory in memories)
+    assert found["engram_params"] == found["parts"]["engram tables"] == counted
+    values = engram_tiny.get_config()
+    values.update_from_flattened_dict(qwen)
+    config = config_lib.parse(values)
+    stored = abstract_state(build_program(config, build(config))).memory
+    assert counted == sum(table.rows.size for table in stored.values())
+    text = launched(f"--config={ROOT}/configs/engram_tiny.py", "--mode=describe", *arguments).out
+    assert all(f"({memory['stored_rows']:,} rows stored)" in text for memory in memories)
 
 
 def test_the_table_shows_every_part():

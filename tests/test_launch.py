@@ -130,7 +130,9 @@ IMPOSSIBLE = [
     ("model.engram.rows_per_head=1", "(1,)", "in [2, 1073741824]"),
     ("model.engram.rows_per_head=-5", "(-5,)", "in [2, 1073741824]"),
     ("model.engram.rows_per_head=2000000000", "(2000000000,)", "in [2, 1073741824]"),
-    ("model.engram.rows_per_head=600000000", "(600000000,)", "2147483647", "2400000000"),
+    ("model.engram.rows_per_head=600000000", "(600000000,)", "1879048192", "2400000000"),
+    ("model.engram.rows_per_head=469762049", "(469762049,)", "1879048192", "1879048196"),
+    ("data.batch_size=4194305", "4194305", "at most 4194304", "268435456 rows"),
     ("model.ffn.top_k=5", "5", "in [1, 4]", "routed_experts = 4"),
     ("model.ffn.top_k=0", "0", "in [1, 4]"),
     ("model.ffn.expert_dim=0", "0", "positive"),
@@ -278,7 +280,7 @@ FLAGS = [
     ([TINY, "--mode="], "--mode=", "train, evaluate, generate, describe"),
     ([TINY, "--json=perhaps"], "--json=perhaps"),
     ([TINY, "--mode=generate"], "--prompt: missing"),
-    # The shell's $'\\xff', as Python hands it over.
+    # The shell's $'\xff', as Python hands it over.
     ([TINY, "--mode=generate", "--prompt=a\udcff"], r"--prompt='a\udcff'", "UTF-8"),
     ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
     ([TINY, "--mode=evaluate", "--step=-1"], "--step=-1", "latest, best or a step number"),
@@ -420,9 +422,9 @@ def test_precision_that_jax_has_switched_off(run):
 
 
 def test_memory_that_does_not_suffice(run):
-    """Known before any of it is allocated: 2e9 rows of 1024 numbers and two moments of each."""
-    outcome = run(model__engram__rows_per_head=500_000_000, model__engram__d_mem=4096)
-    refused(outcome, "config.model", "24,576", "GB", "--mode=describe", out="data:")
+    """Known before any of it is allocated: 1.8e9 rows of 1024 numbers and two moments of each."""
+    outcome = run(model__engram__rows_per_head=450_000_000, model__engram__d_mem=4096)
+    refused(outcome, "config.model", "22,118", "GB", "--mode=describe", out="data:")
 
 
 PROCESSES = [

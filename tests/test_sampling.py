@@ -18,6 +18,18 @@ def test_greedy_takes_the_largest():
     assert sample(LOGITS, jax.random.key(0), temperature=0).tolist() == [0, 3]
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1.2e-38, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("shift", [400, 0])
+def test_low_temperatures_are_as_good_as_greedy(temperature, top_p, shift):
+    """All logits above zero, or all below: divided, all might be the same infinity."""
+    logits = 100 * LOGITS[::-1] + shift
+    compiled = jax.jit(sample, static_argnames=("temperature", "top_p"))
+    for function in (sample, compiled):
+        found = function(logits, jax.random.key(0), temperature=temperature, top_p=top_p)
+        assert found.tolist() == [3, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

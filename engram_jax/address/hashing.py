@@ -107,18 +107,3 @@ def addresses(
     per_head = [h for h in hashed for _ in range(layer.heads_per_order)]
     heads = zip(per_head, layer.head_sizes, layer.offsets, strict=True)
     return np.stack([h % size + offset for h, size, offset in heads], axis=-1)
-
-
-def next_history(
-    canonical: np.ndarray,
-    layer: LayerAddressing,
-    segments: np.ndarray | None = None,
-    history: np.ndarray | None = None,
-) -> np.ndarray:
-    """What to pass as `history` with the positions that follow: int32 [..., N - 1], oldest first.
-
-    They are taken to continue the document of the last position. Arguments as in `lookback`.
-    """
-    ids = lookback(canonical, layer, segments, history)
-    newest_first = [x[..., -1] for x in ids[: layer.max_ngram - 1]]
-    return np.stack(newest_first[::-1], axis=-1).astype(np.int32)

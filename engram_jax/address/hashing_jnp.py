@@ -99,21 +99,6 @@ def addresses(
     return flat.reshape(*canonical.shape, layer.heads)
 
 
-def next_history(
-    canonical: jax.Array,
-    layer: LayerAddressing,
-    segments: jax.Array | None = None,
-    history: jax.Array | None = None,
-) -> jax.Array:
-    """What to pass as `history` with the positions that follow: int32 [..., N - 1], oldest first.
-
-    They are taken to continue the document of the last position.
-    """
-    ids = lookback(canonical, layer, segments, history)
-    newest_first = [x[..., -1] for x in ids[: layer.max_ngram - 1]]
-    return jnp.stack(newest_first[::-1], axis=-1)
-
-
 def mixes(ids: list[jax.Array], layer: LayerAddressing) -> Words:
     """h_n for every order: two words, uint32 [..., T, orders], from `lookback`'s ids."""
     high = low = jnp.zeros(ids[0].shape, jnp.uint32)

@@ -67,7 +67,7 @@ class LayerAddressing:
         if self.padded_rows > MAX_TABLE_ROWS:
             raise UserError(
                 f"{where}'s table would have {self.padded_rows} rows: must be at most"
-                f" {MAX_TABLE_ROWS} (addresses are int32)"
+                f" {MAX_TABLE_ROWS} (addresses are int32, and the highest are no rows)"
             )
 
     @property

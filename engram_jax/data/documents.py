@@ -25,6 +25,8 @@ from engram_jax.data.report import SourceReport
 # A JSON line is parsed whole: beyond this it is skipped, and counted.
 MAX_JSON_LINE = 64 << 20
 
+_BLOCK = 1 << 20
+
 
 class Spool:
     """Documents of one source, in one temporary file with their digests and lengths in memory.
@@ -133,13 +135,14 @@ def add_text(spool: Spool, name: str, text: str, origin: int, max_bytes: int) ->
 
 
 def add_file(spool: Spool, path: Path, name: str, origin: int, max_bytes: int) -> None:
-    """A text file as one document, read in pieces."""
+    """A text file as one document, read in pieces. A NUL byte anywhere makes it none."""
     with open(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size
-        rest, pieces = file.read(max_bytes + 1), 0
-        if b"\0" in rest:
+        if any(b"\0" in block for block in iter(lambda: file.read(_BLOCK), b"")):
             spool.report.skip(why.BINARY, name, left)
             return
+        file.seek(0)
+        rest, pieces = file.read(max_bytes + 1), 0
         rest = rest.removeprefix(codecs.BOM_UTF8)
         while (rest := rest + file.read(max_bytes + 1 - len(rest))) or not pieces:
             if spool.full:

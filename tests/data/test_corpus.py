@@ -348,6 +348,7 @@ def test_choose_fills_the_budget_from_whatever_is_there(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_embedded_default_end_to_end(make_config):
     from engram_jax.data import prepare, train_iterator
 

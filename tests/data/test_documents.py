@@ -87,6 +87,19 @@ def test_unusable_files_are_counted(spool, tmp_path, content, reason):
     assert (tally.count, tally.bytes, tally.examples) == (1, len(content), ["f"])
 
 
+@pytest.mark.parametrize("at", [0, 63, 64, 65, 900, 3_000_000])
+def test_a_nul_anywhere_makes_a_file_binary(spool, tmp_path, at):
+    """However it would be cut (here in pieces of 64 bytes)."""
+    content = bytearray(b"a line of text\n" * (at // 15 + 10))
+    content[at] = 0
+    (tmp_path / "f").write_bytes(content)
+    add_file(spool, tmp_path / "f", "f", 0, 64)
+    assert len(spool) == 0
+    (reason,) = spool.report.skipped
+    tally = spool.report.skipped[reason]
+    assert (reason, tally.count, tally.bytes) == (why.BINARY, 1, len(content))
+
+
 def test_one_bad_piece_costs_only_itself(spool, tmp_path):
     good = b"".join(b"line %d\n" % i for i in range(100))
     (tmp_path / "f").write_bytes(good + b"\xff\n" * 32 + good.upper())

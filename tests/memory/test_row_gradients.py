@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.config import OptimizerConfig
+from engram_jax.config import MAX_LOOKUPS, MAX_TABLE_ROWS, OptimizerConfig
 from engram_jax.memory import formats, table
-from engram_jax.memory.row_gradients import deduplicate, drop_all, squared_norm
+from engram_jax.memory.row_gradients import deduplicate, drop_all, out_of_range, squared_norm
 from engram_jax.optim import rowwise_adam
 
 ROWS, DIM = 50, 4
@@ -192,3 +192,9 @@ def test_e8m0_and_e4m3_against_their_definitions():
 
     ours = np.asarray(formats.e4m3_to_float32(codes), np.float64)
     np.testing.assert_array_equal(ours, [e4m3(int(c)) for c in codes])
+
+
+def test_unused_entries_lie_beyond_the_largest_table():
+    """Of the most lookups that a configuration may have in a step."""
+    assert int(out_of_range(1000)[0]) == 2**31 - 1000
+    assert 2**31 - MAX_LOOKUPS >= MAX_TABLE_ROWS

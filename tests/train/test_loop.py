@@ -124,6 +124,39 @@ def test_nothing_is_transferred_implicitly(config, data, tmp_path):
     assert int(state.step) == 24
 
 
+def test_a_step_is_dispatched_before_the_last_ones_metrics_are_read(
+    config, data, tmp_path, monkeypatch
+):
+    """So the device always has work. Only a checkpoint (every third step) waits for its own."""
+    events: list[tuple[str, int]] = []
+    dispatched: list[dict] = []
+    jit_train_step, device_get = train.jit_train_step, jax.device_get
+
+    def recording_steps(program):
+        step = jit_train_step(program)
+
+        def dispatch(state, batch):
+            events.append(("dispatch", len(dispatched)))
+            state, metrics = step(state, batch)
+            dispatched.append(metrics)
+            return state, metrics
+
+        return dispatch
+
+    def recording_get(tree):
+        events.extend(("read", n) for n, metrics in enumerate(dispatched) if metrics is tree)
+        return device_get(tree)
+
+    monkeypatch.setattr(train, "jit_train_step", recording_steps)
+    monkeypatch.setattr(jax, "device_get", recording_get)
+    program = build_program(config, data.addressing)
+    with Checkpointer(tmp_path, addressing=data.addressing) as checkpointer:
+        train.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None).loop()
+    three = [("dispatch", 0), ("dispatch", 1), ("read", 0), ("dispatch", 2), ("read", 1)]
+    three.append(("read", 2))
+    assert events == [(what, n + 3 * k) for k in range(8) for what, n in three]
+
+
 def numbers(batches: Iterator[dict], data: RunData) -> set[int]:
     """Which documents of the corpus ("document 17 ...") the tokens of the batches are from."""
     text = " ".join(

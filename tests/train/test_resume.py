@@ -169,6 +169,7 @@ def test_twenty_kills(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_control_c_ends_in_one_line_and_resumes(corpus, undisturbed, tmp_path):
     process = start(corpus, tmp_path)
     err = signal_when(process, lambda: last_step(tmp_path) >= 4, signal.SIGINT)

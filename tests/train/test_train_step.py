@@ -11,7 +11,7 @@ import pytest
 
 from engram_jax.loss import token_losses
 from engram_jax.optim import partition
-from engram_jax.train_state import abstract_state, init_state
+from engram_jax.train_state import abstract_state, build_program, init_state
 from engram_jax.train_step import (
     batch_addresses,
     eval_step,
@@ -240,15 +240,25 @@ EXPECTED_OPTIMIZERS = {
 }
 
 
-def test_every_parameter_has_the_expected_optimizer():
-    program, _ = tiny()
+def optimizers(program):
+    """Parameter name, numbers as "*" -> the label of its optimizer."""
     found = {}
     for path, label in jax.tree_util.tree_leaves_with_path(
         partition.labels(abstract_state(program).params)
     ):
         name = "/".join("*" if part.isdigit() else part for part in partition.names(path))
         assert found.setdefault(name, label) == label
-    assert found == EXPECTED_OPTIMIZERS
+    return found
+
+
+def test_every_parameter_has_the_expected_optimizer():
+    assert optimizers(tiny()[0]) == EXPECTED_OPTIMIZERS
+
+
+def test_an_untied_head_has_the_embeddings_optimizer():
+    config = tiny_config(**{"model.tie_embeddings": False})
+    program = build_program(config, tiny_addressing(config))
+    assert optimizers(program) == EXPECTED_OPTIMIZERS | {"head": "adamw"}
 
 
 def newton_schulz(g):
