@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from configs import engram_tiny
 from engram_jax import config as config_lib
 from engram_jax.address import artifact
 from engram_jax.config import Config
-from engram_jax.train_state import Program, build_program, init_state
+from engram_jax.train_state import Program, build_program, create_state
 from engram_jax.train_step import jit_train_step
 
 BATCHES = 8  # distinct ones: a repeated batch would find its rows in the processor's caches
@@ -67,7 +66,7 @@ class Training:
     """A run in progress: every call is one more step, and returns when it is done."""
 
     def __init__(self, program: Program, batches: list[dict[str, jax.Array]]):
-        self.state = jax.jit(partial(init_state, program))()
+        self.state = create_state(program)
         self.step: Callable[..., Any] = jit_train_step(program)
         self.batches, self.steps = batches, 0
 

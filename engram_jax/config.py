@@ -203,6 +203,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has (sharding/rules.py says what they cut).
+
+    data: copies of the parameters (across slices). fsdp: pieces of every weight; 0 = all devices
+      that the other axes leave. expert: devices that share out the routed experts. tensor: pieces
+      of attention heads and of inner widths, for the same tokens. The tables are cut by all of
+      them, the batch by all but `tensor`.
+    distinct: share of a device's lookups that address different rows, for which the exchange of
+      rows is planned; 0 = measured on the first batch (training) or 0.75 (compile). More is served
+      in further rounds, never dropped.
+    headroom: capacity of the exchange in units of that plan.
+    """
+
+    data: int = 1
+    fsdp: int = 0
+    expert: int = 1
+    tensor: int = 1
+    distinct: float = 0.0
+    headroom: float = 1.1
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Muon for matrices, AdamW for the rest, row-wise Adam for the tables (paper, section 4)."""
 
@@ -252,6 +274,7 @@ class Config:
     name: str = "unnamed"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

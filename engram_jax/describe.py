@@ -12,7 +12,7 @@ from engram_jax.address import artifact, load_tokenizer, plan
 from engram_jax.address.layout import LayerAddressing
 from engram_jax.config import QWEN, Config
 from engram_jax.model.transformer import Transformer
-from engram_jax.optim.partition import names
+from engram_jax.sharding.rules import names
 
 
 def abstract_parameters(config: Config) -> dict[str, Any]:

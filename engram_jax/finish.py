@@ -17,7 +17,9 @@ from engram_jax.errors import UserError
 from engram_jax.evaluate import Evaluator
 from engram_jax.generate import Generator, Weights
 from engram_jax.report import GateSample, write_report
+from engram_jax.restore import weights_of
 from engram_jax.run_data import RunData
+from engram_jax.train_state import TrainState
 
 GATE_TOKENS = 160
 
@@ -33,7 +35,7 @@ def finish(
     workdir: Path,
     data: RunData,
     evaluator: Evaluator,
-    weights: Weights,
+    state: TrainState,
     log: Callable[[str], None],
 ) -> dict[str, float]:
     """Evaluate on the whole held-out split, compare, sample, and write the report.
@@ -41,7 +43,8 @@ def finish(
     Returns the losses by model name, nats per token on the same held-out targets; they are also
     `workdir`/losses.json.
     """
-    losses = {config.name: evaluator.loss(weights)}
+    losses = {config.name: evaluator.loss(state)}
+    weights = weights_of(evaluator.program, state)
     if config.train.count_models:
         log("fitting the count models to the same training tokens")
         losses |= count_model_losses(config, data)

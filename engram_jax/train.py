@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +23,15 @@ from engram_jax.errors import UserError
 from engram_jax.evaluate import Evaluator
 from engram_jax.finish import check_samples, finish
 from engram_jax.metrics import MetricsWriter, Progress
-from engram_jax.restore import save_text_side, weights_of
-from engram_jax.run_data import RunData, open_data
+from engram_jax.restore import save_text_side
+from engram_jax.run_data import RunData, open_data, place_batch
 from engram_jax.train_state import (
     Program,
     TrainState,
     abstract_state,
     build_program,
     check_memory,
-    init_state,
+    create_state,
 )
 from engram_jax.train_step import jit_train_step, utilisation
 from engram_jax.workdir import check_writable, held
@@ -68,7 +67,7 @@ def train(config: Config, workdir: Path, log: Callable[[str], None] = print) -> 
         ) as checkpointer:
             run = Run(config, workdir, data, program, checkpointer, log)
             state = run.loop()
-        finish(config, workdir, data, run.evaluator, weights_of(state), log)
+        finish(config, workdir, data, run.evaluator, state, log)
     return state
 
 
@@ -86,7 +85,7 @@ class Run:
     ):
         self.config, self.workdir, self.log = config, workdir, log
         self.program, self.checkpointer = program, checkpointer
-        self.iterator = data.train_iterator()
+        self.iterator = data.train_iterator(program.mesh)
         self.state = self._start()
         self.first_step = int(self.state.step)
         provenance.record(workdir, config, resumed_at=self.first_step)
@@ -98,7 +97,7 @@ class Run:
         """A fresh state, or the newest checkpoint's with the data iterator set to continue it."""
         latest = self.checkpointer.latest_step()
         if latest is None:
-            return jax.jit(partial(init_state, self.program))()
+            return create_state(self.program)
         restored = self.checkpointer.restore(latest, abstract_state(self.program))
         self.iterator.set_state(cast(dict[str, Any], restored.iterator))
         self.log(f"resumed from step {latest} in {self.workdir}")
@@ -120,7 +119,7 @@ class Run:
         for step in range(self.first_step, total):
             before = copy.deepcopy(self.iterator.get_state())
             host_batch = next(self.iterator)
-            batch = jax.device_put(host_batch)
+            batch = place_batch(self.program.mesh, host_batch, self.config.data.batch_size)
             with jax.transfer_guard("disallow"):
                 self.state, metrics = step_fn(self.state, batch)
             if pending is not None:
@@ -147,7 +146,7 @@ class Run:
         """Evaluate and save between two steps."""
         metrics = {}
         if evaluate:
-            loss = self.evaluator.loss(weights_of(self.state), self.config.train.eval_batches)
+            loss = self.evaluator.loss(self.state, self.config.train.eval_batches)
             metrics["loss"] = loss
             used = jax.device_get(jax.jit(utilisation)(self.state.memory))
             extra = {f"utilisation/{k}": float(v) for k, v in used.items()}

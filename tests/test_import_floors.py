@@ -19,6 +19,7 @@ KERNELS = "kernels_pallas"  # imports jax only; every floor may use it
 # Bottom first. Folders end in a slash; those of one floor do not import each other.
 FLOORS: tuple[tuple[str, str], ...] = (
     ("0 what a model is", "errors config validation"),
+    ("0 which device has what", "sharding/"),
     ("1 tokens to addresses", "address/"),
     ("1 text to batches", "data/"),
     ("2 tables and rows", "memory/"),

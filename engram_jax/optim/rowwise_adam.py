@@ -18,9 +18,9 @@ from engram_jax.memory.table import Table
 def update(
     table: Table,
     gradients: RowGradients,
-    *,
     rate: jax.Array,
     step: jax.Array,
+    *,
     config: OptimizerConfig,
 ) -> tuple[Table, jax.Array]:
     """One step on the touched rows. Donate `table`: then its buffers are updated in place.
@@ -62,9 +62,9 @@ def update(
 def update_dense(
     table: Table,
     gradients: RowGradients,
-    *,
     rate: jax.Array,
     step: jax.Array,
+    *,
     config: OptimizerConfig,
 ) -> tuple[Table, jax.Array]:
     """Textbook Adam over the whole table, for comparison: costs O(R) where `update` costs O(N)."""
