@@ -28,7 +28,8 @@ FLOORS: tuple[tuple[str, str], ...] = (
     ("5 learning", "loss optim/"),
     (
         "6 a run's state and records",
-        "train_state workdir checkpoint checkpoint_files metrics provenance",
+        "train_state workdir checkpoint checkpoint_arrays checkpoint_files agreement metrics"
+        " provenance",
     ),
     ("6 a run's report", "report report_figures"),
     (
