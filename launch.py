@@ -10,7 +10,9 @@ Any key of the configuration can be overridden: --config.train.steps=100. A run 
 
 from __future__ import annotations
 
+import atexit
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +28,9 @@ _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool("json", False, "describe, evaluate: one JSON object on standard output.")
 _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "train: START:STOP, the steps to record a trace of."
+)
 _STEP = flags.DEFINE_string("step", "latest", "evaluate, generate: latest, best or a step number.")
 
 
@@ -41,6 +46,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         (_PROMPT.value or "").encode()
     except UnicodeEncodeError:  # what the command line gave was not UTF-8: a lone surrogate
         raise UserError(f"--prompt={_PROMPT.value!r}: must be UTF-8 text") from None
+    if _PROFILE.value is not None and mode != "train":
+        raise UserError(f"--profile={_PROFILE.value}: only --mode=train has steps to record")
     if step not in ("latest", "best") and not step.isdecimal():
         raise UserError(f"--step={step}: must be latest, best or a step number")
     return list(argv[:1])
@@ -62,9 +69,13 @@ def main(argv: Sequence[str]) -> None:
         return
     command_line.keep_compiled_programs(config)
     if _MODE.value == "train":
-        from engram_jax import train
+        from engram_jax import profiling, train
 
-        train.train(config, workdir)
+        text = _PROFILE.value
+        window = None if text is None else profiling.parse_window(text, config.train.steps)
+        train.train(config, workdir, profile=window)
+        # A second SIGTERM while the interpreter shuts down does not change the exit status.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     elif _MODE.value == "evaluate":
         from engram_jax import evaluate
 

@@ -246,6 +246,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """hang_seconds: report a hang when no step has ended for so long (10 times that for the first
+      step and for evaluation and checkpoints); 0 = never.
+    hang_exit: then also end the process, with status 3, so that a supervisor can start it again.
+    """
+
     steps: int = 50_000
     accumulation: int = 1
     log_every: int = 10
@@ -258,6 +263,8 @@ class TrainConfig:
     count_models: bool = False
     samples: tuple[str, ...] = ()
     sample_tokens: int = 64
+    hang_seconds: float = 600.0
+    hang_exit: bool = False
 
 
 @dataclass(frozen=True)

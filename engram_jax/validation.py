@@ -50,7 +50,7 @@ _NOT_NEGATIVE = {
     "model.engram": "init_std seed",
     "data": "max_megabytes workers",
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
-    "train": "keep_best",
+    "train": "keep_best hang_seconds",
     "generate": "temperature",
 }
 _CHOICES = {

@@ -1,6 +1,7 @@
 """The folder a run lives in: can it be written to, is somebody else training there.
 
 run.json, metrics.jsonl, report.html   what happened (provenance, metrics, report)
+goodput.json, profile/                 the time it took (goodput), recorded steps (profiling)
 checkpoints/, addressing/              the model (checkpoint)
 tokenizer.json, text.json              its text side (restore)
 .lock                                  held while a process trains here

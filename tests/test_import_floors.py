@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, str], ...] = (
     (
         "6 a run's state and records",
         "train_state workdir checkpoint checkpoint_arrays checkpoint_files agreement metrics"
-        " provenance",
+        " provenance preemption watchdog profiling throughput goodput device_peaks",
     ),
     ("6 a run's report", "report report_figures"),
     (
@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, str], ...] = (
         "describe train_step sampling generate run_data restore evaluate",
     ),
     ("7 studies", "analysis/"),
-    ("7 the loop and the command", "finish train command_line"),
+    ("7 the loop and the command", "finish instruments train command_line"),
 )
 FLOOR_OF = {name: n for n, (_, names) in enumerate(FLOORS) for name in names.split()}
 

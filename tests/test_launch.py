@@ -60,6 +60,7 @@ IMPOSSIBLE = [
     ("optimizer.clip_norm=-inf", "-inf", "finite"),
     # Sizes of nothing.
     ("model.d_model=0", "0", "positive"),
+    ("train.hang_seconds=-1", "-1", "0 or more"),
     ("model.layers=0", "0", "positive"),
     ("model.layers=-4", "-4", "positive"),
     ("model.init_std=0", "0", "positive"),
@@ -248,7 +249,7 @@ def test_the_table_knows_every_key():
     """A key that is added without a thought about its values fails here."""
     any_value = {"model.tie_embeddings", "model.hyper.transpose", "model.hyper.norm_gain"}
     any_value |= {"model.hyper.scale_init", "model.ffn.normalise_top_k", "train.count_models"}
-    any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir"}
+    any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "train.hang_exit"}
     refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}
     keys = set(keys_of(config_lib.Config))
     assert keys <= refused | any_value
@@ -282,6 +283,13 @@ FLAGS = [
     ([TINY, "--mode=generate"], "--prompt: missing"),
     # The shell's $'\xff', as Python hands it over.
     ([TINY, "--mode=generate", "--prompt=a\udcff"], r"--prompt='a\udcff'", "UTF-8"),
+    ([TINY, "--profile=10"], "--profile=10", "START:STOP"),
+    ([TINY, "--profile=a:b"], "--profile=a:b", "START:STOP"),
+    ([TINY, "--profile="], "--profile=", "START:STOP"),
+    ([TINY, "--profile=-1:3"], "--profile=-1:3", "START:STOP"),
+    ([TINY, "--profile=7:7"], "--profile=7:7", "START below STOP"),
+    ([TINY, "--profile=3:9", "--config.train.steps=8"], "--profile=3:9", "config.train.steps = 8"),
+    ([TINY, "--profile=3:9", "--mode=evaluate"], "--profile=3:9", "--mode=train"),
     ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
     ([TINY, "--mode=evaluate", "--step=-1"], "--step=-1", "latest, best or a step number"),
     (["--config.train.steps=3", TINY], "--config.train.steps=3", "before"),
@@ -444,5 +452,13 @@ def test_processes_end_as_calls_do(arguments):
 
 def test_help_lists_the_flags():
     outcome = run_process("--help")
-    for flag in ("--config", "--mode", "--workdir", "--prompt", "--step", "--[no]json"):
+    for flag in (
+        "--config",
+        "--mode",
+        "--profile",
+        "--workdir",
+        "--prompt",
+        "--step",
+        "--[no]json",
+    ):
         assert flag in outcome.out

@@ -38,7 +38,16 @@ EVERY_STEP = {
     "distinct/1": (),
     "extra_rounds/1": (),
 }
-FROM_THE_SECOND = {"step_seconds": (), "tokens_per_second": ()}
+FROM_THE_SECOND = {
+    "step_seconds": (),
+    "step_seconds/p50": (),
+    "step_seconds/p90": (),
+    "step_seconds/p99": (),
+    "step_seconds/max": (),
+    "tokens_per_second": (),
+    "tokens_per_second_per_device": (),
+    "goodput": (),  # and no "mfu": a CPU's peak is unknown
+}
 EVALUATION = {"step": (), "time": (), "validation_loss": (), "utilisation/1": ()}
 
 
