@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from engram_jax.aot.topology import GENERATIONS
+
 # jax.Device.device_kind -> dense bfloat16 FLOP/s of one device, without sparsity. A TPU device is a
-# chip, but a 7x chip shows as two. Google Cloud's TPU pages; NVIDIA's data sheets, halved where
-# they print the figure "with sparsity".
+# chip, but a 7x chip shows as two. NVIDIA's are from its data sheets, halved where they print the
+# figure "with sparsity".
 PEAK_BF16_FLOPS: dict[str, float] = {
+    **{kind: g.flops for g in GENERATIONS.values() for kind in g.device_kinds},
     "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,

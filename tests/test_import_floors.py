@@ -20,6 +20,7 @@ KERNELS = "kernels_pallas"  # imports jax only; every floor may use it
 FLOORS: tuple[tuple[str, str], ...] = (
     ("0 what a model is", "errors config validation"),
     ("0 which device has what", "sharding/"),
+    ("0 what a compiled program does", "aot/"),
     ("1 tokens to addresses", "address/"),
     ("1 text to batches", "data/"),
     ("2 tables and rows", "memory/"),
