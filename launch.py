@@ -5,7 +5,8 @@
     python launch.py --config=configs/engram27b.py --mode=describe --json
 
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
---workdir (default runs/<config.name>); the same command resumes it.
+--workdir (default runs/<config.name>); the same command resumes it. On a TPU slice give every host
+the same command; elsewhere --coordinator_address, --num_processes and --process_id join processes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "train: START:STOP, the steps to record a trace of."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for several processes off TPU."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _STEP = flags.DEFINE_string("step", "latest", "evaluate, generate: latest, best or a step number.")
 
 
@@ -67,6 +73,9 @@ def main(argv: Sequence[str]) -> None:
         description = describe.describe(config)
         print(json.dumps(description) if _JSON.value else describe.table(description))
         return
+    from engram_jax import distributed
+
+    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     command_line.keep_compiled_programs(config)
     if _MODE.value == "train":
         from engram_jax import profiling, train

@@ -19,6 +19,8 @@ from engram_jax.errors import UserError
 T = TypeVar("T")
 
 _SAVES = itertools.count(1)  # processes begin the same saves in the same order
+_GATHERS = itertools.count(1)
+_DAYS = 7 * 24 * 3600 * 1000  # milliseconds
 _SLICE = 0.5  # seconds between two looks at whether another process has failed
 
 
@@ -30,6 +32,8 @@ def gather(text: str) -> list[str]:
     """The texts of all processes, in their order. Every process calls it."""
     if jax.process_count() == 1:
         return [text]
+    # Waiting here has no other limit than the life of the others: one may be reading text for hours.
+    _store().wait_at_barrier(f"engram_jax/gather/{next(_GATHERS)}", _DAYS)
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))
     padded = np.zeros(max(1, sizes.max()), np.uint8)

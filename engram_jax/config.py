@@ -211,8 +211,8 @@ class MeshConfig:
       of attention heads and of inner widths, for the same tokens. The tables are cut by all of
       them, the batch by all but `tensor`.
     distinct: share of a device's lookups that address different rows, for which the exchange of
-      rows is planned; 0 = measured on the first batch (training) or 0.75 (compile). More is served
-      in further rounds, never dropped.
+      rows is planned; 0 = what the run's first batch has (training) or 0.75 (compiling). More is
+      served in further rounds, never dropped.
     headroom: capacity of the exchange in units of that plan.
     """
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from engram_jax import saved_state
 from engram_jax.address import artifact, load_tokenizer
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
@@ -19,7 +22,7 @@ from engram_jax.data import PreparedData
 from engram_jax.errors import UserError
 from engram_jax.generate import Generator, Weights, stream_text
 from engram_jax.memory.exchange import natural_order
-from engram_jax.train_state import Program, TrainState, abstract_state, build_program
+from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import check_trained
 
 TOKENIZER, _TEXT = "tokenizer.json", "text.json"
@@ -37,7 +40,12 @@ class Trained:
 
 
 def save_text_side(workdir: Path, prepared: PreparedData) -> None:
-    """Copy the tokenizer into the workdir, so that a run can be used without its data."""
+    """Copy the tokenizer into the workdir, so that a run can be used without its data.
+
+    Only the first process writes.
+    """
+    if jax.process_index() != 0:
+        return
     shutil.copyfile(prepared.tokenizer_path, workdir / TOKENIZER)
     (workdir / _TEXT).write_text(json.dumps({"eos_id": prepared.eos_id}) + "\n")
 
@@ -58,7 +66,7 @@ def restore_state(
     which: int | str | None = {"latest": None, "best": "best"}.get(step, step)
     if which not in (None, "best"):
         which = int(step)
-    restored = checkpointer.restore(which, abstract_state(program))
+    restored = saved_state.restore(program, checkpointer, which)
     return restored.step, restored.state
 
 

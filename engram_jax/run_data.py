@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from engram_jax import data
+from engram_jax.agreement import gather
 from engram_jax.address import Addressing, BatchAddresser, build, load_tokenizer
 from engram_jax.config import LOCAL_BPE, Config
 from engram_jax.data.packing import Batch
@@ -84,6 +85,18 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     prepared = data.prepare(config, log=log)
     addressing = build(config, prepared.tokenizer) if config.model.engram.layers else None
     return RunData(config, prepared, addressing)
+
+
+def check_same_text(run_data: RunData) -> None:
+    """Raises UserError unless all processes have prepared the same text with the same tokenizer."""
+    found = gather(run_data.prepared.fingerprint)
+    other = next((i for i, text in enumerate(found) if text != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"config.data: the text or the tokenizer of process {other} is not that of process 0;"
+            " give every host the same data.path and tokenizer.path (the embedded text is each"
+            " machine's own; a data.cache_dir that all share makes it one)"
+        )
 
 
 def check_tokenizer(config: Config) -> None:

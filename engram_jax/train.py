@@ -7,6 +7,7 @@ the host to look at numbers; every transfer in it is explicit.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -17,7 +18,8 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from engram_jax import provenance
+from engram_jax import distributed, provenance, saved_state
+from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.errors import UserError
@@ -25,18 +27,12 @@ from engram_jax.evaluate import Evaluator
 from engram_jax.finish import check_samples, finish
 from engram_jax.instruments import Instruments
 from engram_jax.metrics import MetricsWriter, Progress
+from engram_jax.planning import with_planned_exchange
 from engram_jax.preemption import Preemption
 from engram_jax.restore import save_text_side
-from engram_jax.run_data import RunData, open_data, place_batch
-from engram_jax.train_state import (
-    Program,
-    TrainState,
-    abstract_state,
-    build_program,
-    check_memory,
-    create_state,
-)
-from engram_jax.train_step import jit_train_step, utilisation
+from engram_jax.run_data import RunData, check_same_text, open_data, place_batch
+from engram_jax.train_state import Program, TrainState, build_program, check_memory, create_state
+from engram_jax.train_step import jit_train_step, jit_utilisation
 from engram_jax.workdir import check_writable, held
 
 
@@ -53,7 +49,7 @@ class Pending:
 def train(
     config: Config,
     workdir: Path,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = distributed.log,
     profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Train to `config.train.steps`, resuming from the newest checkpoint in `workdir` if any.
@@ -77,11 +73,11 @@ def _train(
     preemption: Preemption,
     watched: dict[str, Any],
 ) -> TrainState:
-    check_writable(workdir)
-    data = open_data(config, log)
-    check_samples(config, data.prepared.tokenizer)
+    data = agree(lambda: _open_data(config, workdir, log))
+    check_same_text(data)
     program = build_program(config, data.addressing)
     check_memory(program)
+    program = with_planned_exchange(program, data, log)
     with held(workdir):
         with (
             preemption.deferred(),
@@ -98,6 +94,13 @@ def _train(
             return state
         finish(config, workdir, data, run.evaluator, state, log)
     return state
+
+
+def _open_data(config: Config, workdir: Path, log: Callable[[str], None]) -> RunData:
+    check_writable(workdir)
+    data = open_data(config, log)
+    check_samples(config, data.prepared.tokenizer)
+    return data
 
 
 class Run:
@@ -123,6 +126,7 @@ class Run:
         provenance.record(workdir, config, resumed_at=self.first_step)
         save_text_side(workdir, data.prepared)
         self.evaluator = Evaluator(program, data)
+        self.utilisation = jit_utilisation(program)
         self.writer = MetricsWriter(workdir, start_step=self.first_step)
         self.instruments = Instruments(
             config, workdir, first_step=self.first_step, log=log, **watched or {}
@@ -133,7 +137,7 @@ class Run:
         latest = self.checkpointer.latest_step()
         if latest is None:
             return create_state(self.program)
-        restored = self.checkpointer.restore(latest, abstract_state(self.program))
+        restored = saved_state.restore(self.program, self.checkpointer, latest)
         self.iterator.set_state(cast(dict[str, Any], restored.iterator))
         self.log(f"resumed from step {latest} in {self.workdir}")
         return restored.state
@@ -194,11 +198,13 @@ class Run:
         if evaluate:
             loss = self.evaluator.loss(self.state, self.config.train.eval_batches)
             metrics["loss"] = loss
-            used = jax.device_get(jax.jit(utilisation)(self.state.memory))
+            used = jax.device_get(self.utilisation(self.state.memory))
             extra = {f"utilisation/{k}": float(v) for k, v in used.items()}
             self.writer.write(step, {"validation_loss": loss, **extra})
             progress.note(f"step {step}: validation loss {loss:.4f}")
-        self.checkpointer.save(
+        saved_state.save(
+            self.program,
+            self.checkpointer,
             step,
             self.state,
             iterator=self.iterator.get_state(),
@@ -223,9 +229,16 @@ class Run:
         path = self.workdir / f"bad_batch_step_{pending.step}{of}.npz"
         arrays: dict[str, Any] = {k: v for k, v in pending.batch.items() if k != "addresses"}
         np.savez_compressed(path, **arrays)
-        state = TrainState(**{**vars(self.state), "halted": jax.device_put(np.zeros((), bool))})
+        going = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
+        state = dataclasses.replace(self.state, halted=going)
         with self.instruments.pause(pending.step):
-            self.checkpointer.save(pending.step, state, iterator=pending.iterator_before)
+            saved_state.save(
+                self.program,
+                self.checkpointer,
+                pending.step,
+                state,
+                iterator=pending.iterator_before,
+            )
         raise UserError(
             f"step {pending.step}: loss {float(values['loss'])}, gradient norm"
             f" {float(values['grad_norm'])} on {provenance.process_name()}: not finite; the state"

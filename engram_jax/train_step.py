@@ -240,9 +240,10 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     return new_state, metrics
 
 
-def utilisation(memory: Memory) -> dict[str, jax.Array]:
+def utilisation(program: Program, memory: Memory) -> dict[str, jax.Array]:
     """Share of each table's rows that training has touched so far. Reads the moments: O(R)."""
-    return {k: jnp.mean(jnp.any(t.nu > 0, axis=1)) for k, t in memory.items()}
+    rows = program.table_rows
+    return {k: jnp.sum(jnp.any(t.nu > 0, axis=1)) / rows[k] for k, t in memory.items()}
 
 
 def eval_step(
@@ -261,3 +262,9 @@ def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Trai
         out_shardings=(state_shardings(program), NamedSharding(program.mesh, P())),
         donate_argnums=0,
     )
+
+
+def jit_utilisation(program: Program) -> Callable[[Memory], dict[str, jax.Array]]:
+    """`utilisation` compiled."""
+    everywhere = NamedSharding(program.mesh, P())
+    return jax.jit(partial(utilisation, program), out_shardings=everywhere)

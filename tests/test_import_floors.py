@@ -29,13 +29,13 @@ FLOORS: tuple[tuple[str, str], ...] = (
     ("5 learning", "loss optim/"),
     (
         "6 a run's state and records",
-        "train_state workdir checkpoint checkpoint_arrays checkpoint_files agreement metrics"
-        " provenance preemption watchdog profiling throughput goodput device_peaks",
+        "train_state workdir checkpoint checkpoint_arrays checkpoint_files saved_state agreement metrics"
+        " provenance preemption watchdog profiling throughput goodput device_peaks distributed",
     ),
     ("6 a run's report", "report report_figures"),
     (
         "7 what is done with a model",
-        "describe train_step sampling generate run_data restore evaluate",
+        "describe train_step sampling generate run_data planning restore evaluate",
     ),
     ("7 studies", "analysis/"),
     ("7 the loop and the command", "finish instruments train command_line"),

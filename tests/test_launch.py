@@ -161,6 +161,10 @@ IMPOSSIBLE = [
     ("train.accumulation=8", "8", "a divisor of data.batch_size = 4"),
     ("train.samples=('a', '')", "('a', '')", "not empty"),
     ("train.samples=('a', '\udcff')", r"('a', '\udcff')", "UTF-8"),
+    ("mesh.expert=0", "0", "positive"),
+    ("mesh.fsdp=-1", "-1", "0 or more"),
+    ("mesh.headroom=0", "0", "positive"),
+    ("mesh.distinct=1.5", "1.5", "in [0, 1]"),
     ("optimizer.peak_lr=0", "0", "positive"),
     ("optimizer.clip_norm=0", "0", "positive"),
     ("optimizer.adam_b1=1", "1", "in [0, 1)"),
@@ -265,6 +269,7 @@ def keys_of(hint, path=""):
             yield f"{path}{key}"
 
 
+AMONG_TWO = ("--coordinator_address=localhost:1234", "--num_processes=2", "--process_id=0")
 FLAGS = [
     ([], "--config: missing", "configs/engram_tiny.py"),
     (["--config"], "no such file"),
@@ -283,6 +288,10 @@ FLAGS = [
     ([TINY, "--mode=generate"], "--prompt: missing"),
     # The shell's $'\xff', as Python hands it over.
     ([TINY, "--mode=generate", "--prompt=a\udcff"], r"--prompt='a\udcff'", "UTF-8"),
+    ([TINY, "--num_processes=2"], "--coordinator_address: missing", "go together"),
+    ([TINY, *AMONG_TWO, "--coordinator_address=here"], "--coordinator_address=here", "HOST:PORT"),
+    ([TINY, *AMONG_TWO, "--process_id=2"], "--process_id=2", "below --num_processes=2"),
+    ([TINY, *AMONG_TWO, "--num_processes=0"], "--num_processes=0", "at least 1"),
     ([TINY, "--profile=10"], "--profile=10", "START:STOP"),
     ([TINY, "--profile=a:b"], "--profile=a:b", "START:STOP"),
     ([TINY, "--profile="], "--profile=", "START:STOP"),
