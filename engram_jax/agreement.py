@@ -32,7 +32,7 @@ def gather(text: str) -> list[str]:
     """The texts of all processes, in their order. Every process calls it."""
     if jax.process_count() == 1:
         return [text]
-    # Waiting here has no other limit than the life of the others: one may be reading text for hours.
+    # No limit but the life of the others: one may be reading text for hours.
     _store().wait_at_barrier(f"engram_jax/gather/{next(_GATHERS)}", _DAYS)
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))

@@ -27,9 +27,7 @@ def with_planned_exchange(program: Program, data: RunData, log: Callable[[str], 
         return program
     batch = next(data.train_iterator(program.mesh))
     placed = place_batch(program.mesh, batch, config.data.batch_size)
-    count = jax.jit(
-        partial(most_distinct, program), out_shardings=NamedSharding(program.mesh, P())
-    )
+    count = jax.jit(partial(most_distinct, program), out_shardings=NamedSharding(program.mesh, P()))
     share = int(count(placed)) / program.lookups
     distinct = math.ceil(100 * share) / 100
     mesh = dataclasses.replace(config.mesh, distinct=distinct)

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from engram_jax import data
-from engram_jax.agreement import gather
 from engram_jax.address import Addressing, BatchAddresser, build, load_tokenizer
+from engram_jax.agreement import gather
 from engram_jax.config import LOCAL_BPE, Config
 from engram_jax.data.packing import Batch
 from engram_jax.errors import UserError

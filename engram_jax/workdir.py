@@ -62,7 +62,7 @@ def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() != 0:
         return
-    file = stack.enter_context(open(workdir / ".lock", "w"))
+    file = stack.enter_context((workdir / ".lock").open("w"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

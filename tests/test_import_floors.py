@@ -29,8 +29,9 @@ FLOORS: tuple[tuple[str, str], ...] = (
     ("5 learning", "loss optim/"),
     (
         "6 a run's state and records",
-        "train_state workdir checkpoint checkpoint_arrays checkpoint_files saved_state agreement metrics"
-        " provenance preemption watchdog profiling throughput goodput device_peaks distributed",
+        "train_state workdir checkpoint checkpoint_arrays checkpoint_files saved_state agreement"
+        " metrics provenance preemption watchdog profiling throughput goodput device_peaks"
+        " distributed",
     ),
     ("6 a run's report", "report report_figures"),
     (

@@ -55,12 +55,14 @@ def trained(mesh: tuple, steps: int, **overrides):
 
 
 def compare(mesh: tuple, steps: int, tolerance: float) -> None:
-    """tolerance: relative, of losses and norms; sums over devices add in another order."""
+    """tolerance: relative, of the losses; ten times that for norms of gradients, which are sums of
+    many float32 terms of both signs. Devices change nothing but the order of sums."""
     ours, tables, params = trained(mesh, steps)
     theirs, tables_of_one, params_of_one = trained(ONE, steps)
     for one, other in zip(theirs, ours, strict=True):
-        for key in ("loss", "grad_norm", "grad_norm_memory"):
-            np.testing.assert_allclose(other[key], one[key], rtol=tolerance, err_msg=key)
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=tolerance)
+        for key in ("grad_norm", "grad_norm_memory"):
+            np.testing.assert_allclose(other[key], one[key], rtol=10 * tolerance, err_msg=key)
         for key in ("load", "rows_touched/1", "hit_rate/1", "finite"):
             np.testing.assert_array_equal(other[key], one[key], err_msg=key)
     if "distinct" in dict(mesh):
