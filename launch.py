@@ -1,8 +1,9 @@
-"""One program for everything: train, evaluate, generate from, or describe a model.
+"""One program for everything: train, evaluate, generate from, describe or compile a model.
 
     python launch.py --config=configs/engram_tiny.py
     python launch.py --config=configs/engram_tiny.py --mode=generate --prompt="def main("
     python launch.py --config=configs/engram27b.py --mode=describe --json
+    python launch.py --config=configs/engram27b.py --mode=compile --topology=v5p:4x4x8
 
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
 --workdir (default runs/<config.name>); the same command resumes it. On a TPU slice give every host
@@ -14,6 +15,7 @@ from __future__ import annotations
 import atexit
 import json
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +25,16 @@ from ml_collections import config_flags
 from engram_jax import command_line
 from engram_jax.errors import UserError
 
-MODES = ("train", "evaluate", "generate", "describe")
+MODES = ("train", "evaluate", "generate", "describe", "compile")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
-_JSON = flags.DEFINE_bool("json", False, "describe, evaluate: one JSON object on standard output.")
+_JSON = flags.DEFINE_bool("json", False, "describe, evaluate, compile: one JSON object on standard output.")
 _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "compile: the TPU slice, for example v5p:4x4x8; none needs to be there."
+)
+_PROGRAM = flags.DEFINE_string("program", "train", "compile: the train or the decode step.")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "train: START:STOP, the steps to record a trace of."
 )
@@ -52,6 +58,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         (_PROMPT.value or "").encode()
     except UnicodeEncodeError:  # what the command line gave was not UTF-8: a lone surrogate
         raise UserError(f"--prompt={_PROMPT.value!r}: must be UTF-8 text") from None
+    if mode == "compile" and _TOPOLOGY.value is None:
+        raise UserError("--topology: missing; for example --topology=v5p:4x4x8")
+    if _PROGRAM.value not in ("train", "decode"):
+        raise UserError(f"--program={_PROGRAM.value}: must be train or decode")
     if _PROFILE.value is not None and mode != "train":
         raise UserError(f"--profile={_PROFILE.value}: only --mode=train has steps to record")
     if step not in ("latest", "best") and not step.isdecimal():
@@ -72,6 +82,14 @@ def main(argv: Sequence[str]) -> None:
 
         description = describe.describe(config)
         print(json.dumps(description) if _JSON.value else describe.table(description))
+        return
+    if _MODE.value == "compile":
+        from engram_jax import compile_step
+
+        report = compile_step.compile_step(config, _TOPOLOGY.value, _PROGRAM.value)
+        print(json.dumps(report) if _JSON.value else compile_step.as_table(report))
+        if not report["fits"]:
+            sys.exit(1)
         return
     from engram_jax import distributed
 
