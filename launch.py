@@ -13,6 +13,7 @@ the same command; elsewhere --coordinator_address, --num_processes and --process
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import signal
 import sys
@@ -29,7 +30,9 @@ MODES = ("train", "evaluate", "generate", "describe", "compile")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
-_JSON = flags.DEFINE_bool("json", False, "describe, evaluate, compile: one JSON object on standard output.")
+_JSON = flags.DEFINE_bool(
+    "json", False, "describe, evaluate, compile: one JSON object on standard output."
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: the TPU slice, for example v5p:4x4x8; none needs to be there."
@@ -86,7 +89,11 @@ def main(argv: Sequence[str]) -> None:
     if _MODE.value == "compile":
         from engram_jax import compile_step
 
-        report = compile_step.compile_step(config, _TOPOLOGY.value, _PROGRAM.value)
+        what = config, _TOPOLOGY.value, _PROGRAM.value
+        report = compile_step.compile_step(*what)
+        if not report["fits"]:
+            tell = functools.partial(print, file=sys.stderr, flush=True)
+            report["smallest_slice"] = compile_step.smallest_slice(*what, tell)
         print(json.dumps(report) if _JSON.value else compile_step.as_table(report))
         if not report["fits"]:
             sys.exit(1)

@@ -8,7 +8,8 @@ given; its shape is not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,13 @@ from jax.sharding import Mesh, NamedSharding
 from engram_jax.address import Addressing, build, load_tokenizer
 from engram_jax.aot import report
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
-from engram_jax.aot.topology import slice_topology
+from engram_jax.aot.topology import parse, slice_topology, slices_of
 from engram_jax.aot.xla_flags import options_for
 from engram_jax.config import PAPER, Config
+from engram_jax.errors import UserError
 from engram_jax.generate import Weights, extend, start
 from engram_jax.sharding.rules import BATCH, P, make_mesh
-from engram_jax.train_state import Program, abstract_state, build_program
+from engram_jax.train_state import Program, TrainState, abstract_state, build_program
 from engram_jax.train_step import jit_train_step
 
 PROGRAMS = ("train", "decode")
@@ -41,8 +43,7 @@ def compile_step(config: Config, topology_name: str, program_name: str = "train"
     Raises UserError for an unknown slice and for a mesh that does not fit it or the model.
     """
     topology = slice_topology(topology_name)
-    addressing = _addressing(config)
-    program = build_program(config, addressing, make_mesh(config.mesh, topology.devices))
+    program = build_program(config, _addressing(config), make_mesh(config.mesh, topology.devices))
     lowered, state = {"train": _train, "decode": _decode}[program_name](program)
     tables = [(layout.local, config.model.engram.dim) for layout in program.layouts.values()]
     options = options_for(topology.generation)
@@ -55,13 +56,58 @@ def compile_step(config: Config, topology_name: str, program_name: str = "train"
         "name": config.name,
         "program": program_name,
         "mesh": {name: program.mesh.shape[name] for name in program.mesh.axis_names},
+        "accumulation": config.train.accumulation,
         "global_batch_tokens": config.data.batch_size * config.data.seq_len,
-        "state_bytes": report.shard_bytes(state),
+        "state_bytes": _parts(abstract_state(program)),
         "xla_options": options,
     }
     if program_name == "train" and program.layouts:
         about["exchange"] = exchange_of(program)
     return {**about, **found}
+
+
+def smallest_slice(
+    config: Config, topology_name: str, program_name: str, log: Callable[[str], None]
+) -> str | None:
+    """The smallest slice of the same generation that holds a step which `topology_name` does not;
+    None if the largest does not either. Compiles for one slice after another, which takes minutes.
+
+    As many microbatches as leave a device the sequences it has now.
+    """
+    generation, size = parse(topology_name)
+    here = math.prod(size)
+    for name in slices_of(generation.name):
+        chips = math.prod(parse(name)[1])
+        parts, factor = config.train.accumulation, chips / here
+        larger = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, accumulation=max(1, int(parts / factor))),
+        )
+        if factor <= 1:
+            continue
+        try:
+            topology = slice_topology(name)
+            mesh = make_mesh(config.mesh, topology.devices)
+            state = abstract_state(build_program(larger, _addressing(config), mesh))
+            if sum(_parts(state).values()) > topology.hbm_capacity_bytes:
+                continue
+            log(f"does not fit {topology_name}; compiling for {name}")
+            if compile_step(larger, name, program_name)["fits"]:
+                return name
+        except UserError as error:
+            log(f"{name}: {error}")
+    return None
+
+
+def _parts(state: TrainState) -> dict[str, int]:
+    """Bytes on one device, without padding, of what a training state consists of."""
+    memory = state.memory.values()
+    return {
+        "parameters": report.shard_bytes((state.params, state.router_bias)),
+        "optimizer": report.shard_bytes(state.opt_state),
+        "tables": report.shard_bytes([table.rows for table in memory]),
+        "table_moments": report.shard_bytes([(table.mu, table.nu) for table in memory]),
+    }
 
 
 def exchange_of(program: Program) -> dict[str, Any]:
@@ -113,9 +159,7 @@ def _batch(program: Program) -> dict[str, Any]:
     batch |= {k: array(shape, jnp.int32) for k in ("segments", "positions")}
     batch["loss_mask"] = array(shape, jnp.float32)
     if program.layouts and engram.addresses == "host":
-        batch["addresses"] = {
-            k: array((*shape, engram.heads), jnp.int32) for k in program.layouts
-        }
+        batch["addresses"] = {k: array((*shape, engram.heads), jnp.int32) for k in program.layouts}
     return batch
 
 
@@ -152,7 +196,12 @@ def as_table(found: dict[str, Any]) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
     lines = [
         f"{found['name']}, {found['program']} step, {found['global_batch_tokens']:,} tokens,"
-        f" mesh {mesh or 'of one device'}"
+        f" mesh {mesh or 'of one device'}, accumulation {found['accumulation']}",
+        "state of a device: "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {size / report.GIB:.2f} GiB"
+            for name, size in found["state_bytes"].items()
+        ),
     ]
     if "exchange" in found:
         e = found["exchange"]
@@ -162,6 +211,7 @@ def as_table(found: dict[str, Any]) -> str:
             f" {e['bytes_received'] / max(1, e['bytes_needed']):.2f} x what"
             f" {e['planned_distinct']:.0%} distinct lookups need"
         )
-    return "\n".join([*lines, report.as_table(found)])
-
-
+    lines.append(report.as_table(found))
+    if "smallest_slice" in found:
+        lines.append(f"smallest slice that holds it: {found['smallest_slice'] or 'none'}")
+    return "\n".join(lines)

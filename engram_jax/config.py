@@ -123,6 +123,8 @@ class EngramConfig:
       minus 1).
     hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
     init_std: standard deviation of the rows at step 0.
+    table_dtype: of the rows; "bfloat16" is rounded stochastically (optim/rowwise_adam.py); for
+      TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
     addresses: "device" hashes inside the training step, "host" in the data pipeline; same bits.
     """
 
@@ -136,6 +138,7 @@ class EngramConfig:
     hash_dialect: str = PAPER
     conv_kernel: int = 4
     init_std: float = 0.02
+    table_dtype: str = "float32"
     addresses: str = "device"
 
     @property

@@ -27,7 +27,7 @@ from engram_jax.model.transformer import Transformer
 from engram_jax.optim import optimizer
 from engram_jax.optim.schedule import learning_rate
 from engram_jax.sharding.local import Local
-from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, shardings
+from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, on_tpu, shardings
 
 Params = dict[str, Any]
 PLANNED_DISTINCT = 0.75  # of a device's lookups, where nobody has measured it
@@ -72,7 +72,7 @@ class Program:
     def local(self) -> Local:
         """The mesh as the network sees it from inside shard_map."""
         model = self.config.model
-        return Local(self.axes, model.dtype, model.ffn.routed_experts)
+        return Local(self.axes, model.dtype, model.ffn.routed_experts, on_tpu(self.mesh))
 
     @property
     def layouts(self) -> dict[str, TableLayout]:
@@ -173,7 +173,9 @@ def init_state(program: Program) -> TrainState:
         params=params,
         router_bias=bias,
         opt_state=program.tx.init(params),
-        memory=init_memory(key, program.layouts, engram.dim, engram.init_std),
+        memory=init_memory(
+            key, program.layouts, engram.dim, engram.init_std, jnp.dtype(engram.table_dtype)
+        ),
         halted=jnp.zeros((), bool),
     )
 
@@ -191,7 +193,7 @@ def _table_format(mesh: Mesh) -> Any:
     """Rows one after another. Left to itself, XLA lays a [rows, 80] table out by columns on a TPU,
     and copies all of it for every gather and scatter."""
     sharding = NamedSharding(mesh, EVERYWHERE)
-    if mesh.devices.flat[0].platform != "tpu":
+    if not on_tpu(mesh):
         return sharding
     return Format(Layout(major_to_minor=(0, 1)), sharding)
 

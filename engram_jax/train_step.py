@@ -21,6 +21,7 @@ from engram_jax.address import hashing_jnp
 from engram_jax.layers.moe import updated_bias
 from engram_jax.loss import cross_entropy
 from engram_jax.memory.exchange import Plan, Sent
+from engram_jax.memory.row_gradients import RowGradients
 from engram_jax.memory.table import Memory, Table
 from engram_jax.model.block import MOE
 from engram_jax.model.transformer import Output, stages
@@ -160,11 +161,18 @@ def update_memory(
     dense = config.memory_optimizer == "dense_adam"
     adam = rowwise_adam.update_dense if dense else rowwise_adam.update
     rate = program.rate(step) * config.memory_lr_multiplier
-    update = partial(adam, config=config)
     tables, seen = {}, {}
+
+    def rule(layer: str) -> Callable:
+        def update(table: Table, gradients: RowGradients, addresses: Any, *now: Any) -> Any:
+            options = {"config": config, "identity": addresses, "seed": int(layer)}
+            return adam(table, gradients, *now, **options)
+
+        return update
+
     for layer, exchange in program.exchanges().items():
         tables[layer], seen[layer] = exchange.apply(
-            update, memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
+            rule(layer), memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
         )
     return tables, seen
 
@@ -255,7 +263,7 @@ def eval_step(
     return loss, jnp.sum(batch["loss_mask"])
 
 
-def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def jit_train_step(program: Program) -> jax.stages.Wrapped:
     """The step compiled, its state donated (updated in place)."""
     return jax.jit(
         partial(train_step, program),

@@ -63,6 +63,7 @@ _CHOICES = {
     "model.engram.form": (PAPER, V41, QWEN),
     "model.engram.hash_dialect": (PAPER, QWEN),
     "model.engram.addresses": ("device", "host"),
+    "model.engram.table_dtype": ("float32", "bfloat16"),
     "data.source": ("local", "folder", "tfds"),
     "optimizer.memory_optimizer": ("rowwise_adam", "dense_adam"),
 }
@@ -109,6 +110,9 @@ def validate(config: Config) -> None:
     if model.engram.layers:
         _lookups(config.data, model.engram.heads)
     _optimizer(config.optimizer)
+    if config.optimizer.memory_optimizer == "dense_adam":
+        dtype = model.engram.table_dtype
+        _require(dtype == "float32", "model.engram.table_dtype", dtype, "'float32' for dense_adam")
     _train(config.train, config.data.batch_size)
     _generate(config.generate, config.tokenizer.vocab_size)
 

@@ -247,13 +247,17 @@ def main(workdir: str, rank: str, processes: str, port: str, *actions: str) -> N
             say(fails(folder, mesh, int(numbers[0]), numbers[1]))
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(
     workdir: Path, actions: Sequence[str], processes: int = 1, devices: int = 8
 ) -> list[subprocess.Popen]:
     """The processes, `devices` to each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

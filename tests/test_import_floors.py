@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, str], ...] = (
     ("6 a run's report", "report report_figures"),
     (
         "7 what is done with a model",
-        "describe train_step sampling generate run_data planning restore evaluate",
+        "describe train_step sampling generate run_data planning restore evaluate compile_step",
     ),
     ("7 studies", "analysis/"),
     ("7 the loop and the command", "finish instruments train command_line"),

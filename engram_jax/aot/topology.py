@@ -128,6 +128,18 @@ def slice_topology(name: str) -> Topology:
     )
 
 
+def slices_of(generation: str) -> list[str]:
+    """Slices that are rented, smallest first: each number of chips that is a power of two in its
+    most cubic shape, up to 256 chips in two dimensions and 4,096 in three."""
+    flat = GENERATIONS[generation].dimensions == 2
+    size, found = ([2, 2] if flat else [2, 2, 1]), []
+    while math.prod(size) <= (256 if flat else 4096):
+        found.append(f"{generation}:{'x'.join(map(str, size))}")
+        smallest = min(size)
+        size[max(i for i, n in enumerate(size) if n == smallest)] *= 2
+    return found
+
+
 @contextlib.contextmanager
 def _loadable() -> Iterator[None]:
     """libtpu, loaded in here, gets along without TPU and beside others; what the user set stays.

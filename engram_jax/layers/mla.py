@@ -23,6 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from engram_jax.config import AttentionConfig
+from engram_jax.layers import splash
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.rope import apply_rope, rope_tables
 from engram_jax.sharding.local import ALONE, Local
@@ -94,8 +95,17 @@ class MLA(nnx.Module):
         shared = jnp.broadcast_to(key_rope[:, None], (*keys.shape[:3], key_rope.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
         query = query.transpose(0, 2, 1, 3)
+        if local.on_tpu and splash.usable(x.shape[1]):
+            mixed = splash.attention(query, keys, values, segments, self.scale)
+        else:
+            mixed = self._attention(query, keys, values, segments)
+        return self._output(mixed, local)
 
-        length = x.shape[1]
+    def _attention(
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        """[B, h, T, n + p] twice and [B, h, T, v] -> [B, T, h, v]."""
+        length = query.shape[2]
         count = max(1, min(QUERY_PARTS, length // PART))
         cuts = [length * i // count for i in range(count + 1)]
         parts = []
@@ -105,7 +115,7 @@ class MLA(nnx.Module):
             scores = self._dot("bhsn,bhtn->bhst", query[:, :, start:end], keys[:, :, :end])
             weights = self._softmax(scores, (same & causal)[:, None])
             parts.append(jnp.einsum("bhst,bhtv->bshv", weights, values[:, :, :end]))
-        return self._output(jnp.concatenate(parts, axis=1), local)
+        return jnp.concatenate(parts, axis=1)
 
     def init_cache(self, batch: int, capacity: int) -> MLACache:
         """An empty cache for `batch` sequences of at most `capacity` tokens."""

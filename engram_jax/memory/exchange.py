@@ -103,7 +103,7 @@ class Exchange:
 
     def apply(
         self,
-        update: Callable[[Any, RowGradients], tuple[Any, jax.Array]],
+        update: Callable[..., tuple[Any, jax.Array]],
         table: Any,
         plan: Plan,
         sent: Sent,
@@ -113,8 +113,8 @@ class Exchange:
     ) -> tuple[Any, jax.Array]:
         """Every owner updates the rows whose gradients arrived: in place, if `table` is donated.
 
-        update: (table, gradients of rows of it, *scalars) -> (table, int32 []); runs on each
-          device's part.
+        update: (table, gradients of rows of it, those rows' addresses in natural order, *scalars)
+          -> (table, int32 []); runs on each device's part.
         factor: float32 [], multiplies the gradients. apply: bool [], False = change nothing.
 
         Returns the table and the sum of the counts.
@@ -184,13 +184,13 @@ class Exchange:
         self, rows: jax.Array, addresses: jax.Array, plan: Plan, dtype: jnp.dtype
     ) -> jax.Array:
         if self.layout.devices == 1:
-            return rows.at[addresses].get(mode="promise_in_bounds").astype(dtype)
+            return _converted(rows.at[addresses].get(mode="promise_in_bounds"), dtype)
 
         def serve(index: jax.Array) -> jax.Array:
             """[n C, dim]: the rows of one round, owner by owner."""
             asked = _swap(self._wanted(plan, index)[1])
-            answer = rows.at[asked].get(mode="fill", fill_value=0)
-            return _swap(answer.astype(dtype)).reshape(-1, rows.shape[1])
+            answer = _converted(rows.at[asked].get(mode="fill", fill_value=0), dtype)
+            return _swap(answer).reshape(-1, rows.shape[1])
 
         def place(index: jax.Array) -> jax.Array:
             """Distinct row -> its place in what a round brings; n C if it is in another round."""
@@ -253,7 +253,10 @@ class Exchange:
         scalars: tuple[jax.Array, ...],
     ) -> tuple[Any, jax.Array]:
         def one(table: Any, gradients: RowGradients) -> tuple[Any, jax.Array]:
-            return update(table, gradients.scaled(factor).only_if(apply), *scalars)
+            address = gradients.addresses
+            if self.layout.devices > 1:
+                address = address * self.layout.devices + lax.axis_index(AXES)
+            return update(table, gradients.scaled(factor).only_if(apply), address, *scalars)
 
         table, seen = one(table, sent.arrived)
         if self.layout.devices == 1:
@@ -271,6 +274,14 @@ class Exchange:
 def _swap(x: jax.Array) -> jax.Array:
     """x [n, ...], one part per device -> the parts that the devices have for this one."""
     return lax.all_to_all(x, AXES, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _converted(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Gathered rows in `dtype`, rounded in a step of its own: XLA would otherwise convert the whole
+    table first, once for all rounds, and gather from the copy."""
+    if rows.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        rows = lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
+    return rows.astype(dtype)
 
 
 def _listed(x: Any) -> Any:

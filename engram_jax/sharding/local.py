@@ -31,11 +31,13 @@ class Local:
 
     dtype: what matrices are collected in, being used in it; None = their own.
     experts: E, all routed experts of a layer.
+    on_tpu: the devices are TPUs, be they described ones (--mode=compile).
     """
 
     axes: Axes = ONE_DEVICE
     dtype: DTypeLike | None = None
     experts: int = 0
+    on_tpu: bool = False
 
     @property
     def whole_experts(self) -> bool:

@@ -3,12 +3,16 @@
     axis     cuts
     data     the batch; every weight is repeated (its gradients are summed over the axis)
     fsdp     the batch and every weight; a layer's weights are collected when the layer runs
-    expert   the batch, every weight, and the routed experts by whole experts
+    expert   the batch, and the routed experts by whole experts
     tensor   attention heads and the inner widths of feed-forward layers; tokens are repeated
 
 The tables are cut by rows over every device of the mesh, whatever its axes (memory/exchange.py).
 There is no sequence axis: 4,096 tokens of the paper's models fit a device at a time, and n-grams,
 convolution and attention would all have to reach across it.
+
+Weights other than experts are not cut by `expert`, too: 2,560 columns in 128 pieces are 20 columns
+each, which no tile of a TPU holds, and XLA then collects them by an all-reduce of zero-padded
+copies, twice the bytes (docs/log.md).
 
 A parameter is recognised by its name, so the same rule serves it, its gradient and its moments.
 """
@@ -34,8 +38,8 @@ P = PartitionSpec
 # Logical axis -> mesh axes that cut it. Weights not named below are repeated on every device.
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
-    "embed": ("fsdp", "expert"),
-    "latent": ("fsdp", "expert"),
+    "embed": ("fsdp",),
+    "latent": ("fsdp",),
     "heads": ("tensor",),
     "inner": ("tensor",),
     "experts": ("expert",),
@@ -129,6 +133,11 @@ def axes_of(mesh: Mesh) -> Axes:
     return Axes(**{name: mesh.shape[name] for name in AXES})
 
 
+def on_tpu(mesh: Mesh) -> bool:
+    """Whether its devices are TPUs, or descriptions of them."""
+    return mesh.devices.flat[0].platform == "tpu"
+
+
 def check(config: Config, axes: Axes) -> None:
     """Raises UserError, with the numbers, where an axis does not divide what it cuts."""
     model, data = config.model, config.data
@@ -136,8 +145,8 @@ def check(config: Config, axes: Axes) -> None:
     weights, rows = axes.size(RULES["embed"]), axes.batch * config.train.accumulation
     demands = [
         ("data.batch_size", data.batch_size, rows, "data x fsdp x expert x train.accumulation"),
-        ("model.d_model", model.d_model, weights, "fsdp x expert"),
-        ("model.attention.kv_lora_rank", attention.kv_lora_rank, weights, "fsdp x expert"),
+        ("model.d_model", model.d_model, weights, "fsdp"),
+        ("model.attention.kv_lora_rank", attention.kv_lora_rank, weights, "fsdp"),
         ("model.attention.heads", attention.heads, axes.tensor, "tensor"),
         ("data.seq_len", data.seq_len, axes.tensor, "tensor"),
     ]

@@ -116,6 +116,38 @@ def test_dropped_gradients_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, after, memory)
 
 
+def test_bfloat16_rows_are_rounded_to_a_neighbour_and_right_on_average():
+    steps, rng = 4096, np.random.default_rng(4)
+    x = np.concatenate([rng.normal(size=20), [0.0, -0.0, 1.5, -2.0, 1 + 2**-8 * 0.37]])
+    x = jnp.asarray(x[None], jnp.float32)
+    every = jax.jit(jax.vmap(lambda step: rowwise_adam.rounded(x, jnp.array([7]), step, 1)))
+    drawn = np.asarray(every(jnp.arange(steps)), np.float64)[:, 0]
+    exact = np.asarray(x, np.float64)[0]
+    # The neighbours, by cutting float32's bits: toward zero, and one step further.
+    bits = np.asarray(x[0]).view(np.uint32) & np.uint32(0xFFFF0000)
+    below = bits.view(np.float32).astype(np.float64)
+    above = np.where(below == exact, below, (bits + np.uint32(0x10000)).view(np.float32))
+    assert np.all((drawn == below) | (drawn == above))
+    gap = np.abs(above - below)
+    np.testing.assert_array_less(np.abs(drawn.mean(0) - exact), 4 * gap / np.sqrt(steps) + 1e-30)
+    two = [rowwise_adam.rounded(x, jnp.array([7]), jnp.int32(3), seed) for seed in (1, 2)]
+    assert not np.array_equal(*two)
+    np.testing.assert_array_equal(two[0][0], drawn[3])
+
+
+def test_bfloat16_rows_learn_steps_too_small_for_them():
+    config = OptimizerConfig()
+    ones = jnp.ones((64, 32))
+    memory = table.Table(ones.astype(jnp.bfloat16), 0 * ones, 0 * ones)
+    grads = deduplicate(jnp.arange(64), ones)
+    step = jax.jit(lambda t, n: rowwise_adam.update(t, grads, jnp.float32(1e-4), n, config=config))
+    for number in range(100):
+        memory, _ = step(memory, jnp.int32(number))
+    assert memory.rows.dtype == jnp.bfloat16 and memory.mu.dtype == jnp.float32
+    # 100 steps of 1e-4, each a fortieth of the distance to the next bfloat16 below 1
+    np.testing.assert_allclose(jnp.mean(memory.rows.astype(jnp.float32)), 0.99, atol=2e-4)
+
+
 def test_update_is_in_place():
     """Donated tables: compiled code holds no second table and aliases all three buffers."""
     rows, dim, lookups = 200_000, 8, 64
