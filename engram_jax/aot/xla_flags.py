@@ -17,7 +17,7 @@ _ASYNC_ALL_TO_ALL = {"xla_tpu_enable_async_all_to_all": True}
 _RAGGED_DOT_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": True}
 
 OPTIONS: dict[str, dict[str, bool | int | str]] = {
-    "v5e": {**_ASYNC_ALL_TO_ALL, **_RAGGED_DOT_KERNEL},
+    "v5e": {**_RAGGED_DOT_KERNEL},
     "v5p": {**_ASYNC_ALL_TO_ALL},
     "v6e": {**_ASYNC_ALL_TO_ALL, **_RAGGED_DOT_KERNEL},
     "tpu7x": {**_ASYNC_ALL_TO_ALL, **_RAGGED_DOT_KERNEL},
