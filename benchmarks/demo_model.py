@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from configs import engram_tiny
 from engram_jax import config as config_lib
@@ -33,14 +34,14 @@ def canonical_size(vocab_size: int) -> int:
     return round(0.766 * vocab_size)
 
 
-def demo_program(config: Config) -> Program:
+def demo_program(config: Config, mesh: Mesh | None = None) -> Program:
     """The program of a configuration, with a made-up map from token ids to canonical ids."""
     if not config.model.engram.layers:
-        return build_program(config, None)
+        return build_program(config, None, mesh)
     ids = np.arange(config.tokenizer.vocab_size, dtype=np.int32)
     compression = ids % canonical_size(len(ids))
     addressing = dataclasses.replace(artifact.build(config, None), compression=compression)
-    return build_program(config, addressing)
+    return build_program(config, addressing, mesh)
 
 
 def batches(config: Config) -> list[dict[str, jax.Array]]:

@@ -1,4 +1,4 @@
-"""--mode=compile as a user calls it: a tiny model on four chips, the paper's on the slices it needs.
+"""--mode=compile as a user calls it: a tiny model on four chips, the paper's on the slice it needs.
 
 The tests with the paper's models take minutes of XLA's time each, most of it for the network.
 """
@@ -13,10 +13,10 @@ import pytest
 from tests.runs import ROOT, flags_of, launched
 
 GIB = 2**30
-KEYS = (
-    "argument_bytes temp_bytes peak_hbm_bytes hbm_capacity_bytes fits table_sized_copies"
-    " aliased_fraction collectives compile_seconds"
-).split()
+KEYS = {
+    *("argument_bytes", "temp_bytes", "peak_hbm_bytes", "hbm_capacity_bytes", "fits"),
+    *("table_sized_copies", "aliased_fraction", "collectives", "compile_seconds"),
+}
 # Two layers, memory in the second, experts that divide; tables too large for VMEM.
 TINY = {
     "model.layers": 2,
@@ -55,7 +55,7 @@ def assert_no_table_is_copied(report: dict) -> None:
 def test_a_training_step_that_fits():
     code, report, err = compiled("engram_tiny", "v5e:2x2", **TINY)
     assert code == 0, err
-    assert not set(KEYS) - set(report)
+    assert set(report) >= KEYS
     assert report["fits"] and report["peak_hbm_bytes"] < report["hbm_capacity_bytes"]
     assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
     assert_no_table_is_copied(report)
