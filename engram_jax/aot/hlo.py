@@ -62,13 +62,18 @@ class Collective:
 
 @dataclass(frozen=True)
 class LargeCopy:
-    """An instruction that fills a buffer of a table's size: `bytes` of values, without padding."""
+    """An instruction that fills a buffer of a table's size: `bytes` of values, without padding.
+
+    vmem: it brings the table into VMEM or back. XLA does so with what fits there beside the rest:
+    a bounded cost, and no memory of HBM.
+    """
 
     name: str
     opcode: str
     shape: str
     bytes: int
     op_name: str
+    vmem: bool = False
 
 
 def collectives(text: str | Module) -> list[Collective]:
@@ -190,6 +195,8 @@ def _group_size(instruction: Instruction, module: Module) -> int:
 
 # ---- copies --------------------------------------------------------------------------------------
 
+VMEM = 1  # the number of its memory space
+
 # These name a buffer that exists already; while, conditional and call hand on those of the
 # computations they run, which are looked at themselves.
 _NO_BUFFER = {
@@ -251,6 +258,7 @@ def large_copies(
                         f"{array.dtype}[{dims}]",
                         array.bytes,
                         instruction.op_name,
+                        VMEM in (array.space, _source_space(instruction)),
                     )
                 )
     return found
@@ -284,6 +292,13 @@ def _written(instruction: Instruction, where: Computation) -> Iterator[tuple[int
         yield from enumerate(leaves(parts[1]))
     else:
         yield from enumerate(leaves(instruction.shape))
+
+
+def _source_space(instruction: Instruction) -> int | None:
+    """Of an asynchronous copy."""
+    if instruction.opcode != "copy-start" or not isinstance(instruction.shape, tuple):
+        return None
+    return next(leaves(instruction.shape[1])).space
 
 
 def _is_large(

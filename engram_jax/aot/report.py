@@ -37,9 +37,10 @@ def examine(
 
     Returns:
       JSON-ready: argument_bytes, output_bytes, temp_bytes (as allocated: with padding),
-      peak_hbm_bytes (code included) and hbm_capacity_bytes, fits; table_sized_copies, a number, and
-      table_copies, which; aliased_fraction, bytes of arguments whose buffers results take over by
-      bytes of `state`, and not_aliased, the donated arguments that are left; collectives, a list
+      peak_hbm_bytes (code included) and hbm_capacity_bytes, fits; table_sized_copies in HBM, a
+      number, and table_copies, which; tables_in_vmem, visits of whole tables to VMEM;
+      aliased_fraction, bytes of arguments whose buffers results take over by bytes of `state`, and
+      not_aliased, the donated arguments that are left; collectives, a list
       of {kind, count, bytes, name, ...}; compile_seconds; topology, chips, devices.
     """
     report = _common(memory_of(compiled), text, topology, state, tables, seconds)
@@ -92,16 +93,19 @@ def _common(
     if not text:
         return report | {
             "table_sized_copies": None,
+            "tables_in_vmem": None,
             "table_copies": [],
             "aliased_fraction": None,
             "not_aliased": [],
             "collectives": [],
         }
     module = parse(text)
-    copies = large_copies(module, tables)
+    large = large_copies(module, tables)
+    copies = [copy for copy in large if not copy.vmem]
     donated, aliased = shard_bytes(state), aliased_bytes(module)
     return report | {
         "table_sized_copies": len(copies),
+        "tables_in_vmem": len(large) - len(copies),
         "table_copies": [dataclasses.asdict(copy) for copy in copies],
         "aliased_fraction": aliased / donated if donated else 1.0,
         "not_aliased": not_aliased(module),
@@ -180,6 +184,8 @@ def as_table(report: dict[str, Any]) -> str:
     if report["table_sized_copies"] is not None:
         lines.append(f"  table copies   {report['table_sized_copies']:>12}")
     lines += [f"    {c['name']} {c['shape']} {c['op_name']}" for c in report["table_copies"]]
+    if report["tables_in_vmem"]:
+        lines.append(f"  visits to VMEM {report['tables_in_vmem']:>12}  of a whole table: it fits")
     lines.append(f"  compiled in    {report['compile_seconds']:>10.1f} s")
     kinds: dict[str, list[int]] = {}
     for c in report["collectives"]:

@@ -190,7 +190,10 @@ class Exchange:
             """[n C, dim]: the rows of one round, owner by owner."""
             asked = _swap(self._wanted(plan, index)[1])
             answer = _converted(rows.at[asked].get(mode="fill", fill_value=0), dtype)
-            return _swap(answer).reshape(-1, rows.shape[1])
+            # As whole numbers, through which XLA moves no conversion: a TPU multiplies float32 as
+            # bfloat16, and would convert the table for it.
+            bits = lax.bitcast_convert_type(answer, _UNSIGNED[dtype.itemsize])
+            return lax.bitcast_convert_type(_swap(bits), dtype).reshape(-1, rows.shape[1])
 
         def place(index: jax.Array) -> jax.Array:
             """Distinct row -> its place in what a round brings; n C if it is in another round."""
@@ -274,6 +277,9 @@ class Exchange:
 def _swap(x: jax.Array) -> jax.Array:
     """x [n, ...], one part per device -> the parts that the devices have for this one."""
     return lax.all_to_all(x, AXES, split_axis=0, concat_axis=0, tiled=True)
+
+
+_UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
 def _converted(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -120,6 +120,7 @@ def test_the_table_for_a_terminal():
             "aliased_fraction": 0.75,
             "not_aliased": ["state['a']"],
             "table_sized_copies": 1,
+            "tables_in_vmem": 3,
             "table_copies": [{"name": "copy.1", "shape": "f32[9,80]", "op_name": "t"}],
             "collectives": [one | flags, one | flags, one | flags | {"unknown_trips": True}],
         }
@@ -128,6 +129,7 @@ def test_the_table_for_a_terminal():
     assert any("peak" in t and "6.00 GiB" in t and "(25%): fits" in t for t in text)
     assert any("75.0%; not: state['a']" in t for t in text)
     assert "    copy.1 f32[9,80] t" in text
+    assert any(t.split()[:4] == ["visits", "to", "VMEM", "3"] for t in text)
     assert any(t.split() == ["all-to-all", "30", "x,", "6.0", "MiB"] for t in text)
     assert any("may not run" in t and "15 x" in t and "3.0 MiB" in t for t in text)
 

@@ -15,7 +15,7 @@ from engram_jax.memory.exchange import (
     stored_order,
 )
 from engram_jax.memory.table import TableLayout
-from engram_jax.sharding.rules import P, make_mesh
+from engram_jax.sharding.rules import AXES, P, make_mesh
 
 DIM, SHAPE = 5, (8, 6, 3)  # 18 lookups on every device
 LOOKUPS_HERE = 18
@@ -67,9 +67,13 @@ def bits(shape):
     return words.view(np.float32)
 
 
-def subtract(table, gradients, scale):
-    """The simplest of optimizers, on the rows that are there; counts those it changed."""
+def subtract(table, gradients, natural, scale):
+    """The simplest of optimizers, on the rows that are there; counts those it changed, if their
+    addresses in natural order are told right."""
     at = gradients.addresses
+    device = jax.lax.axis_index(AXES)
+    right = (natural == at * 8 + device) | (at >= table.shape[0])
+    scale = jnp.where(jnp.all(right), scale, jnp.nan)
     new = table.at[at].add(-scale * gradients.values, mode="drop", unique_indices=True)
     return new, jnp.sum(at < table.shape[0], dtype=jnp.int32)
 

@@ -125,7 +125,8 @@ def test_hit_rate_and_utilisation_count_trained_rows():
     state, first = step(copy(state), batch)
     assert float(first["hit_rate/1"]) == 0
     trained = np.count_nonzero(np.any(np.asarray(state.memory["1"].nu) > 0, axis=1))
-    assert float(utilisation(state.memory)["1"]) == pytest.approx(trained / program.table_rows["1"])
+    used = utilisation(program, state.memory)["1"]
+    assert float(used) == pytest.approx(trained / program.table_rows["1"])
     touched = int(first["rows_touched/1"])
     assert 0.7 * touched < trained <= touched
     _, again = step(state, batch)
