@@ -34,6 +34,7 @@ lint: $(TEST_STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(VENV)/bin/shellcheck scripts/*.sh
 
 format: $(TEST_STAMP)
 	$(PY) -m ruff format .

@@ -1,16 +1,22 @@
-"""One program for everything: train, evaluate, generate from, or describe a model.
+"""One program for everything: train, evaluate, generate from, describe or compile a model.
 
     python launch.py --config=configs/engram_tiny.py
     python launch.py --config=configs/engram_tiny.py --mode=generate --prompt="def main("
     python launch.py --config=configs/engram27b.py --mode=describe --json
+    python launch.py --config=configs/engram27b.py --mode=compile --topology=v5p:4x4x8
 
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
---workdir (default runs/<config.name>); the same command resumes it.
+--workdir (default runs/<config.name>); the same command resumes it. On a TPU slice give every host
+the same command; elsewhere --coordinator_address, --num_processes and --process_id join processes.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +26,26 @@ from ml_collections import config_flags
 from engram_jax import command_line
 from engram_jax.errors import UserError
 
-MODES = ("train", "evaluate", "generate", "describe")
+MODES = ("train", "evaluate", "generate", "describe", "compile")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
-_JSON = flags.DEFINE_bool("json", False, "describe, evaluate: one JSON object on standard output.")
+_JSON = flags.DEFINE_bool(
+    "json", False, "describe, evaluate, compile: one JSON object on standard output."
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "compile: the TPU slice, for example v5p:4x4x8; none needs to be there."
+)
+_PROGRAM = flags.DEFINE_string("program", "train", "compile: the train or the decode step.")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "train: START:STOP, the steps to record a trace of."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for several processes off TPU."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _STEP = flags.DEFINE_string("step", "latest", "evaluate, generate: latest, best or a step number.")
 
 
@@ -41,6 +61,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         (_PROMPT.value or "").encode()
     except UnicodeEncodeError:  # what the command line gave was not UTF-8: a lone surrogate
         raise UserError(f"--prompt={_PROMPT.value!r}: must be UTF-8 text") from None
+    if mode == "compile" and _TOPOLOGY.value is None:
+        raise UserError("--topology: missing; for example --topology=v5p:4x4x8")
+    if _PROGRAM.value not in ("train", "decode"):
+        raise UserError(f"--program={_PROGRAM.value}: must be train or decode")
+    if _PROFILE.value is not None and mode != "train":
+        raise UserError(f"--profile={_PROFILE.value}: only --mode=train has steps to record")
     if step not in ("latest", "best") and not step.isdecimal():
         raise UserError(f"--step={step}: must be latest, best or a step number")
     return list(argv[:1])
@@ -60,11 +86,30 @@ def main(argv: Sequence[str]) -> None:
         description = describe.describe(config)
         print(json.dumps(description) if _JSON.value else describe.table(description))
         return
+    if _MODE.value == "compile":
+        from engram_jax import compile_step
+
+        what = config, _TOPOLOGY.value, _PROGRAM.value
+        report = compile_step.compile_step(*what)
+        if not report["fits"]:
+            tell = functools.partial(print, file=sys.stderr, flush=True)
+            report["smallest_slice"] = compile_step.smallest_slice(*what, tell)
+        print(json.dumps(report) if _JSON.value else compile_step.as_table(report))
+        if not report["fits"]:
+            sys.exit(1)
+        return
+    from engram_jax import distributed
+
+    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     command_line.keep_compiled_programs(config)
     if _MODE.value == "train":
-        from engram_jax import train
+        from engram_jax import profiling, train
 
-        train.train(config, workdir)
+        text = _PROFILE.value
+        window = None if text is None else profiling.parse_window(text, config.train.steps)
+        train.train(config, workdir, profile=window)
+        # A second SIGTERM while the interpreter shuts down does not change the exit status.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     elif _MODE.value == "evaluate":
         from engram_jax import evaluate
 

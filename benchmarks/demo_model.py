@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from configs import engram_tiny
 from engram_jax import config as config_lib
 from engram_jax.address import artifact
 from engram_jax.config import Config
-from engram_jax.train_state import Program, build_program, init_state
+from engram_jax.train_state import Program, build_program, create_state
 from engram_jax.train_step import jit_train_step
 
 BATCHES = 8  # distinct ones: a repeated batch would find its rows in the processor's caches
@@ -34,14 +34,14 @@ def canonical_size(vocab_size: int) -> int:
     return round(0.766 * vocab_size)
 
 
-def demo_program(config: Config) -> Program:
+def demo_program(config: Config, mesh: Mesh | None = None) -> Program:
     """The program of a configuration, with a made-up map from token ids to canonical ids."""
     if not config.model.engram.layers:
-        return build_program(config, None)
+        return build_program(config, None, mesh)
     ids = np.arange(config.tokenizer.vocab_size, dtype=np.int32)
     compression = ids % canonical_size(len(ids))
     addressing = dataclasses.replace(artifact.build(config, None), compression=compression)
-    return build_program(config, addressing)
+    return build_program(config, addressing, mesh)
 
 
 def batches(config: Config) -> list[dict[str, jax.Array]]:
@@ -67,7 +67,7 @@ class Training:
     """A run in progress: every call is one more step, and returns when it is done."""
 
     def __init__(self, program: Program, batches: list[dict[str, jax.Array]]):
-        self.state = jax.jit(partial(init_state, program))()
+        self.state = create_state(program)
         self.step: Callable[..., Any] = jit_train_step(program)
         self.batches, self.steps = batches, 0
 

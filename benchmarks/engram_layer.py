@@ -42,7 +42,7 @@ def build(variant: str, rows_per_head: int) -> Callable[[], None]:
     from engram_jax.config import EngramConfig, OptimizerConfig
     from engram_jax.layers.engram import Engram
     from engram_jax.memory.row_gradients import deduplicate
-    from engram_jax.memory.table import init_table, lookup
+    from engram_jax.memory.table import TableLayout, init_table, lookup
     from engram_jax.optim import rowwise_adam
 
     config = EngramConfig(layers=(1,), d_mem=640, rows_per_head=(rows_per_head,))
@@ -95,9 +95,8 @@ def build(variant: str, rows_per_head: int) -> Callable[[], None]:
         rows, own = weights_step(rows, own, grads[1])
         return (rows, own), *weights_step(params, state, grads[0]), jnp.sum(grads[2])
 
-    table: Any = init_table(
-        jax.random.key(0), rows_per_head * config.heads, config.dim, 0.02, jnp.float32
-    )
+    layout = TableLayout(rows_per_head * config.heads)
+    table: Any = init_table(jax.random.key(0), layout, config.dim, 0.02, jnp.float32)
     if variant == "dense":
         table = (table.rows, adamw.init(table.rows))
     step_fn = jax.jit({"rowwise": rowwise, "dense": dense}[variant], donate_argnums=(0, 1, 2))

@@ -197,11 +197,14 @@ def write_json(path: Path, results: Sequence[Result]) -> None:
     path.write_text(json.dumps({**machine(), "benchmarks": benchmarks}, indent=1) + "\n")
 
 
-def main(measure: Callable[[], Result]) -> None:
-    """The command line of one benchmark: its table, and with --json its file."""
+def main(measure: Callable[[], Result], arguments: Sequence[str] | None = None) -> None:
+    """The command line of one benchmark: its table, and with --json its file.
+
+    arguments: what the benchmark has left of the command line; None = all of it.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there, too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     result = measure()
     print(table(result), flush=True)
     if options.json:

@@ -27,13 +27,13 @@ def parts(config: Any) -> dict[str, Any]:
     from benchmarks.demo_model import batches, demo_program
     from engram_jax.layers.engram import Engram
     from engram_jax.memory.row_gradients import deduplicate
-    from engram_jax.memory.table import init_memory, lookup_all
+    from engram_jax.memory.table import init_memory, lookup
     from engram_jax.optim import rowwise_adam
     from engram_jax.train_step import batch_addresses
 
     program, batch = demo_program(config), batches(config)[0]
     model, engram = config.model, config.model.engram
-    memory = init_memory(jax.random.key(0), program.table_rows, engram.dim, engram.init_std)
+    memory = init_memory(jax.random.key(0), program.layouts, engram.dim, engram.init_std)
     module = Engram(
         model.d_model,
         model.hyper.streams,
@@ -50,7 +50,7 @@ def parts(config: Any) -> dict[str, Any]:
 
     hashing = jax.jit(lambda b: batch_addresses(program, b))
     addresses = jax.block_until_ready(hashing(batch))
-    gather = jax.jit(lookup_all)
+    gather = jax.jit(lambda m, a: {k: lookup(m[k].rows, a[k]) for k in a})
     rows = jax.block_until_ready(gather(memory, addresses))
 
     def loss(params: Any, rows: jax.Array, streams: jax.Array) -> jax.Array:

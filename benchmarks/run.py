@@ -16,7 +16,14 @@ from pathlib import Path
 
 from benchmarks import harness
 
-BENCHMARKS = ("hashing", "table_growth", "engram_layer", "overhead", "describe_cost")
+BENCHMARKS = (
+    "hashing",
+    "table_growth",
+    "engram_layer",
+    "overhead",
+    "describe_cost",
+    "eight_devices",
+)
 DEFAULT = harness.ROOT / "benchmarks" / "results" / "cpu.json"
 
 

@@ -17,31 +17,39 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
-from engram_jax.address.artifact import Addressing, check_same
+from engram_jax.address.artifact import Addressing
+from engram_jax.agreement import SaveBarrier, agree, gather
+from engram_jax.checkpoint_arrays import (
+    flatten,
+    pad_host,
+    restore_args,
+    stored_shapes,
+    without_elements,
+)
 from engram_jax.checkpoint_files import (
     FORMAT,
     TRACEBACKS,
     IteratorState,
+    LatestAndBest,
+    MetaHandler,
     OneLine,
     StateHandler,
+    absolute,
     check_arrays,
     compare,
     decode_iterator,
     gather_iterators,
     read_meta,
     seal,
+    settle_addressing,
 )
 from engram_jax.errors import UserError
 
@@ -54,8 +62,8 @@ class Restored:
     """What `Checkpointer.restore` found.
 
     state: the arrays, in the abstract tree's structure.
-    iterator, metrics, metadata: as they were given to `save` (tuples became lists); the iterator's
-      state is this process's.
+    iterator, metrics, metadata: as they were given to `save` (tuples became lists); where the
+      processes' iterators differed, this process's.
     """
 
     step: int
@@ -66,7 +74,8 @@ class Restored:
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every process of the run makes one.
+    """The checkpoints of one run. Every process of the run makes one and calls the same methods;
+    what fails on one of them fails on all.
 
     workdir: the run's directory, local or anything else that etils.epath opens.
     addressing: the run's addressing, None for a model without memory. A new run stores it; what a
@@ -84,45 +93,50 @@ class Checkpointer:
         keep_best: int = 1,
         read_only: bool = False,
     ):
-        root = _absolute(workdir)
+        root = absolute(workdir)
         self.directory = root / "checkpoints"
         self._fingerprint = addressing.fingerprint if addressing else None
         self._read_only = read_only
         self._losses: dict[int, float] = {}
         logging.getLogger("absl").addFilter(TRACEBACKS)
-        if read_only and not self.directory.is_dir():
-            raise UserError(f"workdir {root}: holds no checkpoints/; nothing was saved there")
-        if not read_only:
-            with OneLine(f"checkpoints {self.directory}: cannot be made"):
-                self.directory.mkdir(parents=True, exist_ok=True)
-        if addressing is not None:
-            begun = any(path.name.isdigit() for path in self.directory.iterdir())
-            _settle_addressing(root / "addressing", addressing, begun, write=not read_only)
+        agree(lambda: self._open(root, addressing))
+        self._barrier = SaveBarrier()
+        self._arrays = StateHandler(self._barrier)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state = StateHandler()
-        registry.add("state", ocp.args.StandardSave, state)
-        registry.add("state", ocp.args.StandardRestore, state)
-        registry.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        registry.add("state", ocp.args.PyTreeSave, self._arrays)
+        registry.add("meta", ocp.args.JsonSave, MetaHandler(self._barrier))
         self._manager = ocp.CheckpointManager(
             self.directory,
             handler_registry=registry,
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=not read_only,
-                preservation_policy=_LatestAndBest(self, keep, keep_best),
+                preservation_policy=LatestAndBest(self._loss_at, keep, keep_best),
                 # A rename is atomic, a deletion is not: cut short, it leaves what looks whole.
                 todelete_subdir=_TRASH,
                 lightweight_initialize=True,
                 save_root_metadata=False,
+                async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
             ),
         )
         self._empty_trash()
+
+    def _open(self, root: epath.Path, addressing: Addressing | None) -> None:
+        if self._read_only and not self.directory.is_dir():
+            raise UserError(f"workdir {root}: holds no checkpoints/; nothing was saved there")
+        if not self._read_only:
+            with OneLine(f"checkpoints {self.directory}: cannot be made"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+        if addressing is not None:
+            begun = any(path.name.isdigit() for path in self.directory.iterdir())
+            settle_addressing(root / "addressing", addressing, begun, write=not self._read_only)
 
     def save(
         self,
         step: int,
         state: Any,
         *,
+        true_rows: Mapping[str, int] | None = None,
         iterator: IteratorState = None,
         metrics: dict[str, float] | None = None,
         metadata: dict[str, Any] | None = None,
@@ -131,7 +145,9 @@ class Checkpointer:
 
         state: a pytree of jax and NumPy arrays. When this returns, its buffers may be donated or
           overwritten, though files are still being written.
-        iterator: the state of this process's data iterator.
+        true_rows: path ("memory/1/rows") -> R, for arrays whose rows past R are padding: R are
+          stored. The array on a mesh is sharded by rows, so that each process writes its own.
+        iterator: the state of this process's data iterator; stored once if equal on all.
         metrics: "loss" ranks the checkpoints (absent or not finite: never the best).
         metadata: JSON values.
 
@@ -143,8 +159,11 @@ class Checkpointer:
         if step in self.steps():
             return False
         self._empty_trash()
-        arrays = _flatten(state)
-        stored = {k: v for k, v in arrays.items() if v.size}
+        arrays = flatten(state)
+        shapes = stored_shapes(arrays, true_rows)
+        stored = {k: v for k, v in arrays.items() if math.prod(shapes[k])}
+        self._arrays.stored_shapes = {k: shapes[k] for k in stored if shapes[k] != stored[k].shape}
+        self._barrier.begin()
         meta = seal(
             {
                 "format": FORMAT,
@@ -153,7 +172,7 @@ class Checkpointer:
                 "metrics": {k: _finite(v) for k, v in (metrics or {}).items()},
                 "metadata": metadata or {},
                 "iterators": gather_iterators(iterator),
-                "arrays": {k: [list(v.shape), v.dtype.name] for k, v in arrays.items()},
+                "arrays": {k: [list(shapes[k]), v.dtype.name] for k, v in arrays.items()},
             }
         )
         self._losses[step] = _loss(meta["content"])
@@ -161,7 +180,7 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(
+                    state=ocp.args.PyTreeSave(
                         stored, save_args={k: ocp.SaveArgs(chunk_byte_size=_CHUNK) for k in stored}
                     ),
                     meta=ocp.args.JsonSave(meta),
@@ -170,40 +189,72 @@ class Checkpointer:
             )
         return True
 
-    def restore(self, step: int | str | None, abstract_state: Any) -> Restored:
+    def restore(
+        self,
+        step: int | str | None,
+        abstract_state: Any,
+        *,
+        true_rows: Mapping[str, int] | None = None,
+    ) -> Restored:
         """Read a checkpoint, bit for bit, onto the shardings asked for.
 
         step: a number, None for the latest, "best" for the lowest loss.
-        abstract_state: the tree to fill, of jax.ShapeDtypeStruct (without a sharding: onto the
-          default device) or of arrays (likewise; np.ndarray: onto the host).
+        abstract_state: the tree to fill, of jax.ShapeDtypeStruct (with a sharding or a Format;
+          without: onto the default device) or of arrays (likewise; np.ndarray: onto the host).
+        true_rows: path -> R, for arrays that have more rows than are stored; those become zeros.
 
         Raises UserError, one line with the path and the reason, if there is no such checkpoint; if
         a file of it is missing, truncated or altered; if it belongs to another model, another
-        addressing or another number of processes. The line names the complete checkpoints beside.
+        addressing, or to processes whose data iterators differed and that were more or fewer. The
+        line names the complete checkpoints beside.
         """
         self.wait()
-        number = self._resolve(step)
+        wanted = flatten(abstract_state)
+        shapes = stored_shapes(wanted, true_rows)
+        number, content = agree(lambda: self._examine(step, wanted, shapes))
         path = self.directory / str(number)
-        wanted = _flatten(abstract_state)
-        try:
-            content = read_meta(path)
-            compare(content, wanted, self._fingerprint)
-            check_arrays(path, contents=jax.process_count() == 1)
-        except UserError as error:
-            raise UserError(f"checkpoint {path}: {error}; {self._others(number)}") from error
-        targets = {k: _target(v) for k, v in wanted.items() if v.size}
-        with OneLine(f"checkpoint {path}: cannot be read"):
-            found = self._manager.restore(
-                number, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))
-            )["state"]
-        leaves = [found[k] if v.size else _without_elements(v) for k, v in wanted.items()]
+        if len(seen := set(gather(str(number)))) > 1:
+            raise UserError(
+                f"checkpoints {self.directory}: processes see different latest steps,"
+                f" {' and '.join(sorted(seen))}; all need the same directory"
+            )
+        targets = {k: v for k, v in wanted.items() if math.prod(shapes[k])}
+        found = agree(lambda: self._read(path, targets, shapes))
+        leaves = [
+            pad_host(found[k], v) if k in targets else without_elements(v)
+            for k, v in wanted.items()
+        ]
         return Restored(
             step=number,
             state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
-            iterator=decode_iterator(content["iterators"][jax.process_index()]),
+            iterator=decode_iterator(content["iterators"]),
             metrics=content["metrics"],
             metadata=content["metadata"],
         )
+
+    def _examine(
+        self, step: int | str | None, wanted: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    ) -> tuple[int, dict[str, Any]]:
+        """The number and the content of a checkpoint that may be read; see `restore`."""
+        number = self._resolve(step)
+        path = self.directory / str(number)
+        try:
+            content = read_meta(path)
+            compare(content, wanted, shapes, self._fingerprint)
+            check_arrays(path, share=True)
+        except UserError as error:
+            raise UserError(f"checkpoint {path}: {error}; {self._others(number)}") from error
+        return number, content
+
+    def _read(
+        self, path: epath.Path, targets: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
+        # Not by the manager: after reading it waits for processes that may have failed.
+        args = {k: restore_args(v, shapes[k]) for k, v in targets.items()}
+        with OneLine(f"checkpoint {path}: cannot be read"):
+            return self._arrays.restore(
+                path / "state", args=ocp.args.PyTreeRestore(targets, restore_args=args)
+            )
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending; the one being written counts."""
@@ -271,7 +322,7 @@ class Checkpointer:
         for other in self.steps():
             try:
                 read_meta(self.directory / str(other))
-                check_arrays(self.directory / str(other), contents=False)
+                check_arrays(self.directory / str(other), share=False)
             except UserError:
                 continue
             complete.append(str(other))
@@ -282,68 +333,6 @@ class Checkpointer:
         trash = self.directory / _TRASH
         if not self._read_only and jax.process_index() == 0 and trash.exists():
             trash.rmtree()
-
-
-@dataclass
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Orbax's own BestN knows the losses only as long as the process lives, or reads every file."""
-
-    checkpointer: Checkpointer
-    keep: int
-    keep_best: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        ranked = sorted((self.checkpointer._loss_at(s), s) for s in steps)
-        kept = {s for loss, s in ranked[: self.keep_best] if loss < math.inf}
-        kept.update(sorted(steps)[-self.keep :])
-        return [s in kept for s in steps]
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax writes to absolute paths only; one with a scheme (gs://bucket/run) is."""
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(text))
-
-
-def _settle_addressing(
-    directory: epath.Path, mine: Addressing, begun: bool, *, write: bool
-) -> None:
-    """What an earlier launch stored binds this one once there are tables, in a checkpoint."""
-    if begun and (directory / "addressing.json").exists():
-        check_same(Addressing.load(directory), mine)
-    elif write:
-        if jax.process_index() == 0:
-            mine.save(directory)
-    elif begun:
-        raise UserError(f"workdir {directory.parent}: holds no addressing/ for its tables")
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path, such as "params/embedding". Raises TypeError for a leaf that is no array."""
-    flat: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise TypeError(f"state {name}: a checkpoint holds arrays, not {type(leaf).__name__}")
-        if name in flat:
-            raise TypeError(f"state {name}: two leaves have this path")
-        flat[name] = leaf
-    return flat
-
-
-def _target(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _without_elements(leaf: Any) -> Any:
-    """An empty array, which Orbax does not store."""
-    if isinstance(leaf, np.ndarray):
-        return np.zeros(leaf.shape, leaf.dtype)
-    return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
 
 def _finite(value: Any) -> float | None:

@@ -7,43 +7,139 @@ and a flipped bit in an array not at all. So sizes and CRC-32 are written down w
 from __future__ import annotations
 
 import base64
+import heapq
 import json
 import logging
+import math
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
+from engram_jax.address.artifact import Addressing, check_same
+from engram_jax.agreement import SaveBarrier, gather
+from engram_jax.checkpoint_arrays import crop
 from engram_jax.errors import UserError
 
 FORMAT = 1
 _LIST = "files.json"
+_LIST_OF = "files.{}.json"  # of one process, until the checkpoint is complete
 _CHUNK = 1 << 24
 
 IteratorState = bytes | dict[str, Any] | None
 
 
-class StateHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler for trees of arrays, which also lists what it has written in files.json."""
+class StateHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler for trees of arrays, which also lists what has been written in files.json.
+
+    stored_shapes: of the arrays that are stored smaller than they are, set before every save.
+    """
+
+    def __init__(self, barrier: SaveBarrier):
+        super().__init__()
+        self._barrier = barrier
+        self.stored_shapes: dict[str, tuple[int, ...]] = {}
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        futures = await super().async_save(directory, *args, **kwargs)
+        return [_Written(futures or [], self._barrier, lambda: _list_mine(directory))]
 
     def finalize(self, directory: epath.Path) -> None:
         """Called by one process, when all have written and before the checkpoint is visible."""
-        super().finalize(directory)
-        contents = jax.process_count() == 1  # else one process would have to read what all wrote
-        files = {}
-        for path in _walk(directory):
-            crc = _crc_of_file(path) if contents else None
-            files[str(path.relative_to(directory))] = [path.stat().length, crc]
-        (directory / _LIST).write_text(json.dumps(files))
+        try:
+            super().finalize(directory)
+            crop(directory, self.stored_shapes)
+            _list_all(directory)
+        except BaseException as error:
+            self._barrier.fail(error)
+            raise
 
 
-def check_arrays(path: epath.Path, *, contents: bool) -> None:
-    """Compare the files of `path`/state with their list: sizes always, CRCs if `contents`.
+class MetaHandler(ocp.JsonCheckpointHandler):
+    """Orbax's handler for JSON; a process that cannot write it does not let the others wait."""
+
+    def __init__(self, barrier: SaveBarrier):
+        super().__init__()
+        self._barrier = barrier
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [_Written(await super().async_save(*args, **kwargs) or [], self._barrier)]
+
+
+class _Written:
+    """An Orbax future: `futures`, then `afterwards`; a failure is told to the other processes."""
+
+    def __init__(
+        self,
+        futures: list[Any],
+        barrier: SaveBarrier,
+        afterwards: Callable[[], None] = lambda: None,
+    ):
+        self._chain = ocp.future.ChainedFuture(futures, afterwards)
+        self._barrier = barrier
+
+    def result(self, timeout: float | None = None) -> None:
+        try:
+            self._chain.result(timeout)
+        except BaseException as error:
+            self._barrier.fail(error)
+            raise
+
+    def cancel(self) -> None:
+        self._chain.cancel()
+
+
+def _list_mine(directory: epath.Path) -> None:
+    """Size and CRC of what this process has written: it can read that while others still write."""
+    me = jax.process_index()
+    files = {}
+    for part in sorted(directory.iterdir()):
+        if part.is_dir() and part.name.endswith(f"process_{me}"):  # ocdbt.process_3/
+            files.update({_name(path, directory): _size_and_crc(path) for path in _walk(part)})
+    (directory / _LIST_OF.format(me)).write_text(json.dumps(files))
+
+
+def _list_all(directory: epath.Path) -> None:
+    """One list out of those of all processes and the few files that none of them has listed."""
+    files: dict[str, Any] = {}
+    for rank in range(jax.process_count()):
+        part = directory / _LIST_OF.format(rank)
+        files.update(json.loads(part.read_text()))
+        part.unlink()
+    for path in _walk(directory):
+        if _name(path, directory) not in files:
+            files[_name(path, directory)] = _size_and_crc(path)
+    (directory / _LIST).write_text(json.dumps(files))
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax writes to absolute paths only; one with a scheme (gs://bucket/run) is."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def settle_addressing(directory: epath.Path, mine: Addressing, begun: bool, *, write: bool) -> None:
+    """What an earlier launch stored binds this one once there are tables, in a checkpoint."""
+    if begun and (directory / "addressing.json").exists():
+        check_same(Addressing.load(directory), mine)
+    elif write:
+        if jax.process_index() == 0:
+            mine.save(directory)
+    elif begun:
+        raise UserError(f"workdir {directory.parent}: holds no addressing/ for its tables")
+
+
+def check_arrays(path: epath.Path, *, share: bool) -> None:
+    """Compare the files of `path`/state with their list.
+
+    share: this process's share of the files, and their contents (every process calls it, see
+      `agreement.agree`); else the sizes of all.
 
     Raises UserError naming the file and what is wrong with it (the caller names the checkpoint).
     """
@@ -55,14 +151,29 @@ def check_arrays(path: epath.Path, *, contents: bool) -> None:
         raise UserError(f"state/{_LIST} is missing") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"state/{_LIST} is damaged") from error
+    mine = _share({name: size for name, (size, _) in expected.items()}) if share else expected
     for name, (size, crc) in expected.items():
+        if name not in mine:
+            continue
         file = directory / name
         if not file.exists():
             raise UserError(f"state/{name} is missing")
         if (found := file.stat().length) != size:
             raise UserError(f"state/{name} has {found} bytes of {size}")
-        if contents and crc is not None and _crc_of_file(file) != crc:
+        if share and crc is not None and _crc_of_file(file) != crc:
             raise UserError(f"state/{name} was altered after it was written")
+
+
+def _share(sizes: dict[str, int]) -> set[str]:
+    """The files that this process reads; each is read by one, and all read about as much."""
+    loads = [(0, rank) for rank in range(jax.process_count())]
+    mine = set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, rank = heapq.heappop(loads)
+        heapq.heappush(loads, (load + sizes[name], rank))
+        if rank == jax.process_index():
+            mine.add(name)
+    return mine
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:
@@ -91,23 +202,29 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def compare(content: dict[str, Any], wanted: dict[str, Any], fingerprint: str | None) -> None:
+def compare(
+    content: dict[str, Any],
+    wanted: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    fingerprint: str | None,
+) -> None:
     """Raise UserError unless `content` (of `read_meta`) describes the state that is wanted.
 
-    wanted: arrays or shapes by path. fingerprint: of the run's addressing, None without memory.
+    wanted: arrays or abstract ones by path; shapes: theirs, without padding.
+    fingerprint: of the run's addressing, None without memory.
     """
     there, here = content["addressing"], fingerprint
     if there != here:
         raise UserError(
             f"was trained under addressing {there or 'none'}, this run has {here or 'none'}"
         )
-    if len(content["iterators"]) != jax.process_count():
+    if len(content["iterators"]) not in (1, jax.process_count()):
         raise UserError(
             f"was written by {len(content['iterators'])} processes, this run has"
             f" {jax.process_count()}; their data iterators cannot be divided anew"
         )
     theirs = {name: f"{dtype}{shape}" for name, (shape, dtype) in content["arrays"].items()}
-    ours = {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in wanted.items()}
+    ours = {name: f"{leaf.dtype.name}{list(shapes[name])}" for name, leaf in wanted.items()}
     names = [*ours, *(name for name in theirs if name not in ours)]
     different = [name for name in names if theirs.get(name) != ours.get(name)]
     if different:
@@ -120,22 +237,37 @@ def compare(content: dict[str, Any], wanted: dict[str, Any], fingerprint: str | 
 
 
 def gather_iterators(state: IteratorState) -> list[dict[str, Any]]:
-    """The iterator states of all processes, in their order, as JSON values."""
+    """The iterator states of all processes, in their order, as JSON values; one if all are equal.
+
+    The one belongs to any number of processes (`data.pipeline.TrainIterator.get_state`).
+    """
     mine: dict[str, Any] = {"json": state}
     if isinstance(state, bytes):
         mine = {"bytes": base64.b64encode(state).decode()}
-    if jax.process_count() == 1:
-        return [mine]
-    data = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+    states = gather(json.dumps(mine))
+    return [json.loads(text) for text in (states[:1] if len(set(states)) == 1 else states)]
 
 
-def decode_iterator(stored: dict[str, Any]) -> IteratorState:
-    return base64.b64decode(stored["bytes"]) if "bytes" in stored else stored["json"]
+def decode_iterator(stored: list[dict[str, Any]]) -> IteratorState:
+    """This process's state, of what `gather_iterators` gave."""
+    mine = stored[jax.process_index() if stored[1:] else 0]
+    return base64.b64decode(mine["bytes"]) if "bytes" in mine else mine["json"]
+
+
+@dataclass
+class LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Orbax's own BestN knows the losses only as long as the process lives, or reads every file."""
+
+    loss_at: Callable[[int], float]
+    keep: int
+    keep_best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        ranked = sorted((self.loss_at(s), s) for s in steps)
+        kept = {s for loss, s in ranked[: self.keep_best] if loss < math.inf}
+        kept.update(sorted(steps)[-self.keep :])
+        return [s in kept for s in steps]
 
 
 class OneLine:
@@ -171,6 +303,14 @@ def _walk(directory: epath.Path) -> Iterator[epath.Path]:
             yield from _walk(path)
         else:
             yield path
+
+
+def _name(path: epath.Path, directory: epath.Path) -> str:
+    return str(path.relative_to(directory))
+
+
+def _size_and_crc(path: epath.Path) -> list[int]:
+    return [path.stat().length, _crc_of_file(path)]
 
 
 def _crc_of_file(path: epath.Path) -> int:

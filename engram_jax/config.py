@@ -123,6 +123,8 @@ class EngramConfig:
       minus 1).
     hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
     init_std: standard deviation of the rows at step 0.
+    table_dtype: of the rows; "bfloat16" is rounded stochastically (optim/rowwise_adam.py); for
+      TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
     addresses: "device" hashes inside the training step, "host" in the data pipeline; same bits.
     """
 
@@ -136,6 +138,7 @@ class EngramConfig:
     hash_dialect: str = PAPER
     conv_kernel: int = 4
     init_std: float = 0.02
+    table_dtype: str = "float32"
     addresses: str = "device"
 
     @property
@@ -203,6 +206,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has (sharding/rules.py says what they cut).
+
+    data: copies of the parameters (across slices). fsdp: pieces of every weight; 0 = all devices
+      that the other axes leave. expert: devices that share out the routed experts. tensor: pieces
+      of attention heads and of inner widths, for the same tokens. The tables are cut by all of
+      them, the batch by all but `tensor`.
+    distinct: share of a device's lookups that address different rows, for which the exchange of
+      rows is planned; 0 = what the run's first batch has (training) or 0.75 (compiling). More is
+      served in further rounds, never dropped.
+    headroom: capacity of the exchange in units of that plan.
+    """
+
+    data: int = 1
+    fsdp: int = 0
+    expert: int = 1
+    tensor: int = 1
+    distinct: float = 0.0
+    headroom: float = 1.1
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Muon for matrices, AdamW for the rest, row-wise Adam for the tables (paper, section 4)."""
 
@@ -224,6 +249,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """hang_seconds: report a hang when no step has ended for so long (10 times that for the first
+      step and for evaluation and checkpoints); 0 = never.
+    hang_exit: then also end the process, with status 3, so that a supervisor can start it again.
+    """
+
     steps: int = 50_000
     accumulation: int = 1
     log_every: int = 10
@@ -236,6 +266,8 @@ class TrainConfig:
     count_models: bool = False
     samples: tuple[str, ...] = ()
     sample_tokens: int = 64
+    hang_seconds: float = 600.0
+    hang_exit: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +284,7 @@ class Config:
     name: str = "unnamed"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -12,7 +12,7 @@ from engram_jax.address import artifact, load_tokenizer, plan
 from engram_jax.address.layout import LayerAddressing
 from engram_jax.config import QWEN, Config
 from engram_jax.model.transformer import Transformer
-from engram_jax.optim.partition import names
+from engram_jax.sharding.rules import names
 
 
 def abstract_parameters(config: Config) -> dict[str, Any]:
@@ -64,6 +64,31 @@ def flops_per_token(config: Config, matrix_params: int) -> float:
     return 6.0 * matrix_params + 6.0 * model.layers * attention.heads * widths * context
 
 
+def active_params(config: Config, counts: dict[str, int]) -> int:
+    """Weights a token multiplies with, without the token embedding. counts: of `parts`."""
+    ffn, experts = config.model.ffn, counts.get("routed experts", 0)
+    return (
+        sum(counts.values())
+        - counts["token embedding"]
+        - _idle_experts(experts, ffn.top_k, ffn.routed_experts)
+    )
+
+
+def training_flops(config: Config, counts: dict[str, int] | None = None) -> float:
+    """Training FLOPs per token of the whole model, see `flops_per_token`.
+
+    counts: of `parts` (counted here if None).
+    """
+    counts = parts(config) if counts is None else counts
+    head = counts["token embedding"] if config.model.tie_embeddings else 0
+    return flops_per_token(config, active_params(config, counts) + head)
+
+
+def _idle_experts(params: int, top_k: int, experts: int) -> int:
+    """Of the routed experts' parameters, those that a token does not touch."""
+    return params - params * top_k // max(1, experts)
+
+
 def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
     """Every table's layout, and how many canonical ids are hashed.
 
@@ -91,6 +116,7 @@ def describe(config: Config) -> dict[str, Any]:
     multipliers: None while the tokenizer, and so the number of canonical ids, is not known.
     """
     counts = parts(config)
+    active, flops = active_params(config, counts), training_flops(config, counts)
     engram, ffn = config.model.engram, config.model.ffn
     layers, canonical = geometry(config)
     tables = sum(layer.padded_rows for layer in layers.values()) * engram.dim
@@ -98,10 +124,7 @@ def describe(config: Config) -> dict[str, Any]:
         counts["engram tables"] = tables
     total = sum(counts.values())
     embedding = counts["token embedding"]
-    experts = counts.get("routed experts", 0)
-    idle_experts = experts - experts * ffn.top_k // max(1, ffn.routed_experts)
-    active = total - embedding - tables - idle_experts
-    head = embedding if config.model.tie_embeddings else 0
+    idle_experts = _idle_experts(counts.get("routed experts", 0), ffn.top_k, ffn.routed_experts)
     sparse = idle_experts + tables
     return {
         "name": config.name,
@@ -110,7 +133,7 @@ def describe(config: Config) -> dict[str, Any]:
         "engram_params": tables,
         "token_embedding_params": embedding,
         "rho": idle_experts / sparse if sparse else None,
-        "flops_per_token": flops_per_token(config, active + head),
+        "flops_per_token": flops,
         "parts": counts,
         "canonical_vocab_size": canonical,
         "engram": {

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from engram_jax.address import load_tokenizer, tokenizer_fingerprint
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.errors import UserError
-from engram_jax.generate import Weights
-from engram_jax.restore import TOKENIZER, restore_state, weights_of
-from engram_jax.run_data import RunData, open_data
-from engram_jax.train_state import Program, build_program
+from engram_jax.restore import TOKENIZER, restore_state
+from engram_jax.run_data import RunData, open_data, place_batch
+from engram_jax.sharding.rules import P
+from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.train_step import eval_step
 from engram_jax.workdir import check_trained
 
@@ -29,21 +29,27 @@ class Evaluator:
 
     def __init__(self, program: Program, data: RunData):
         self.program, self.data = program, data
-        self._step = jax.jit(partial(eval_step, program))
+        self._step = jax.jit(
+            partial(eval_step, program), out_shardings=NamedSharding(program.mesh, P())
+        )
 
-    def loss(self, weights: Weights, batches: int | None = None) -> float:
+    def loss(self, state: TrainState, batches: int | None = None) -> float:
         """Nats per target over the first `batches` held-out batches (None: all of them).
 
         Each batch's sum is read only after the next is dispatched.
         """
-        total = jax.device_put(np.zeros(2, np.float32))
-        for batch in self.data.validation_batches(batches):
-            loss, count = self._step(
-                weights.params, weights.router_bias, weights.rows, jax.device_put(batch)
-            )
-            total = total + jnp.stack([loss, count])
-        loss, count = (float(x) for x in jax.device_get(total))
-        return loss / max(count, 1.0)
+        pending: tuple[jax.Array, jax.Array] | None = None
+        total = np.zeros(2)
+        mesh, size = self.program.mesh, self.program.config.data.batch_size
+        for host_batch in self.data.validation_batches(mesh, batches):
+            batch = place_batch(mesh, host_batch, size)
+            sums = self._step(state.params, state.router_bias, state.memory, batch)
+            if pending is not None:
+                total += jax.device_get(pending)
+            pending = sums
+        if pending is not None:
+            total += jax.device_get(pending)
+        return float(total[0] / max(total[1], 1.0))
 
 
 def evaluate(config: Config, workdir: Path, step: str) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def evaluate(config: Config, workdir: Path, step: str) -> dict[str, Any]:
     program = build_program(config, data.addressing)
     with Checkpointer(workdir, addressing=data.addressing, read_only=True) as checkpointer:
         number, state = restore_state(program, checkpointer, step)
-    loss = Evaluator(program, data).loss(weights_of(state))
+    loss = Evaluator(program, data).loss(state)
     return {
         "name": config.name,
         "step": number,

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from engram_jax.analysis.count_models import fit_and_score
@@ -17,7 +18,9 @@ from engram_jax.errors import UserError
 from engram_jax.evaluate import Evaluator
 from engram_jax.generate import Generator, Weights
 from engram_jax.report import GateSample, write_report
+from engram_jax.restore import weights_of
 from engram_jax.run_data import RunData
+from engram_jax.train_state import TrainState
 
 GATE_TOKENS = 160
 
@@ -33,32 +36,35 @@ def finish(
     workdir: Path,
     data: RunData,
     evaluator: Evaluator,
-    weights: Weights,
+    state: TrainState,
     log: Callable[[str], None],
 ) -> dict[str, float]:
     """Evaluate on the whole held-out split, compare, sample, and write the report.
 
-    Returns the losses by model name, nats per token on the same held-out targets; they are also
-    `workdir`/losses.json.
+    Returns the losses by model name, nats per token on the same held-out targets; process 0 also
+    writes them to `workdir`/losses.json.
     """
-    losses = {config.name: evaluator.loss(weights)}
+    losses = {config.name: evaluator.loss(state)}
+    weights = weights_of(evaluator.program, state)
     if config.train.count_models:
         log("fitting the count models to the same training tokens")
         losses |= count_model_losses(config, data)
     log(loss_table(losses))
-    (workdir / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
     samples = continuations(config, data, evaluator, weights)
     for prompt, text in samples:
         log(f"--- {prompt!r} continues:\n{prompt}{text}")
-    report = write_report(
-        workdir,
-        title=config.name,
-        figures={"held-out loss": losses[config.name]},
-        baselines={k: v for k, v in losses.items() if k != config.name},
-        gates=gate_sample(data, evaluator, weights),
-        samples=samples,
-    )
-    log(f"report: {report}")
+    gates = gate_sample(data, evaluator, weights)
+    if jax.process_index() == 0:
+        (workdir / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
+        report = write_report(
+            workdir,
+            title=config.name,
+            figures={"held-out loss": losses[config.name]},
+            baselines={k: v for k, v in losses.items() if k != config.name},
+            gates=gates,
+            samples=samples,
+        )
+        log(f"report: {report}")
     return losses
 
 

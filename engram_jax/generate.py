@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from engram_jax.address import hashing_jnp
 from engram_jax.config import GenerateConfig
@@ -23,6 +24,7 @@ from engram_jax.layers.short_conv import last_valid
 from engram_jax.memory.table import lookup
 from engram_jax.model.decode_state import DecodeState
 from engram_jax.sampling import sample
+from engram_jax.sharding.rules import P
 from engram_jax.train_state import Params, Program
 
 PREFILL_MULTIPLE = 32  # prompts are padded to a multiple of this, to compile few shapes
@@ -86,8 +88,13 @@ class Generator:
         self.weights = weights
         self._start = jax.jit(partial(start, program), static_argnums=(1, 2))
         # The old session's buffers are reused: the caches are updated in place.
-        self._extend = jax.jit(partial(extend, program), donate_argnums=3)
-        self._sample = jax.jit(sample, static_argnames=("temperature", "top_p", "top_k"))
+        everywhere = NamedSharding(program.mesh, P())  # every process reads what was chosen
+        self._extend = jax.jit(
+            partial(extend, program), donate_argnums=3, out_shardings=(everywhere, None)
+        )
+        self._sample = jax.jit(
+            sample, static_argnames=("temperature", "top_p", "top_k"), out_shardings=everywhere
+        )
 
     def stream(
         self,

@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -137,10 +135,11 @@ def _number(value: Any) -> Any:
 
 
 class Progress:
-    """A bar with loss, tokens/s, step time and time left; lines of text where there is no terminal.
+    """A bar with loss, speed and time left; lines of text where there is no terminal.
 
     total: steps of the run. start: the step this launch starts from.
-    tokens_per_step: of all processes. interval: seconds between two lines.
+    rates: called for what is to be shown, as far as it is there: tokens_per_second, step_seconds,
+      mfu, goodput. interval: seconds between two lines.
     stream: default standard error.
     """
 
@@ -149,16 +148,15 @@ class Progress:
         total: int,
         *,
         start: int = 0,
-        tokens_per_step: int,
+        rates: Callable[[], Mapping[str, float]] = dict,
         interval: float = 10.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._total, self._step, self._tokens = total, start, tokens_per_step
+        self._total, self._step, self._rates = total, start, rates
         self._stream = sys.stderr if stream is None else stream
         self._silent = jax.process_index() != 0
         self._clock, self._interval = clock, interval
-        self._recent: deque[float] = deque(maxlen=50)
         self._first: tuple[int, float] | None = None
         self._last, self._said = clock(), -math.inf
         self._bar: tqdm | None = None
@@ -174,8 +172,6 @@ class Progress:
     def update(self, step: int, *, loss: float) -> None:
         """`step` updates have been applied; the last one had this loss."""
         now = self._clock()
-        if step > self._step and self._first is not None:
-            self._recent.append((now - self._last) / (step - self._step))
         if self._first is None:
             self._first = (step, now)  # the first step compiles: it is in no rate
         advanced, self._step, self._last = step - self._step, step, now
@@ -187,16 +183,6 @@ class Progress:
             print(
                 f"step {step}/{self._total}  {self._summary(loss)}", file=self._stream, flush=True
             )
-
-    def rates(self) -> dict[str, float]:
-        """{"step_seconds", "tokens_per_second"}, medians over the last 50 steps; {} at the first.
-
-        Medians, so that an evaluation or a checkpoint between two steps does not count.
-        """
-        if not self._recent:
-            return {}
-        seconds = max(statistics.median(self._recent), 1e-9)
-        return {"step_seconds": seconds, "tokens_per_second": self._tokens / seconds}
 
     def seconds_left(self) -> float | None:
         """Remaining steps at the average pace of this launch, its pauses included."""
@@ -217,10 +203,12 @@ class Progress:
             self._bar.close()
 
     def _summary(self, loss: float) -> str:
-        parts, rates, left = [f"loss {loss:.4f}"], self.rates(), self.seconds_left()
-        if rates:
+        parts, rates, left = [f"loss {loss:.4f}"], self._rates(), self.seconds_left()
+        if "tokens_per_second" in rates:
             parts.append(f"{_short(rates['tokens_per_second'])} tokens/s")
+        if "step_seconds" in rates:
             parts.append(f"{rates['step_seconds']:.3g} s/step")
+        parts += [f"{rates[k]:.1%} {k}" for k in ("mfu", "goodput") if k in rates]
         if left is not None:
             parts.append(f"{_duration(left)} left")
         return "  ".join(parts)

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def describe_launch() -> dict[str, Any]:
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
         "git": git_commit(Path(engram_jax.__file__).parent),
         "versions": versions(),
+        "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "devices": {
@@ -86,6 +88,11 @@ def describe_launch() -> dict[str, Any]:
             "processes": jax.process_count(),
         },
     }
+
+
+def process_name() -> str:
+    """This process in messages: "process 3 of 16 on host t1v-n-4"."""
+    return f"process {jax.process_index()} of {jax.process_count()} on host {socket.gethostname()}"
 
 
 def versions() -> dict[str, str | None]:

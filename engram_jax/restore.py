@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from engram_jax import saved_state
 from engram_jax.address import artifact, load_tokenizer
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.data import PreparedData
 from engram_jax.errors import UserError
 from engram_jax.generate import Generator, Weights, stream_text
-from engram_jax.train_state import Program, TrainState, abstract_state, build_program
+from engram_jax.memory.exchange import natural_order
+from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import check_trained
 
 TOKENIZER, _TEXT = "tokenizer.json", "text.json"
@@ -36,14 +40,20 @@ class Trained:
 
 
 def save_text_side(workdir: Path, prepared: PreparedData) -> None:
-    """Copy the tokenizer into the workdir, so that a run can be used without its data."""
+    """Copy the tokenizer into the workdir, so that a run can be used without its data.
+
+    Only the first process writes.
+    """
+    if jax.process_index() != 0:
+        return
     shutil.copyfile(prepared.tokenizer_path, workdir / TOKENIZER)
     (workdir / _TEXT).write_text(json.dumps({"eos_id": prepared.eos_id}) + "\n")
 
 
-def weights_of(state: TrainState) -> Weights:
-    """The part of a training state that inference uses."""
-    rows = {layer: table.rows for layer, table in state.memory.items()}
+def weights_of(program: Program, state: TrainState) -> Weights:
+    """The part of a training state that inference uses, rows in their natural order."""
+    mesh, layouts = program.mesh, program.layouts
+    rows = {k: natural_order(mesh, layouts[k], t.rows) for k, t in state.memory.items()}
     return Weights(state.params, state.router_bias, rows)
 
 
@@ -56,7 +66,7 @@ def restore_state(
     which: int | str | None = {"latest": None, "best": "best"}.get(step, step)
     if which not in (None, "best"):
         which = int(step)
-    restored = checkpointer.restore(which, abstract_state(program))
+    restored = saved_state.restore(program, checkpointer, which)
     return restored.step, restored.state
 
 
@@ -69,7 +79,7 @@ def load(config: Config, workdir: Path, step: str = "latest") -> Trained:
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         number, state = restore_state(program, checkpointer, step)
     eos_id = json.loads((workdir / _TEXT).read_text())["eos_id"]
-    return Trained(program, weights_of(state), tokenizer, eos_id, number)
+    return Trained(program, weights_of(program, state), tokenizer, eos_id, number)
 
 
 def print_continuation(config: Config, workdir: Path, step: str, prompt: str) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from engram_jax import data
 from engram_jax.address import Addressing, BatchAddresser, build, load_tokenizer
+from engram_jax.agreement import gather
 from engram_jax.config import LOCAL_BPE, Config
 from engram_jax.data.packing import Batch
 from engram_jax.errors import UserError
+from engram_jax.sharding.rules import BATCH, P
 
 
 @dataclass(frozen=True)
@@ -22,31 +27,53 @@ class RunData:
     prepared: data.PreparedData
     addressing: Addressing | None
 
-    def train_iterator(self) -> data.TrainIterator:
-        """This process's endless batches; with addresses if the host is to hash."""
-        return data.train_iterator(
-            self.prepared,
-            self.config,
-            jax.process_index(),
-            jax.process_count(),
-            self._addresses_fn(),
-        )
+    def train_iterator(self, mesh: Mesh | None = None) -> data.TrainIterator:
+        """Endless batches; with addresses if the host is to hash.
 
-    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
-        """The held-out batches in their fixed order, at most `limit`."""
+        mesh: only the rows that this process's devices hold (for `place_batch`); None = all.
+        """
+        rows = None if mesh is None else rows_here(mesh, self.config.data.batch_size)
+        return data.train_iterator(self.prepared, self.config, rows, self._addresses_fn())
+
+    def validation_batches(
+        self, mesh: Mesh | None = None, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """The held-out batches in their fixed order, at most `limit`; mesh: as above."""
+        rows = None if mesh is None else rows_here(mesh, self.config.data.batch_size)
         return data.validation_batches(
-            self.prepared,
-            self.config,
-            jax.process_index(),
-            jax.process_count(),
-            self._addresses_fn(),
-            limit,
+            self.prepared, self.config, rows, self._addresses_fn(), limit
         )
 
     def _addresses_fn(self) -> data.AddressesFn | None:
         if self.addressing is None or self.config.model.engram.addresses != "host":
             return None
         return BatchAddresser(self.addressing)
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch lie on this process's devices, ascending.
+
+    No device order is assumed: a mesh follows the network, and with a tensor axis two processes may
+    hold the same rows.
+    """
+    pieces = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[at] for at in pieces.values()]))
+
+
+def place_batch(mesh: Mesh, batch: Batch, batch_size: int) -> dict[str, Any]:
+    """This process's rows of a batch -> arrays of the whole batch [B, ...], over the mesh."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    rows = rows_here(mesh, batch_size)
+
+    def place(x: np.ndarray) -> jax.Array:
+        shape, pieces = (batch_size, *x.shape[1:]), []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            start, stop, _ = index[0].indices(batch_size)  # type: ignore[index]
+            first = int(np.searchsorted(rows, start))
+            pieces.append(jax.device_put(x[first : first + stop - start], device))
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+    return jax.tree.map(place, batch)
 
 
 def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
@@ -58,6 +85,18 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     prepared = data.prepare(config, log=log)
     addressing = build(config, prepared.tokenizer) if config.model.engram.layers else None
     return RunData(config, prepared, addressing)
+
+
+def check_same_text(run_data: RunData) -> None:
+    """Raises UserError unless all processes have prepared the same text with the same tokenizer."""
+    found = gather(run_data.prepared.fingerprint)
+    other = next((i for i, text in enumerate(found) if text != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"config.data: the text or the tokenizer of process {other} is not that of process 0;"
+            " give every host the same data.path and tokenizer.path (the embedded text is each"
+            " machine's own; a data.cache_dir that all share makes it one)"
+        )
 
 
 def check_tokenizer(config: Config) -> None:

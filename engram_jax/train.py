@@ -7,34 +7,32 @@ the host to look at numbers; every transfer in it is explicit.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
 
-from engram_jax import provenance
+from engram_jax import distributed, provenance, saved_state
+from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.errors import UserError
 from engram_jax.evaluate import Evaluator
 from engram_jax.finish import check_samples, finish
+from engram_jax.instruments import Instruments
 from engram_jax.metrics import MetricsWriter, Progress
-from engram_jax.restore import save_text_side, weights_of
-from engram_jax.run_data import RunData, open_data
-from engram_jax.train_state import (
-    Program,
-    TrainState,
-    abstract_state,
-    build_program,
-    check_memory,
-    init_state,
-)
-from engram_jax.train_step import jit_train_step, utilisation
+from engram_jax.planning import with_planned_exchange
+from engram_jax.preemption import Preemption
+from engram_jax.restore import save_text_side
+from engram_jax.run_data import RunData, check_same_text, open_data, place_batch
+from engram_jax.train_state import Program, TrainState, build_program, check_memory, create_state
+from engram_jax.train_step import jit_train_step, jit_utilisation
 from engram_jax.workdir import check_writable, held
 
 
@@ -48,32 +46,65 @@ class Pending:
     iterator_before: Any
 
 
-def train(config: Config, workdir: Path, log: Callable[[str], None] = print) -> TrainState:
+def train(
+    config: Config,
+    workdir: Path,
+    log: Callable[[str], None] = distributed.log,
+    profile: tuple[int, int] | None = None,
+) -> TrainState:
     """Train to `config.train.steps`, resuming from the newest checkpoint in `workdir` if any.
 
+    profile: (START, STOP), the steps to record; see profiling.py.
+
+    After SIGTERM the state returned is that after the step under way; it is saved, and nothing is
+    reported (preemption.py; SystemExit(0) if it came before or after the loop).
     Raises UserError for what the user can mend: unusable data, a foreign checkpoint, a loss that is
     no longer finite (the state before that step is then a checkpoint, and the batch a file).
     """
-    check_writable(workdir)
-    data = open_data(config, log)
-    check_samples(config, data.prepared.tokenizer)
+    watched = {"started": time.monotonic(), "profile": profile}
+    with Preemption(log) as preemption:
+        return _train(config, workdir, log, preemption, watched)
+
+
+def _train(
+    config: Config,
+    workdir: Path,
+    log: Callable[[str], None],
+    preemption: Preemption,
+    watched: dict[str, Any],
+) -> TrainState:
+    data = agree(lambda: _open_data(config, workdir, log))
+    check_same_text(data)
     program = build_program(config, data.addressing)
     check_memory(program)
+    program = with_planned_exchange(program, data, log)
     with held(workdir):
-        with Checkpointer(
-            workdir,
-            addressing=data.addressing,
-            keep=config.train.keep,
-            keep_best=config.train.keep_best,
-        ) as checkpointer:
-            run = Run(config, workdir, data, program, checkpointer, log)
+        with (
+            preemption.deferred(),
+            Checkpointer(
+                workdir,
+                addressing=data.addressing,
+                keep=config.train.keep,
+                keep_best=config.train.keep_best,
+            ) as checkpointer,
+        ):
+            run = Run(config, workdir, data, program, checkpointer, log, preemption, watched)
             state = run.loop()
-        finish(config, workdir, data, run.evaluator, weights_of(state), log)
+        if preemption.stopped:
+            return state
+        finish(config, workdir, data, run.evaluator, state, log)
     return state
 
 
+def _open_data(config: Config, workdir: Path, log: Callable[[str], None]) -> RunData:
+    check_writable(workdir)
+    data = open_data(config, log)
+    check_samples(config, data.prepared.tokenizer)
+    return data
+
+
 class Run:
-    """One launch of a training run."""
+    """One launch of a training run. watched: arguments of its Instruments."""
 
     def __init__(
         self,
@@ -83,33 +114,39 @@ class Run:
         program: Program,
         checkpointer: Checkpointer,
         log: Callable[[str], None],
+        preemption: Preemption | None = None,
+        watched: dict[str, Any] | None = None,
     ):
+        self.preemption = preemption or Preemption(log)  # this one listens to no signal
         self.config, self.workdir, self.log = config, workdir, log
         self.program, self.checkpointer = program, checkpointer
-        self.iterator = data.train_iterator()
+        self.iterator = data.train_iterator(program.mesh)
         self.state = self._start()
         self.first_step = int(self.state.step)
         provenance.record(workdir, config, resumed_at=self.first_step)
         save_text_side(workdir, data.prepared)
         self.evaluator = Evaluator(program, data)
+        self.utilisation = jit_utilisation(program)
         self.writer = MetricsWriter(workdir, start_step=self.first_step)
+        self.instruments = Instruments(
+            config, workdir, first_step=self.first_step, log=log, **watched or {}
+        )
 
     def _start(self) -> TrainState:
         """A fresh state, or the newest checkpoint's with the data iterator set to continue it."""
         latest = self.checkpointer.latest_step()
         if latest is None:
-            return jax.jit(partial(init_state, self.program))()
-        restored = self.checkpointer.restore(latest, abstract_state(self.program))
+            return create_state(self.program)
+        restored = saved_state.restore(self.program, self.checkpointer, latest)
         self.iterator.set_state(cast(dict[str, Any], restored.iterator))
         self.log(f"resumed from step {latest} in {self.workdir}")
         return restored.state
 
     def loop(self) -> TrainState:
-        """Train to the last step; returns the state after it (which is also a checkpoint)."""
-        tokens = self.config.data.batch_size * self.config.data.seq_len
-        total = self.config.train.steps
-        progress = Progress(total, start=self.first_step, tokens_per_step=tokens)
-        with self.writer, closing(progress):
+        """Train to the last step, or until SIGTERM; returns the state, which is a checkpoint."""
+        total, rates = self.config.train.steps, self.instruments.rates
+        progress = Progress(total, start=self.first_step, rates=rates)
+        with self.writer, closing(progress), self.instruments:
             self._steps(progress)
         return self.state
 
@@ -118,20 +155,31 @@ class Run:
         step_fn = jit_train_step(self.program)
         pending: Pending | None = None
         for step in range(self.first_step, total):
+            if self.preemption.agreed():
+                self._preempted(step, pending, progress)
+                return
+            self.instruments.begin(step)
             before = copy.deepcopy(self.iterator.get_state())
             host_batch = next(self.iterator)
-            batch = jax.device_put(host_batch)
-            with jax.transfer_guard("disallow"):
+            batch = place_batch(self.program.mesh, host_batch, self.config.data.batch_size)
+            annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            with annotation, jax.transfer_guard("disallow"):
                 self.state, metrics = step_fn(self.state, batch)
             if pending is not None:
                 self._read(pending, progress)
             pending = Pending(step, metrics, host_batch, before)
             done = step + 1
             evaluate = done % train.eval_every == 0 or done == total
-            if evaluate or done % train.checkpoint_every == 0:
+            save = evaluate or done % train.checkpoint_every == 0
+            if save or self.instruments.at_edge(done):
                 self._read(pending, progress)
                 pending = None
-                self._pause(done, evaluate, progress)
+                self.instruments.end(done)
+            if save:
+                with self.instruments.pause(done):
+                    self._pause(done, evaluate, progress)
+        if self.preemption.agreed(wait=True):  # asked during the last step
+            self._preempted(total, None, progress)
 
     def _read(self, pending: Pending, progress: Progress) -> None:
         """Fetch a finished step's metrics; log them when due; stop if they are not finite."""
@@ -139,21 +187,24 @@ class Run:
         if not values["finite"]:
             self._halt(pending, values)
         step = pending.step + 1
+        self.instruments.finished(step)
         progress.update(step, loss=float(values["loss"]))
         if step % self.config.train.log_every == 0 or step == 1:
-            self.writer.write(step, {**_named(values), **progress.rates()})
+            self.writer.write(step, {**_named(values), **self.instruments.rates()})
 
     def _pause(self, step: int, evaluate: bool, progress: Progress) -> None:
         """Evaluate and save between two steps."""
         metrics = {}
         if evaluate:
-            loss = self.evaluator.loss(weights_of(self.state), self.config.train.eval_batches)
+            loss = self.evaluator.loss(self.state, self.config.train.eval_batches)
             metrics["loss"] = loss
-            used = jax.device_get(jax.jit(utilisation)(self.state.memory))
+            used = jax.device_get(self.utilisation(self.state.memory))
             extra = {f"utilisation/{k}": float(v) for k, v in used.items()}
             self.writer.write(step, {"validation_loss": loss, **extra})
             progress.note(f"step {step}: validation loss {loss:.4f}")
-        self.checkpointer.save(
+        saved_state.save(
+            self.program,
+            self.checkpointer,
             step,
             self.state,
             iterator=self.iterator.get_state(),
@@ -161,16 +212,36 @@ class Run:
             metadata={"config": self.config.name},
         )
 
+    def _preempted(self, step: int, pending: Pending | None, progress: Progress) -> None:
+        """Save the state after `step` steps, unless it is where this launch began, and say so."""
+        if pending is not None:
+            self._read(pending, progress)
+        if step > self.first_step:
+            with self.instruments.pause(step):
+                self._pause(step, False, progress)
+                self.checkpointer.wait()
+        saved = "checkpoint" if step > self.first_step else "nothing new to save; step"
+        self.log(f"SIGTERM: stopped, {saved} {step} in {self.workdir}; the same command goes on")
+
     def _halt(self, pending: Pending, values: dict[str, Any]) -> None:
         """Keep the state before the bad step, the batch and the numbers; then stop."""
-        path = self.workdir / f"bad_batch_step_{pending.step}.npz"
+        of = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self.workdir / f"bad_batch_step_{pending.step}{of}.npz"
         arrays: dict[str, Any] = {k: v for k, v in pending.batch.items() if k != "addresses"}
         np.savez_compressed(path, **arrays)
-        state = TrainState(**{**vars(self.state), "halted": jax.device_put(np.zeros((), bool))})
-        self.checkpointer.save(pending.step, state, iterator=pending.iterator_before)
+        going = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
+        state = dataclasses.replace(self.state, halted=going)
+        with self.instruments.pause(pending.step):
+            saved_state.save(
+                self.program,
+                self.checkpointer,
+                pending.step,
+                state,
+                iterator=pending.iterator_before,
+            )
         raise UserError(
             f"step {pending.step}: loss {float(values['loss'])}, gradient norm"
-            f" {float(values['grad_norm'])} on process {jax.process_index()}: not finite; the state"
+            f" {float(values['grad_norm'])} on {provenance.process_name()}: not finite; the state"
             f" before this step is checkpoint {pending.step} in {self.workdir}, its batch"
             f" {path.name}"
         )

@@ -38,6 +38,7 @@ _POSITIVE = {
     "model.hyper": "streams sinkhorn_iterations",
     "model.engram": "heads_per_order d_mem conv_kernel",
     "tokenizer": "vocab_size",
+    "mesh": "data expert tensor headroom",
     "data": "seq_len batch_size text_key",
     "optimizer": "peak_lr clip_norm muon_ns_steps muon_rms adam_eps",
     "train": "steps accumulation log_every eval_every eval_batches checkpoint_every keep"
@@ -48,9 +49,10 @@ _NOT_NEGATIVE = {
     "model.ffn": "routed_experts shared_experts bias_update_rate",
     "model.hyper": "eps",
     "model.engram": "init_std seed",
+    "mesh": "fsdp distinct",
     "data": "max_megabytes workers",
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
-    "train": "keep_best",
+    "train": "keep_best hang_seconds",
     "generate": "temperature",
 }
 _CHOICES = {
@@ -61,6 +63,7 @@ _CHOICES = {
     "model.engram.form": (PAPER, V41, QWEN),
     "model.engram.hash_dialect": (PAPER, QWEN),
     "model.engram.addresses": ("device", "host"),
+    "model.engram.table_dtype": ("float32", "bfloat16"),
     "data.source": ("local", "folder", "tfds"),
     "optimizer.memory_optimizer": ("rowwise_adam", "dense_adam"),
 }
@@ -101,10 +104,15 @@ def validate(config: Config) -> None:
     _feed_forward(model.ffn, model.layers)
     _engram(model.engram, model.layers)
     _tokenizer(config.tokenizer, restarts=bool(model.engram.layers) and _is_qwen(model.engram))
+    share = config.mesh.distinct
+    _require(share <= 1, "mesh.distinct", share, "a share of the lookups, in [0, 1]")
     _data(config.data)
     if model.engram.layers:
         _lookups(config.data, model.engram.heads)
     _optimizer(config.optimizer)
+    if config.optimizer.memory_optimizer == "dense_adam":
+        dtype = model.engram.table_dtype
+        _require(dtype == "float32", "model.engram.table_dtype", dtype, "'float32' for dense_adam")
     _train(config.train, config.data.batch_size)
     _generate(config.generate, config.tokenizer.vocab_size)
 

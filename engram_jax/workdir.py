@@ -1,6 +1,7 @@
 """The folder a run lives in: can it be written to, is somebody else training there.
 
 run.json, metrics.jsonl, report.html   what happened (provenance, metrics, report)
+goodput.json, profile/                 the time it took (goodput), recorded steps (profiling)
 checkpoints/, addressing/              the model (checkpoint)
 tokenizer.json, text.json              its text side (restore)
 .lock                                  held while a process trains here
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import jax
 
+from engram_jax.agreement import agree
 from engram_jax.errors import UserError
 
 
@@ -51,18 +53,22 @@ def held(workdir: Path) -> Iterator[None]:
     The lock goes with the process, however that ends. One process of a run holds it; on a file
     system without locks nobody does. Raises UserError if another launch has it.
     """
+    with contextlib.ExitStack() as stack:
+        agree(lambda: _lock(workdir, stack))
+        yield
+
+
+def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() != 0:
-        yield
         return
-    with open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--workdir={workdir}: another process is training there; wait for it, or give"
-                " another --workdir"
-            ) from None
-        except OSError:
-            pass
-        yield
+    file = stack.enter_context((workdir / ".lock").open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--workdir={workdir}: another process is training there; wait for it, or give"
+            " another --workdir"
+        ) from None
+    except OSError:
+        pass

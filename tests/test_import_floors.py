@@ -19,6 +19,8 @@ KERNELS = "kernels_pallas"  # imports jax only; every floor may use it
 # Bottom first. Folders end in a slash; those of one floor do not import each other.
 FLOORS: tuple[tuple[str, str], ...] = (
     ("0 what a model is", "errors config validation"),
+    ("0 which device has what", "sharding/"),
+    ("0 what a compiled program does", "aot/"),
     ("1 tokens to addresses", "address/"),
     ("1 text to batches", "data/"),
     ("2 tables and rows", "memory/"),
@@ -27,15 +29,17 @@ FLOORS: tuple[tuple[str, str], ...] = (
     ("5 learning", "loss optim/"),
     (
         "6 a run's state and records",
-        "train_state workdir checkpoint checkpoint_files metrics provenance",
+        "train_state workdir checkpoint checkpoint_arrays checkpoint_files saved_state agreement"
+        " metrics provenance preemption watchdog profiling throughput goodput device_peaks"
+        " distributed",
     ),
     ("6 a run's report", "report report_figures"),
     (
         "7 what is done with a model",
-        "describe train_step sampling generate run_data restore evaluate",
+        "describe train_step sampling generate run_data planning restore evaluate compile_step",
     ),
     ("7 studies", "analysis/"),
-    ("7 the loop and the command", "finish train command_line"),
+    ("7 the loop and the command", "finish instruments train command_line"),
 )
 FLOOR_OF = {name: n for n, (_, names) in enumerate(FLOORS) for name in names.split()}
 

@@ -60,6 +60,7 @@ IMPOSSIBLE = [
     ("optimizer.clip_norm=-inf", "-inf", "finite"),
     # Sizes of nothing.
     ("model.d_model=0", "0", "positive"),
+    ("train.hang_seconds=-1", "-1", "0 or more"),
     ("model.layers=0", "0", "positive"),
     ("model.layers=-4", "-4", "positive"),
     ("model.init_std=0", "0", "positive"),
@@ -104,6 +105,7 @@ IMPOSSIBLE = [
     ("model.engram.form=v3", "'v3'", "'paper', 'v41', 'qwen'"),
     ("model.engram.hash_dialect=v41", "'v41'", "'paper', 'qwen'"),
     ("model.engram.addresses=gpu", "'gpu'", "'device', 'host'"),
+    ("model.engram.table_dtype=float16", "'float16'", "'float32', 'bfloat16'"),
     ("data.source=web", "'web'", "'local', 'folder', 'tfds'"),
     ("optimizer.memory_optimizer=adam", "'adam'", "'rowwise_adam', 'dense_adam'"),
     ("name=", "''", "letters"),
@@ -160,6 +162,12 @@ IMPOSSIBLE = [
     ("train.accumulation=8", "8", "a divisor of data.batch_size = 4"),
     ("train.samples=('a', '')", "('a', '')", "not empty"),
     ("train.samples=('a', '\udcff')", r"('a', '\udcff')", "UTF-8"),
+    ("mesh.data=0", "0", "positive"),
+    ("mesh.expert=0", "0", "positive"),
+    ("mesh.tensor=0", "0", "positive"),
+    ("mesh.fsdp=-1", "-1", "0 or more"),
+    ("mesh.headroom=0", "0", "positive"),
+    ("mesh.distinct=1.5", "1.5", "in [0, 1]"),
     ("optimizer.peak_lr=0", "0", "positive"),
     ("optimizer.clip_norm=0", "0", "positive"),
     ("optimizer.adam_b1=1", "1", "in [0, 1)"),
@@ -248,7 +256,7 @@ def test_the_table_knows_every_key():
     """A key that is added without a thought about its values fails here."""
     any_value = {"model.tie_embeddings", "model.hyper.transpose", "model.hyper.norm_gain"}
     any_value |= {"model.hyper.scale_init", "model.ffn.normalise_top_k", "train.count_models"}
-    any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir"}
+    any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "train.hang_exit"}
     refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}
     keys = set(keys_of(config_lib.Config))
     assert keys <= refused | any_value
@@ -264,6 +272,7 @@ def keys_of(hint, path=""):
             yield f"{path}{key}"
 
 
+AMONG_TWO = ("--coordinator_address=localhost:1234", "--num_processes=2", "--process_id=0")
 FLAGS = [
     ([], "--config: missing", "configs/engram_tiny.py"),
     (["--config"], "no such file"),
@@ -282,6 +291,17 @@ FLAGS = [
     ([TINY, "--mode=generate"], "--prompt: missing"),
     # The shell's $'\xff', as Python hands it over.
     ([TINY, "--mode=generate", "--prompt=a\udcff"], r"--prompt='a\udcff'", "UTF-8"),
+    ([TINY, "--num_processes=2"], "--coordinator_address: missing", "go together"),
+    ([TINY, *AMONG_TWO, "--coordinator_address=here"], "--coordinator_address=here", "HOST:PORT"),
+    ([TINY, *AMONG_TWO, "--process_id=2"], "--process_id=2", "below --num_processes=2"),
+    ([TINY, *AMONG_TWO, "--num_processes=0"], "--num_processes=0", "at least 1"),
+    ([TINY, "--profile=10"], "--profile=10", "START:STOP"),
+    ([TINY, "--profile=a:b"], "--profile=a:b", "START:STOP"),
+    ([TINY, "--profile="], "--profile=", "START:STOP"),
+    ([TINY, "--profile=-1:3"], "--profile=-1:3", "START:STOP"),
+    ([TINY, "--profile=7:7"], "--profile=7:7", "START below STOP"),
+    ([TINY, "--profile=3:9", "--config.train.steps=8"], "--profile=3:9", "config.train.steps = 8"),
+    ([TINY, "--profile=3:9", "--mode=evaluate"], "--profile=3:9", "--mode=train"),
     ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
     ([TINY, "--mode=evaluate", "--step=-1"], "--step=-1", "latest, best or a step number"),
     (["--config.train.steps=3", TINY], "--config.train.steps=3", "before"),
@@ -444,5 +464,13 @@ def test_processes_end_as_calls_do(arguments):
 
 def test_help_lists_the_flags():
     outcome = run_process("--help")
-    for flag in ("--config", "--mode", "--workdir", "--prompt", "--step", "--[no]json"):
+    for flag in (
+        "--config",
+        "--mode",
+        "--profile",
+        "--workdir",
+        "--prompt",
+        "--step",
+        "--[no]json",
+    ):
         assert flag in outcome.out

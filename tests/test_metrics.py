@@ -118,24 +118,25 @@ class Clock:
 
 
 def test_progress_prints_lines_where_there_is_no_terminal():
-    clock, out = Clock(), io.StringIO()
-    progress = Progress(100, start=40, tokens_per_step=512, stream=out, clock=clock)
-    assert progress.rates() == {}
+    clock, out, rates = Clock(), io.StringIO(), {}
+    progress = Progress(100, start=40, rates=lambda: rates, stream=out, clock=clock)
     assert progress.seconds_left() is None
     clock.now += 30  # compilation
     progress.update(41, loss=4.0)
     for step in range(42, 101):
         clock.now += 0.25 + (8 if step == 60 else 0)  # an evaluation before step 60
+        rates |= {"step_seconds": 0.25, "tokens_per_second": 2048.0}
         progress.update(step, loss=4 - step / 100)
         if step == 80:
-            assert progress.rates() == {"step_seconds": 0.25, "tokens_per_second": 2048.0}
             assert progress.seconds_left() == pytest.approx(20 * (39 * 0.25 + 8) / 39)
+            rates |= {"mfu": 0.4567, "goodput": 0.981, "step_seconds/p99": 9.0}
     progress.note("step 100: validation loss 3.1")
     progress.close()
     assert out.getvalue().splitlines() == [  # one line in 10 s, and the last step
         "step 41/100  loss 4.0000",
         "step 60/100  loss 3.4000  2.05k tokens/s  0.25 s/step  0:27 left",
-        "step 100/100  loss 3.0000  2.05k tokens/s  0.25 s/step  0:00 left",
+        "step 100/100  loss 3.0000  2.05k tokens/s  0.25 s/step  45.7% mfu  98.1% goodput"
+        "  0:00 left",
         "step 100: validation loss 3.1",
     ]
 
@@ -146,7 +147,8 @@ def test_progress_draws_a_bar_in_a_terminal():
             return True
 
     clock, out = Clock(), Terminal()
-    progress = Progress(4, start=1, tokens_per_step=3_000_000, stream=out, clock=clock)
+    rates = {"step_seconds": 2.0, "tokens_per_second": 1.5e6}
+    progress = Progress(4, start=1, rates=lambda: rates, stream=out, clock=clock)
     for step in (2, 3, 4):
         clock.now += 2
         progress.update(step, loss=1.5)

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from engram_jax.generate import Weights
 from engram_jax.memory.table import lookup
+from engram_jax.sharding.rules import P
 from engram_jax.train_state import Program
 from engram_jax.train_step import batch_addresses
 
@@ -23,7 +25,8 @@ def gates_of_document(
     token ids, from its first one on."""
     strings = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
     tokens = np.asarray([ids], np.int32)
-    gates = jax.jit(partial(_gates, program))(weights, tokens)
+    everywhere = NamedSharding(program.mesh, P())
+    gates = jax.jit(partial(_gates, program), out_shardings=everywhere)(weights, tokens)
     return strings, np.stack([np.asarray(g) for g in gates.values()])
 
 

@@ -2,7 +2,7 @@
 
 Global batch s is a function of (seed, s) alone: sequence numbers are shuffled anew every epoch,
 repeated, and cut into batches of B; epochs follow each other without a gap, so a batch may hold the
-end of one and the start of the next. Process p of n then reads rows [p B / n, (p + 1) B / n). Only
+end of one and the start of the next. A process then reads its own rows of it. Only
 those numbers go through Grain's shuffle; tokens are read, packed and, if wanted, hashed to
 addresses in the prefetching threads or processes. Going to batch s costs the same for every s.
 """
@@ -36,7 +36,7 @@ class _ReadRows:
     """Sequence numbers of a global batch [B] -> this process's rows as a batch."""
 
     sequences: PackedSequences
-    rows: slice
+    rows: np.ndarray | slice
     addresses_fn: AddressesFn | None
 
     def __call__(self, numbers: np.ndarray) -> Batch:
@@ -109,15 +109,14 @@ def train_batches(
     store: TokenStore,
     config: Config,
     fingerprint: str,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     addresses_fn: AddressesFn | None = None,
 ) -> TrainIterator:
-    """This process's part [B / n, T] of every global batch (see the module; arrays:
-    data/packing.py).
+    """Some rows of every global batch (see the module; arrays: data/packing.py).
 
+    rows: which of the B rows this process reads, in this order; None = all.
     addresses_fn: adds batch["addresses"]; needs to be picklable when config.data.workers > 0.
-    Raises UserError when the store holds less than one batch or B does not divide.
+    Raises UserError when the store holds less than one batch.
     """
     data = config.data
     sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id)
@@ -127,14 +126,13 @@ def train_batches(
             f"config.data.seq_len = {data.seq_len}, fewer than config.data.batch_size = "
             f"{data.batch_size}; give more text or make one of them smaller"
         )
-    rows = _rows(data.batch_size, process_index, process_count)
     batches = (
         grain.MapDataset.range(len(sequences))
         .seed(data.seed)
         .shuffle()
         .repeat(_ENDLESS // len(sequences))
         .batch(data.batch_size)
-        .map(_ReadRows(sequences, rows, addresses_fn))
+        .map(_ReadRows(sequences, slice(None) if rows is None else rows, addresses_fn))
     )
     identity = {
         "data": fingerprint,
@@ -148,8 +146,7 @@ def train_batches(
 def validation_batches(
     store: TokenStore,
     config: Config,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     addresses_fn: AddressesFn | None = None,
     limit: int | None = None,
 ) -> Iterator[Batch]:
@@ -159,23 +156,12 @@ def validation_batches(
     """
     data = config.data
     sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id, pad_tail=True)
-    rows = _rows(data.batch_size, process_index, process_count)
     count = -(-len(sequences) // data.batch_size)
     batches = (
         grain.MapDataset.range(count * data.batch_size)
         .batch(data.batch_size)
-        .map(_ReadRows(sequences, rows, addresses_fn))
+        .map(_ReadRows(sequences, slice(None) if rows is None else rows, addresses_fn))
         .slice(slice(0, count if limit is None else min(limit, count)))
     )
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(batches.to_iter_dataset(options))
-
-
-def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise UserError(
-            f"config.data.batch_size = {batch_size}: must be a multiple of the {process_count} "
-            "processes"
-        )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from engram_jax.address.tokenizer import tokenizer_fingerprint
@@ -74,17 +75,15 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
 def train_iterator(
     prepared: PreparedData,
     config: Config,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     addresses_fn: pipeline.AddressesFn | None = None,
 ) -> pipeline.TrainIterator:
-    """Endless training batches of this process; see pipeline.train_batches."""
+    """Endless training batches, or some rows of each; see pipeline.train_batches."""
     return pipeline.train_batches(
         prepared.store_train,
         config,
         prepared.fingerprint,
-        process_index,
-        process_count,
+        rows,
         addresses_fn,
     )
 
@@ -92,12 +91,9 @@ def train_iterator(
 def validation_batches(
     prepared: PreparedData,
     config: Config,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     addresses_fn: pipeline.AddressesFn | None = None,
     limit: int | None = None,
 ) -> Iterator[Batch]:
-    """Held-out batches of this process, in a fixed order; see pipeline.validation_batches."""
-    return pipeline.validation_batches(
-        prepared.store_valid, config, process_index, process_count, addresses_fn, limit
-    )
+    """Held-out batches in a fixed order, or some rows of each; see pipeline.validation_batches."""
+    return pipeline.validation_batches(prepared.store_valid, config, rows, addresses_fn, limit)

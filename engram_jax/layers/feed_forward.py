@@ -6,6 +6,8 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from engram_jax.sharding.local import ALONE, Local
+
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     """SiLU(gate) * up, elementwise."""
@@ -35,7 +37,7 @@ class SwiGLU(nnx.Module):
         self.up = matrix(d_model, dim)
         self.down = matrix(dim, d_model)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, local: Local = ALONE) -> jax.Array:
         x = x.astype(self.dtype)
         gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        return gated(x @ gate, x @ up) @ down
+        return local.sum_tensor(gated(x @ gate, x @ up) @ down)

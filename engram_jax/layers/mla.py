@@ -23,8 +23,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from engram_jax.config import AttentionConfig
+from engram_jax.layers import splash
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.rope import apply_rope, rope_tables
+from engram_jax.sharding.local import ALONE, Local
 
 MASKED = -1e30  # finite: a row without any visible key still gives numbers, not NaN
 
@@ -72,7 +74,9 @@ class MLA(nnx.Module):
         self.kv_b_proj = matrix(rank, heads * (config.nope_dim + config.v_dim))
         self.o_proj = matrix(heads * config.v_dim, d_model)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, local: Local = ALONE
+    ) -> jax.Array:
         """Causal attention within each document.
 
         Args:
@@ -91,8 +95,17 @@ class MLA(nnx.Module):
         shared = jnp.broadcast_to(key_rope[:, None], (*keys.shape[:3], key_rope.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
         query = query.transpose(0, 2, 1, 3)
+        if local.on_tpu and splash.usable(x.shape[1]):
+            mixed = splash.attention(query, keys, values, segments, self.scale)
+        else:
+            mixed = self._attention(query, keys, values, segments)
+        return self._output(mixed, local)
 
-        length = x.shape[1]
+    def _attention(
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        """[B, h, T, n + p] twice and [B, h, T, v] -> [B, T, h, v]."""
+        length = query.shape[2]
         count = max(1, min(QUERY_PARTS, length // PART))
         cuts = [length * i // count for i in range(count + 1)]
         parts = []
@@ -102,7 +115,7 @@ class MLA(nnx.Module):
             scores = self._dot("bhsn,bhtn->bhst", query[:, :, start:end], keys[:, :, :end])
             weights = self._softmax(scores, (same & causal)[:, None])
             parts.append(jnp.einsum("bhst,bhtv->bshv", weights, values[:, :, :end]))
-        return self._output(jnp.concatenate(parts, axis=1))
+        return jnp.concatenate(parts, axis=1)
 
     def init_cache(self, batch: int, capacity: int) -> MLACache:
         """An empty cache for `batch` sequences of at most `capacity` tokens."""
@@ -113,7 +126,7 @@ class MLA(nnx.Module):
         )
 
     def cached(
-        self, x: jax.Array, positions: jax.Array, cache: MLACache
+        self, x: jax.Array, positions: jax.Array, cache: MLACache, local: Local = ALONE
     ) -> tuple[jax.Array, MLACache]:
         """Prefill or decode: attend to what the cache holds and to the new tokens, and keep these.
 
@@ -144,7 +157,8 @@ class MLA(nnx.Module):
         visible = jnp.arange(cache.latent.shape[1]) <= positions[..., None]
         weights = self._softmax(scores, visible[:, :, None])
         mixed = jnp.einsum("bshl,blr->bshr", weights, cache.latent)
-        return self._output(jnp.einsum("bshr,rhv->bshv", mixed, value_weights)), cache
+        heads = jnp.einsum("bshr,rhv->bshv", mixed, value_weights)
+        return self._output(heads, local), cache
 
     def _project(
         self, x: jax.Array, positions: jax.Array
@@ -154,7 +168,7 @@ class MLA(nnx.Module):
         x = x.astype(self.dtype)
         cos, sin = rope_tables(positions, config.rope_dim, config.rope_theta)
         query = x @ self.q_proj[...].astype(self.dtype)
-        query = query.reshape(*x.shape[:2], config.heads, -1)
+        query = query.reshape(*x.shape[:2], -1, config.nope_dim + config.rope_dim)
         nope, rope = jnp.split(query, [config.nope_dim], axis=-1)
         rope = apply_rope(rope, cos[:, :, None], sin[:, :, None])
         query = jnp.concatenate([nope, rope], axis=-1)
@@ -166,7 +180,7 @@ class MLA(nnx.Module):
         """W_kv_b as the heads' key weights [r, h, n] and value weights [r, h, v]."""
         config = self.config
         weights = self.kv_b_proj[...].astype(self.dtype)
-        weights = weights.reshape(config.kv_lora_rank, config.heads, -1)
+        weights = weights.reshape(config.kv_lora_rank, -1, config.nope_dim + config.v_dim)
         return weights[..., : config.nope_dim], weights[..., config.nope_dim :]
 
     def _dot(self, dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -177,7 +191,7 @@ class MLA(nnx.Module):
         scores = jnp.where(visible, scores * self.scale, MASKED)
         return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
 
-    def _output(self, heads: jax.Array) -> jax.Array:
+    def _output(self, heads: jax.Array, local: Local) -> jax.Array:
         """[B, S, h, v] -> [B, S, d]."""
         merged = heads.reshape(*heads.shape[:2], -1)
-        return merged @ self.o_proj[...].astype(self.dtype)
+        return local.sum_tensor(merged @ self.o_proj[...].astype(self.dtype))

@@ -19,8 +19,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from engram_jax.config import FeedForwardConfig
 from engram_jax.layers.feed_forward import SwiGLU
-from engram_jax.layers.grouped_matmul import routed_swiglu, sort_by_expert
+from engram_jax.layers.grouped_matmul import routed_swiglu
+from engram_jax.layers.grouped_routing import Routing, sort_by_expert
 from engram_jax.layers.norm import compute_dtype
+from engram_jax.sharding.local import ALONE, Local
 
 
 class RouterBias(nnx.Variable):
@@ -77,12 +79,15 @@ class MoE(nnx.Module):
             else None
         )
 
-    def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, segments: jax.Array, local: Local = ALONE
+    ) -> tuple[jax.Array, jax.Array]:
         """Every token through the shared expert and its top-k routed ones.
 
         Args:
           x: [B, T, d].
           segments: int32 [B, T]; 0 marks padding, which is computed like any token but not counted.
+          local: the mesh; the routed experts' weights are then those of `Local.collect`.
 
         Returns:
           y [B, T, d] in `dtype`; load float32 [E], how many (token, choice) pairs of real tokens
@@ -95,12 +100,33 @@ class MoE(nnx.Module):
         load = jnp.einsum("tke,t->e", picked, (segments.reshape(-1) != 0).astype(jnp.float32))
 
         flat = flat.astype(self.dtype)
-        matrices = (m[...].astype(self.dtype) for m in (self.gate, self.up, self.down))
-        routing = sort_by_expert(chosen, self.config.routed_experts)
-        y = routed_swiglu(flat, weights, routing, *matrices)
+        y = self._routed(flat, chosen, weights, local)
         if self.shared is not None:
-            y = y + self.shared(flat)
+            y = y + self.shared(flat, local)
         return y.reshape(x.shape), load
+
+    def _routed(
+        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, local: Local
+    ) -> jax.Array:
+        """x [T, d], chosen and weights [T, k] -> what the routed experts add, [T, d].
+
+        Expert parallelism: every device of the expert axis sees the tokens of all of them, computes
+        its own experts, however many tokens chose these, and the parts are summed. Nothing has a
+        capacity, so nothing is dropped, whatever the router does.
+        """
+        matrices = [m[...].astype(self.dtype) for m in (self.gate, self.up, self.down)]
+        if local.axes.expert == 1:
+            routing = sort_by_expert(chosen, self.config.routed_experts)
+            return local.sum_tensor(routed_swiglu(x, weights, routing, *matrices))
+        count = local.experts_here
+        x, chosen, weights = (lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weights))
+        mine = chosen - lax.axis_index("expert") * count
+        elsewhere = (mine < 0) | (mine >= count)
+        routing = sort_by_expert(jnp.where(elsewhere, count, mine), count + 1)
+        routing = Routing(routing.order, routing.slots, routing.sizes[:count])
+        y = routed_swiglu(x, weights, routing, *matrices, chunk=x.shape[0] // 2)
+        y = lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+        return local.sum_tensor(y)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [T, d] -> experts int32 [T, k] and their weights [T, k], in at least float32."""

@@ -31,38 +31,58 @@ class RowGradients:
         values = self.values * factor.astype(self.values.dtype)
         return RowGradients(self.addresses, values, self.count)
 
+    def only_if(self, condition: jax.Array) -> RowGradients:
+        """Unless `condition` (bool []) holds, no row is addressed: applying changes nothing."""
+        nowhere = out_of_range(self.addresses.size)
+        addresses = jnp.where(condition, self.addresses, nowhere)
+        return RowGradients(addresses, self.values, self.count)
+
 
 def out_of_range(size: int) -> jax.Array:
     """`size` distinct ascending addresses that no table has."""
     return jnp.arange(size, dtype=jnp.int32) + (LARGEST - size + 1)
 
 
-def drop_all(gradients: RowGradients, condition: jax.Array) -> RowGradients:
-    """Where `condition` (bool []) holds, no row is addressed: applying them changes nothing."""
-    nowhere = out_of_range(gradients.addresses.size)
-    addresses = jnp.where(condition, nowhere, gradients.addresses)
-    return RowGradients(addresses, gradients.values, gradients.count)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Distinct:
+    """Which rows N lookups read.
 
-
-def deduplicate(addresses: jax.Array, gradients: jax.Array) -> RowGradients:
-    """Sum the gradients of equal addresses, in ascending order of position (so deterministically).
-
-    Args:
-      addresses: int32 [...], one per lookup, N in all.
-      gradients: [..., dim], one per lookup.
+    order: int32 [N], the lookups sorted by row; equal rows keep the order of lookups.
+    slot: int32 [N], for each place in `order`, which distinct row is read there.
+    rows: int32 [N], ascending and distinct: `count` rows, then N - count values out of range.
+    count: int32 [].
     """
-    addresses = addresses.reshape(-1)
-    gradients = gradients.reshape(addresses.size, -1)
-    gradients = gradients.astype(jnp.promote_types(gradients.dtype, jnp.float32))
-    size = addresses.size
-    order = jnp.argsort(addresses, stable=True)
+
+    order: jax.Array
+    slot: jax.Array
+    rows: jax.Array
+    count: jax.Array
+
+
+def find_distinct(addresses: jax.Array) -> Distinct:
+    """addresses: int32 [N]."""
+    order = jnp.argsort(addresses, stable=True).astype(jnp.int32)
     ordered = addresses[order]
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     slot = jnp.cumsum(first, dtype=jnp.int32) - 1
-    sums = jnp.zeros_like(gradients).at[slot].add(gradients[order], indices_are_sorted=True)
     # The k-th distinct address stands where `first` is true for the k-th time.
-    distinct = out_of_range(size).at[slot].set(ordered, indices_are_sorted=True)
-    return RowGradients(distinct, sums, slot[-1] + 1)
+    rows = out_of_range(addresses.size).at[slot].set(ordered, indices_are_sorted=True)
+    return Distinct(order, slot, rows, slot[-1] + 1)
+
+
+def sum_equal(gradients: jax.Array, distinct: Distinct) -> jax.Array:
+    """Gradients [N, dim], one per lookup -> [N, dim] in at least float32, one sum per distinct row,
+    then zeros. Equal rows are added in ascending order of position, so deterministically."""
+    wide = gradients.astype(jnp.promote_types(gradients.dtype, jnp.float32))
+    return jnp.zeros_like(wide).at[distinct.slot].add(wide[distinct.order], indices_are_sorted=True)
+
+
+def deduplicate(addresses: jax.Array, gradients: jax.Array) -> RowGradients:
+    """Addresses int32 [...] and gradients [..., dim], one of each per lookup."""
+    distinct = find_distinct(addresses.reshape(-1))
+    sums = sum_equal(gradients.reshape(addresses.size, -1), distinct)
+    return RowGradients(distinct.rows, sums, distinct.count)
 
 
 def squared_norm(gradients: RowGradients) -> jax.Array:

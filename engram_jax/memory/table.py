@@ -18,13 +18,37 @@ import jax.numpy as jnp
 ONE_DRAW = 1 << 26  # numbers of a table that is drawn in one piece
 
 
+@dataclass(frozen=True)
+class TableLayout:
+    """Where the rows of one table lie; static.
+
+    rows: R. devices: n.
+    """
+
+    rows: int
+    devices: int = 1
+
+    @property
+    def local(self) -> int:
+        """L: rows per device, the last of which may be padding. A multiple of n, so that one
+        all-to-all turns the stored into the natural order."""
+        unit = self.devices**2 if self.devices > 1 else 1
+        return -(-self.rows // unit) * unit // self.devices
+
+    @property
+    def stored(self) -> int:
+        """Rows of the array of all devices."""
+        return self.local * self.devices
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Table:
     """One layer's table and its optimizer's moments.
 
-    rows: [R, dim]; the heads one after another (address = head offset + hash mod head size).
-    mu, nu: first and second moments of the rows, [R, dim] float32.
+    rows: [R, dim]; the heads one after another (address = head offset + hash mod head size). On a
+      mesh of n devices [n L, dim], row a at (a mod n) L + a // n (memory/exchange.py).
+    mu, nu: first and second moments of the rows, likewise, float32.
     """
 
     rows: jax.Array
@@ -36,19 +60,32 @@ class Table:
 Memory = Mapping[str, Table]
 
 
-def init_table(key: jax.Array, rows: int, dim: int, std: float, dtype: jnp.dtype) -> Table:
-    """Rows ~ N(0, std^2) (the demo draws N(0, 1)), moments zero."""
-    values = _normal(key, rows, dim, std, dtype)
-    return Table(values, jnp.zeros((rows, dim), jnp.float32), jnp.zeros((rows, dim), jnp.float32))
+def init_table(
+    key: jax.Array, layout: TableLayout, dim: int, std: float, dtype: jnp.dtype
+) -> Table:
+    """Rows ~ N(0, std^2) (the demo draws N(0, 1)), the same on any mesh; moments zero."""
+    values = _normal(key, layout, dim, std, dtype)
+    zeros = jnp.zeros((layout.stored, dim), jnp.float32)
+    return Table(values, zeros, zeros)
 
 
-def _normal(key: jax.Array, rows: int, dim: int, std: float, dtype: jnp.dtype) -> jax.Array:
-    """N(0, std^2) [rows, dim]. Drawing takes several times its result's size, so a large table is
-    drawn a few columns at a time (columns: any device can draw its own rows of them)."""
-    columns = dim if rows * dim <= ONE_DRAW else math.gcd(dim, 4)
+def _normal(
+    key: jax.Array, layout: TableLayout, dim: int, std: float, dtype: jnp.dtype
+) -> jax.Array:
+    """N(0, std^2) [n L, dim] as stored. Drawing takes several times its result's size, so a large
+    table is drawn a few columns at a time (columns: any device can draw its own rows of them)."""
+    stored = layout.stored
+    columns = dim if layout.rows * dim <= ONE_DRAW else math.gcd(dim, 4)
 
     def draw(key: jax.Array) -> jax.Array:
-        return (jax.random.normal(key, (rows, columns), jnp.float32) * std).astype(dtype)
+        # The generator counts along the natural order; device j owns [:, j].
+        shape = (layout.local, layout.devices, columns)
+        drawn = (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+        if stored > layout.rows:
+            index = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * layout.devices
+            index = index + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            drawn = jnp.where(index < layout.rows, drawn, 0)
+        return drawn.swapaxes(0, 1).reshape(stored, columns)
 
     def fill(i: jax.Array, values: jax.Array) -> jax.Array:
         drawn = draw(jax.random.fold_in(key, i))
@@ -56,25 +93,25 @@ def _normal(key: jax.Array, rows: int, dim: int, std: float, dtype: jnp.dtype) -
 
     if columns == dim:
         return draw(key)
-    return jax.lax.fori_loop(0, dim // columns, fill, jnp.zeros((rows, dim), dtype))
+    return jax.lax.fori_loop(0, dim // columns, fill, jnp.zeros((stored, dim), dtype))
 
 
 def init_memory(
-    key: jax.Array, rows: Mapping[str, int], dim: int, std: float, dtype: jnp.dtype = jnp.float32
+    key: jax.Array,
+    layouts: Mapping[str, TableLayout],
+    dim: int,
+    std: float,
+    dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, Table]:
-    """All tables of a model; `rows` gives R per layer id."""
-    keys = jax.random.split(key, max(1, len(rows)))
+    """All tables of a model; `layouts` by layer id."""
+    keys = jax.random.split(key, max(1, len(layouts)))
     return {
-        layer: init_table(k, count, dim, std, dtype)
-        for k, (layer, count) in zip(keys, rows.items(), strict=False)
+        layer: init_table(k, layout, dim, std, dtype)
+        for k, (layer, layout) in zip(keys, layouts.items(), strict=False)
     }
 
 
 def lookup(rows: jax.Array, addresses: jax.Array) -> jax.Array:
-    """Exact gather: rows [R, dim], addresses int32 [...] in [0, R) -> [..., dim]."""
+    """Exact gather from a table in natural order (on one device: as stored): rows [R, dim],
+    addresses int32 [...] in [0, R) -> [..., dim]."""
     return rows.at[addresses].get(mode="promise_in_bounds")
-
-
-def lookup_all(memory: Memory, addresses: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Rows for every Engram layer: addresses [B, T, H] -> [B, T, H, dim]."""
-    return {layer: lookup(memory[layer].rows, ids) for layer, ids in addresses.items()}

@@ -14,6 +14,7 @@ from engram_jax.layers.hyper_connections import HyperConnection
 from engram_jax.layers.mla import MLA, MLACache
 from engram_jax.layers.moe import MoE
 from engram_jax.layers.norm import RMSNorm
+from engram_jax.sharding.local import ALONE, COLLECTED, Local
 
 DENSE, MOE = "dense", "moe"
 
@@ -44,36 +45,43 @@ class Block(nnx.Module):
             MoE(d, config.ffn, **init) if kind == MOE else SwiGLU(d, config.ffn.dense_dim, **init)
         )
 
-    def _feed_forward(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _feed_forward(
+        self, x: jax.Array, segments: jax.Array, local: Local
+    ) -> tuple[jax.Array, jax.Array]:
         """streams [B, T, M, d] -> (streams, load [E]; [0] for a dense block)."""
         h, post, res = self.ffn_hyper.pre(x)
         h = self.ffn_norm(h)
         if isinstance(self.ffn, MoE):
-            y, load = self.ffn(h, segments)
+            y, load = self.ffn(h, segments, local)
         else:
-            y, load = self.ffn(h), jnp.zeros((0,), jnp.float32)
+            y, load = self.ffn(h, local), jnp.zeros((0,), jnp.float32)
         return self.ffn_hyper.merge(x, y, post, res), load
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, local: Local = ALONE
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, M, d], positions and segments int32 [B, T] -> (x, load [E])."""
         h, post, res = self.attention_hyper.pre(x)
-        y = self.attention(self.attention_norm(h), positions, segments)
+        y = self.attention(self.attention_norm(h), positions, segments, local)
         x = self.attention_hyper.merge(x, y, post, res)
-        return self._feed_forward(x, segments)
+        return self._feed_forward(x, segments, local)
 
     def cached(
-        self, x: jax.Array, positions: jax.Array, valid: jax.Array, cache: MLACache
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        cache: MLACache,
+        local: Local = ALONE,
     ) -> tuple[jax.Array, MLACache]:
         """Prefill or decode: x [B, S, M, d]; positions of padding lie beyond the cache's capacity.
 
         valid: int32 [B, S], 1 for real tokens and 0 for padding.
         """
         h, post, res = self.attention_hyper.pre(x)
-        y, cache = self.attention.cached(self.attention_norm(h), positions, cache)
+        y, cache = self.attention.cached(self.attention_norm(h), positions, cache, local)
         x = self.attention_hyper.merge(x, y, post, res)
-        return self._feed_forward(x, valid)[0], cache
+        return self._feed_forward(x, valid, local)[0], cache
 
 
 class Stack(nnx.Module):
@@ -94,29 +102,44 @@ class Stack(nnx.Module):
         self.blocks = create(rngs, jnp.arange(first, first + count, dtype=jnp.int32))
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, local: Local = ALONE
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, M, d] -> (x, loads [count, E])."""
-        graphdef, state = nnx.split(self.blocks)
+        graphdef, state = self._split()
 
         def body(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
-            return nnx.merge(graphdef, state)(x, positions, segments)
+            block = nnx.merge(graphdef, local.collect(state, layer=True))
+            return block(x, positions, segments, local)
 
         if self.remat == "block":
             body = jax.checkpoint(body)
         elif self.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, policy=policy)
+        elif local.axes.devices > 1:  # a layer's weights are collected again, not kept
+            policy = jax.checkpoint_policies.save_anything_except_these_names(COLLECTED)
+            body = jax.checkpoint(body, policy=policy)
         return jax.lax.scan(body, x, state)
 
+    def _split(self) -> tuple[Any, Any]:
+        """The blocks' graphdef and their stacked parameters, by name."""
+        graphdef, state = nnx.split(self.blocks)
+        return graphdef, nnx.to_pure_dict(state)
+
     def cached(
-        self, x: jax.Array, positions: jax.Array, valid: jax.Array, cache: MLACache
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        cache: MLACache,
+        local: Local = ALONE,
     ) -> tuple[jax.Array, MLACache]:
         """As Block.cached, with caches stacked on axis 0."""
-        graphdef, state = nnx.split(self.blocks)
+        graphdef, state = self._split()
 
         def body(x: jax.Array, inputs: tuple[Any, MLACache]) -> tuple[jax.Array, MLACache]:
             state, cache = inputs
-            return nnx.merge(graphdef, state).cached(x, positions, valid, cache)
+            block = nnx.merge(graphdef, local.collect(state, layer=True))
+            return block.cached(x, positions, valid, cache, local)
 
         return jax.lax.scan(body, x, (state, cache))

@@ -20,6 +20,7 @@ from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
 from engram_jax.model.block import DENSE, MOE, Stack
 from engram_jax.model.decode_state import DecodeState
+from engram_jax.sharding.local import ALONE, Local
 
 Rows = Mapping[str, jax.Array]
 
@@ -121,6 +122,7 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         segments: jax.Array,
         mask: jax.Array | None = None,
+        local: Local = ALONE,
     ) -> Output:
         """The differentiated part of a training step.
 
@@ -128,6 +130,8 @@ class Transformer(nnx.Module):
           tokens, positions, segments: int32 [B, T] (see data/packing.py).
           rows: Engram layer id -> [B, T, H, dim] from the memory.
           mask: bool [B, T] or None; False = a token that gets no memory.
+          local: the mesh, if this runs on one device's sequences; the stacks' parameters are then
+            this device's pieces, all others whole.
         """
         x = self.embed(tokens)
         gates, loads = {}, []
@@ -137,7 +141,7 @@ class Transformer(nnx.Module):
                     rows[stage.name], x, segments, mask
                 )
                 x = x + out
-            x, load = self.blocks[stage.name](x, positions, segments)
+            x, load = self.blocks[stage.name](x, positions, segments, local)
             if stage.kind == MOE:
                 loads.append(load)
         hidden = self.norm(collapse(x))
@@ -162,6 +166,7 @@ class Transformer(nnx.Module):
         valid: jax.Array,
         state: DecodeState,
         mask: jax.Array | None = None,
+        local: Local = ALONE,
     ) -> tuple[jax.Array, DecodeState]:
         """Prefill or decode S more tokens of each sequence.
 
@@ -186,7 +191,7 @@ class Transformer(nnx.Module):
                 )
                 x = x + out
             x, caches[stage.name] = self.blocks[stage.name].cached(
-                x, positions, real.astype(jnp.int32), state.caches[stage.name]
+                x, positions, real.astype(jnp.int32), state.caches[stage.name], local
             )
         hidden = self.norm(collapse(x))
         return hidden, DecodeState(state.lengths + valid, caches, tails)

@@ -9,27 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import scale_by_muon
+from jax.sharding import Mesh
 
 from engram_jax.config import OptimizerConfig
 from engram_jax.optim import partition
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic, the slope at zero made large
+from engram_jax.optim.muon import orthogonalised_momentum
+from engram_jax.sharding.rules import names
 
 
 def build(
-    config: OptimizerConfig, rate: Callable[[jax.Array], jax.Array]
+    config: OptimizerConfig, rate: Callable[[jax.Array], jax.Array], mesh: Mesh
 ) -> optax.GradientTransformation:
     """An optax transformation for the parameter tree; gradients come in already clipped."""
     muon = optax.chain(
-        scale_by_muon(
-            beta=config.muon_momentum,
-            # A list of coefficients makes optax iterate by scan instead of unrolling: the same
-            # numbers, a fifth of the code to compile.
-            ns_coeffs=(NEWTON_SCHULZ,) * config.muon_ns_steps,
-            ns_steps=config.muon_ns_steps,
-            weight_dimension_numbers=partition.muon_dimensions,
-        ),
+        orthogonalised_momentum(config.muon_momentum, config.muon_ns_steps, mesh),
         scale_to_rms(config.muon_rms),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rate),
@@ -56,7 +49,7 @@ def scale_to_rms(rms: float) -> optax.GradientTransformation:
     """
 
     def scale(path: Any, update: jax.Array) -> jax.Array:
-        dims = partition.MUON_MATRICES[partition.names(path)[-1]]
+        dims = partition.MUON_MATRICES[names(path)[-1]]
         fan = max(update.shape[dims.reduction_axis], update.shape[dims.output_axis])
         return update * (rms * math.sqrt(fan))
 

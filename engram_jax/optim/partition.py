@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from optax.contrib import MuonDimensionNumbers
 
+from engram_jax.sharding.rules import names
+
 MUON, ADAMW, ADAMW_NO_DECAY = "muon", "adamw", "adamw_no_decay"
 
 # Stacks of any depth end in [..., in, out].
@@ -35,11 +37,6 @@ ADAMW_DECAYED = {"embedding", "head", "router", "fn"}
 ADAMW_PLAIN = {"gain", "norm_gain", "bias", "base", "scale", "taps"}
 
 
-def names(path: Any) -> tuple[str, ...]:
-    """A jax key path as strings: ("blocks", "1", "attention", "q_proj")."""
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
 def label(path: Any) -> str:
     """The optimizer of the parameter at a key path. A name nobody has classified is an error."""
     leaf = names(path)[-1]
@@ -55,8 +52,3 @@ def label(path: Any) -> str:
 def labels(params: Any) -> Any:
     """The tree of `label`s of a parameter tree."""
     return jax.tree_util.tree_map_with_path(lambda path, _: label(path), params)
-
-
-def muon_dimensions(params: Any) -> Any:
-    """Muon's reduction and output axes for every leaf of a tree of Muon parameters."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_MATRICES[names(path)[-1]], params)

@@ -3,6 +3,11 @@
 The moments are per weight, as in Adam; a row that no lookup touched keeps its weights and its
 moments (torch's SparseAdam does the same). Dense Adam differs: there an untouched row still moves
 along its decaying first moment. Bias correction counts training steps, not visits of the row.
+
+Rows in bfloat16 are rounded stochastically (8 bits of significand swallow steps below 1/256 of a
+weight; rounded to the nearest they would be lost every time, so they are kept with the probability
+that makes the expected weight exact). Which way is a hash of table, address, column and step: the
+same on any mesh, and after a resume.
 """
 
 from __future__ import annotations
@@ -18,10 +23,12 @@ from engram_jax.memory.table import Table
 def update(
     table: Table,
     gradients: RowGradients,
-    *,
     rate: jax.Array,
     step: jax.Array,
+    *,
     config: OptimizerConfig,
+    identity: jax.Array | None = None,
+    seed: int = 0,
 ) -> tuple[Table, jax.Array]:
     """One step on the touched rows. Donate `table`: then its buffers are updated in place.
 
@@ -34,6 +41,8 @@ def update(
       gradients: deduplicated; entries whose address is out of range are dropped.
       rate: float32 [], the tables' learning rate.
       step: int32 [], steps taken before this one.
+      identity, seed: what rows in bfloat16 are rounded after: int32 [N], a number of each of the
+        rows that does not depend on the mesh (default: their addresses), and the table's own.
     """
     b1, b2 = config.adam_b1, config.adam_b2
     count = (step + 1).astype(jnp.float32)
@@ -53,21 +62,49 @@ def update(
     nu = b2 * old_nu + (1 - b2) * g * g
     unbiased = mu / (1 - b1**count)
     delta = rate * unbiased / (jnp.sqrt(nu / (1 - b2**count)) + config.adam_eps)
-    # `add`, not `set`: reading the rows again would cost another pass over them.
-    change = -delta.astype(table.rows.dtype)
-    rows = table.rows.at[at].add(change, mode="drop", indices_are_sorted=True, unique_indices=True)
+    if table.rows.dtype == jnp.bfloat16:
+        exact = read(table.rows).astype(jnp.float32) - delta
+        rows = write(table.rows, rounded(exact, at if identity is None else identity, step, seed))
+    else:  # `add`, not `set`: reading the rows again would cost another pass over them
+        change = -delta.astype(table.rows.dtype)
+        rows = table.rows.at[at].add(
+            change, mode="drop", indices_are_sorted=True, unique_indices=True
+        )
     return Table(rows, write(table.mu, mu), write(table.nu, nu)), seen
+
+
+def rounded(x: jax.Array, identity: jax.Array, step: jax.Array, seed: int) -> jax.Array:
+    """float32 [N, dim] -> bfloat16: one of the two nearest, the mean being x.
+
+    identity: int32 [N], of the rows. Adding 16 random bits below bfloat16's last one and cutting
+    carries with the right probability.
+    """
+    column = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 1)
+    row = _mixed(identity.astype(jnp.uint32) ^ _mixed(step.astype(jnp.uint32) + jnp.uint32(seed)))
+    noise = _mixed(row[:, None] + column * jnp.uint32(0x9E3779B9)) >> 16
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """uint32 -> uint32, every bit depending on all (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def update_dense(
     table: Table,
     gradients: RowGradients,
-    *,
     rate: jax.Array,
     step: jax.Array,
+    *,
     config: OptimizerConfig,
+    identity: jax.Array | None = None,
+    seed: int = 0,
 ) -> tuple[Table, jax.Array]:
     """Textbook Adam over the whole table, for comparison: costs O(R) where `update` costs O(N)."""
+    del identity, seed
     b1, b2 = config.adam_b1, config.adam_b2
     count = (step + 1).astype(jnp.float32)
     g = jnp.zeros_like(table.mu).at[gradients.addresses].add(gradients.values, mode="drop")

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.layers import grouped_matmul
-from engram_jax.layers.grouped_matmul import RAGGED, TILED, routed_swiglu, sort_by_expert
+from engram_jax.layers import grouped_routing
+from engram_jax.layers.grouped_matmul import CHUNKED, RAGGED, TILED, routed_swiglu
+from engram_jax.layers.grouped_routing import Routing, sort_by_expert
 from tests.oracle.moe import swiglu
 
 T, K, D, F, E = 50, 3, 6, 4, 5
@@ -49,9 +50,20 @@ def test_sorting_groups_the_slots_by_expert_and_inverts(case):
     np.testing.assert_array_equal(routing.sizes, np.bincount(experts.ravel(), minlength=E))
 
 
-@pytest.mark.parametrize("path", [TILED, RAGGED])
+PATHS = {
+    "tiled": (TILED, None),
+    "ragged": (RAGGED, None),
+    "chunked": (CHUNKED, 7),
+    "one chunk": (CHUNKED, T * K),
+    "tiled, keeping nothing": (TILED, 7),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", ROUTINGS)
-def test_every_routing_is_exact_forward_and_backward(case, path):
+@pytest.mark.parametrize("first", [0, 3], ids=["all experts", "experts 3 and 4 only"])
+def test_every_routing_is_exact_forward_and_backward(case, path, first):
+    """first: the experts from there on are this device's; what the others get belongs to none."""
     values, rng = arrays()
     experts = ROUTINGS[case](rng)
     with jax.enable_x64():
@@ -61,19 +73,24 @@ def test_every_routing_is_exact_forward_and_backward(case, path):
 
         @jax.jit
         def run(inputs, ids, cotangent):
-            routing = sort_by_expert(ids, E)
+            count = E - first
+            routing = sort_by_expert(jnp.where(ids < first, count, ids - first), count + 1)
+            routing = Routing(routing.order, routing.slots, routing.sizes[:count])
 
             def ours(a):
-                return routed_swiglu(
-                    a["x"], a["weights"], routing, a["gate"], a["up"], a["down"], path
-                )
+                matrices = (a[name][first:] for name in ("gate", "up", "down"))
+                return routed_swiglu(a["x"], a["weights"], routing, *matrices, *PATHS[path])
+
+            def plain(a):
+                return dense(ids, **{**a, "weights": jnp.where(ids < first, 0, a["weights"])})
 
             y, pull = jax.vjp(ours, inputs)
-            _, pull_dense = jax.vjp(lambda a: dense(ids, **a), inputs)
+            _, pull_dense = jax.vjp(plain, inputs)
             return y, pull(cotangent)[0], pull_dense(cotangent)[0]
 
         y, grads, want = run(inputs, ids, cotangent)
-    np.testing.assert_allclose(y, oracle(experts, **values), rtol=0, atol=1e-12)
+    here = {**values, "weights": np.where(experts < first, 0, values["weights"])}
+    np.testing.assert_allclose(y, oracle(experts, **here), rtol=0, atol=1e-12)
     for name in values:
         np.testing.assert_allclose(grads[name], want[name], rtol=0, atol=1e-12, err_msg=name)
 
@@ -141,7 +158,7 @@ def test_large_key_space_falls_back_to_a_stable_argsort(monkeypatch):
     _, rng = arrays()
     experts = jnp.asarray(ROUTINGS["random"](rng), jnp.int32)
     want = sort_by_expert(experts, E)
-    monkeypatch.setattr(grouped_matmul, "LARGEST_KEY", E * T * K - 1)
+    monkeypatch.setattr(grouped_routing, "LARGEST_KEY", E * T * K - 1)
     jaxpr = str(jax.make_jaxpr(lambda e: sort_by_expert(e, E))(experts))
     assert "argsort" in jaxpr
     for a, b in zip(*map(jax.tree.leaves, (sort_by_expert(experts, E), want)), strict=True):

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import AttentionConfig
+from engram_jax.layers import splash
 from engram_jax.layers.mla import MLA
 from tests.layers.filled import filled
 from tests.oracle.mla import attention
@@ -210,3 +211,32 @@ def test_queries_cut_in_parts_give_the_same(part, monkeypatch):
     cut = run(x)
     np.testing.assert_allclose(cut[0], whole[0], rtol=1e-5)
     np.testing.assert_allclose(cut[1], whole[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernel_for_tpus_is_the_same_attention():
+    """Its program interpreted on a CPU, at several tiles, documents across their edges: output and
+    all three gradients."""
+    length, rng = 2 * splash.BLOCK, np.random.default_rng(0)
+    config = AttentionConfig(heads=2, nope_dim=16, rope_dim=8, v_dim=12, kv_lora_rank=6)
+    module = build(7, config)
+    query, keys = (jnp.asarray(rng.normal(size=(1, 2, length, 24)), jnp.float32) for _ in "qk")
+    values = jnp.asarray(rng.normal(size=(1, 2, length, 12)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(1, length, 2, 12)), jnp.float32)
+    ends = np.array([0, 3, 300, 301, 700, 1000])
+    segments = jnp.asarray(np.searchsorted(ends, np.arange(length))[None], jnp.int32)
+    assert splash.usable(length) and not splash.usable(length + 128)
+
+    def differentiate(attend):
+        def f(q, k, v):
+            out = attend(q, k, v)
+            return jnp.sum(out * weights), out
+
+        return jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(query, keys, values)
+
+    (_, ours), grads = differentiate(
+        lambda *qkv: splash.attention(*qkv, segments, module.scale, interpret=True)
+    )
+    (_, plain), expected = differentiate(lambda *qkv: module._attention(*qkv, segments))
+    np.testing.assert_allclose(ours, plain, atol=1e-5)
+    for one, other in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)

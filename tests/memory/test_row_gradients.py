@@ -7,7 +7,8 @@ import pytest
 
 from engram_jax.config import MAX_LOOKUPS, MAX_TABLE_ROWS, OptimizerConfig
 from engram_jax.memory import formats, table
-from engram_jax.memory.row_gradients import deduplicate, drop_all, out_of_range, squared_norm
+from engram_jax.memory.row_gradients import deduplicate, out_of_range, squared_norm
+from engram_jax.memory.table import TableLayout
 from engram_jax.optim import rowwise_adam
 
 ROWS, DIM = 50, 4
@@ -57,7 +58,7 @@ def numpy_sparse_adam(rows, mu, nu, dense, touched, rate, step, config):
 
 def test_rowwise_adam_over_steps_moves_only_the_rows_it_touches():
     config, rng = OptimizerConfig(), np.random.default_rng(2)
-    memory = table.init_table(jax.random.key(0), ROWS, DIM, 1.0, jnp.float32)
+    memory = table.init_table(jax.random.key(0), TableLayout(ROWS), DIM, 1.0, jnp.float32)
     rows, mu, nu = (np.array(x, np.float64) for x in (memory.rows, memory.mu, memory.nu))
     step_fn = jax.jit(
         lambda t, g, step: rowwise_adam.update(
@@ -86,7 +87,7 @@ def test_rowwise_adam_over_steps_moves_only_the_rows_it_touches():
 
 def test_dense_adam_is_the_textbook_and_moves_untouched_rows():
     config, rng = OptimizerConfig(), np.random.default_rng(3)
-    memory = table.init_table(jax.random.key(0), ROWS, DIM, 1.0, jnp.float32)
+    memory = table.init_table(jax.random.key(0), TableLayout(ROWS), DIM, 1.0, jnp.float32)
     rows, mu, nu = (np.array(x, np.float64) for x in (memory.rows, memory.mu, memory.nu))
     for step in range(3):
         addresses = rng.integers(0, ROWS // 2, 9) if step else np.array([ROWS - 1] * 9)
@@ -103,16 +104,48 @@ def test_dense_adam_is_the_textbook_and_moves_untouched_rows():
 
 def test_dropped_gradients_change_nothing():
     config = OptimizerConfig()
-    memory = table.init_table(jax.random.key(0), ROWS, DIM, 1.0, jnp.float32)
+    memory = table.init_table(jax.random.key(0), TableLayout(ROWS), DIM, 1.0, jnp.float32)
     grads = deduplicate(jnp.arange(9), jnp.full((9, DIM), jnp.nan))
     after, _ = rowwise_adam.update(
         memory,
-        drop_all(grads, jnp.asarray(True)),
+        grads.only_if(jnp.asarray(False)),
         rate=jnp.float32(1),
         step=jnp.int32(0),
         config=config,
     )
     jax.tree.map(np.testing.assert_array_equal, after, memory)
+
+
+def test_bfloat16_rows_are_rounded_to_a_neighbour_and_right_on_average():
+    steps, rng = 4096, np.random.default_rng(4)
+    x = np.concatenate([rng.normal(size=20), [0.0, -0.0, 1.5, -2.0, 1 + 2**-8 * 0.37]])
+    x = jnp.asarray(x[None], jnp.float32)
+    every = jax.jit(jax.vmap(lambda step: rowwise_adam.rounded(x, jnp.array([7]), step, 1)))
+    drawn = np.asarray(every(jnp.arange(steps)), np.float64)[:, 0]
+    exact = np.asarray(x, np.float64)[0]
+    # The neighbours, by cutting float32's bits: toward zero, and one step further.
+    bits = np.asarray(x[0]).view(np.uint32) & np.uint32(0xFFFF0000)
+    below = bits.view(np.float32).astype(np.float64)
+    above = np.where(below == exact, below, (bits + np.uint32(0x10000)).view(np.float32))
+    assert np.all((drawn == below) | (drawn == above))
+    gap = np.abs(above - below)
+    np.testing.assert_array_less(np.abs(drawn.mean(0) - exact), 4 * gap / np.sqrt(steps) + 1e-30)
+    two = [rowwise_adam.rounded(x, jnp.array([7]), jnp.int32(3), seed) for seed in (1, 2)]
+    assert not np.array_equal(*two)
+    np.testing.assert_array_equal(two[0][0], drawn[3])
+
+
+def test_bfloat16_rows_learn_steps_too_small_for_them():
+    config = OptimizerConfig()
+    ones = jnp.ones((64, 32))
+    memory = table.Table(ones.astype(jnp.bfloat16), 0 * ones, 0 * ones)
+    grads = deduplicate(jnp.arange(64), ones)
+    step = jax.jit(lambda t, n: rowwise_adam.update(t, grads, jnp.float32(1e-4), n, config=config))
+    for number in range(100):
+        memory, _ = step(memory, jnp.int32(number))
+    assert memory.rows.dtype == jnp.bfloat16 and memory.mu.dtype == jnp.float32
+    # 100 steps of 1e-4, each a fortieth of the distance to the next bfloat16 below 1
+    np.testing.assert_allclose(jnp.mean(memory.rows.astype(jnp.float32)), 0.99, atol=2e-4)
 
 
 def test_update_is_in_place():
@@ -148,13 +181,14 @@ def test_update_is_in_place():
 
 
 def test_lookup_is_the_exact_gather():
-    memory = table.init_memory(jax.random.key(1), {"1": 30, "4": 20}, DIM, 0.02)
+    layouts = {"1": TableLayout(30), "4": TableLayout(20)}
+    memory = table.init_memory(jax.random.key(1), layouts, DIM, 0.02)
     addresses = {
         k: np.random.default_rng(0).integers(0, n, (2, 3, 5)) for k, n in (("1", 30), ("4", 20))
     }
-    rows = table.lookup_all(memory, {k: jnp.asarray(a) for k, a in addresses.items()})
     for k, a in addresses.items():
-        np.testing.assert_array_equal(rows[k], np.asarray(memory[k].rows)[a])
+        rows = table.lookup(memory[k].rows, jnp.asarray(a))
+        np.testing.assert_array_equal(rows, np.asarray(memory[k].rows)[a])
     assert abs(float(jnp.std(memory["1"].rows)) - 0.02) < 0.005
 
 
@@ -164,7 +198,7 @@ def test_a_large_table_is_drawn_in_pieces(monkeypatch):
     rows, dim, std = 4000, 40, 0.02
 
     def create(key):
-        return table.init_table(key, rows, dim, std, jnp.float32)
+        return table.init_table(key, TableLayout(rows), dim, std, jnp.float32)
 
     monkeypatch.setattr(table, "ONE_DRAW", rows * dim - 1)
     compiled = jax.jit(create).lower(jax.random.key(3)).compile()

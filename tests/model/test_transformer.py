@@ -104,7 +104,7 @@ def test_packed_documents_equal_documents_alone():
 def test_prefill_and_decode_equal_the_full_forward(form):
     """Two sequences of different lengths, fed in uneven, unevenly padded chunks."""
     program, state = tiny(**{"model.engram.form": form})
-    weights = weights_of(state)
+    weights = weights_of(program, state)
     length = 18
     batch = {k: np.repeat(v, 2, 0) for k, v in one_document(program.config, length).items()}
     batch["tokens"][1] = np.random.default_rng(9).integers(0, VOCAB, length)
@@ -127,7 +127,7 @@ def test_greedy_generation_equals_repeated_full_forwards():
     program, state = tiny()
     prompts = [[3, 1, 4, 1, 5], [9, 2]]
     config = GenerateConfig(max_tokens=7, temperature=0)
-    found = Generator(program, weights_of(state)).complete(prompts, config)
+    found = Generator(program, weights_of(program, state)).complete(prompts, config)
     for prompt, continuation in zip(prompts, found, strict=True):
         ids = list(prompt)
         for token in continuation:
@@ -149,7 +149,7 @@ def test_greedy_generation_equals_repeated_full_forwards():
 
 def test_generation_stops_at_the_end_of_sequence_token():
     program, state = tiny()
-    generator = Generator(program, weights_of(state))
+    generator = Generator(program, weights_of(program, state))
     config = GenerateConfig(max_tokens=7, temperature=0)
     free = generator.complete([[3, 1, 4], [9, 2]], config)
     eos = free[0][3]
@@ -226,9 +226,9 @@ def test_masked_tokens_read_no_memory_anywhere():
         assert not np.any(gate[0, 4]) and np.all(gate[0, [3, 5]] > 0)
     logits, _ = extend(
         program,
-        weights_of(state),
+        weights_of(program, state),
         jnp.asarray(batch["tokens"]),
         jnp.array([9]),
-        start(program, weights_of(state), 1, 32),
+        start(program, weights_of(program, state), 1, 32),
     )
     np.testing.assert_allclose(logits[0], model.logits(out.hidden)[0, -1], rtol=2e-4, atol=2e-4)

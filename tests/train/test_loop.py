@@ -35,8 +35,19 @@ EVERY_STEP = {
     "gate/1": (2,),
     "rows_touched/1": (),
     "hit_rate/1": (),
+    "distinct/1": (),
+    "extra_rounds/1": (),
 }
-FROM_THE_SECOND = {"step_seconds": (), "tokens_per_second": ()}
+FROM_THE_SECOND = {
+    "step_seconds": (),
+    "step_seconds/p50": (),
+    "step_seconds/p90": (),
+    "step_seconds/p99": (),
+    "step_seconds/max": (),
+    "tokens_per_second": (),
+    "tokens_per_second_per_device": (),
+    "goodput": (),  # and no "mfu": a CPU's peak is unknown
+}
 EVALUATION = {"step": (), "time": (), "validation_loss": (), "utilisation/1": ()}
 
 
@@ -79,6 +90,8 @@ def test_the_metrics_mean_what_they_say(undisturbed, config):
         np.testing.assert_allclose(r["expert_load"].sum(axis=1), 1, rtol=1e-6)
         assert np.all((r["gate/1"] > 0) & (r["gate/1"] < 1))
         assert 0 < r["rows_touched/1"] <= tokens * config.model.engram.heads
+        assert r["distinct/1"] * tokens * config.model.engram.heads == r["rows_touched/1"]
+        assert r["extra_rounds/1"] == 0
         assert 0 < r["grad_norm_memory"] < r["grad_norm"]
     assert steps[0]["hit_rate/1"] == 0  # no row was ever trained before
     assert steps[-1]["hit_rate/1"] > steps[1]["hit_rate/1"] > 0

@@ -11,6 +11,7 @@ import pytest
 
 from engram_jax.loss import token_losses
 from engram_jax.optim import partition
+from engram_jax.sharding.rules import names
 from engram_jax.train_state import abstract_state, build_program, init_state
 from engram_jax.train_step import (
     batch_addresses,
@@ -124,7 +125,8 @@ def test_hit_rate_and_utilisation_count_trained_rows():
     state, first = step(copy(state), batch)
     assert float(first["hit_rate/1"]) == 0
     trained = np.count_nonzero(np.any(np.asarray(state.memory["1"].nu) > 0, axis=1))
-    assert float(utilisation(state.memory)["1"]) == pytest.approx(trained / program.table_rows["1"])
+    used = utilisation(program, state.memory)["1"]
+    assert float(used) == pytest.approx(trained / program.table_rows["1"])
     touched = int(first["rows_touched/1"])
     assert 0.7 * touched < trained <= touched
     _, again = step(state, batch)
@@ -189,9 +191,8 @@ def test_the_state_keeps_its_types():
 def test_evaluation_is_the_training_loss_before_the_step():
     program, state = tiny()
     batch = random_batch(program.config)
-    rows = {k: t.rows for k, t in state.memory.items()}
     total, count = jax.jit(partial(eval_step, program))(
-        state.params, state.router_bias, rows, batch
+        state.params, state.router_bias, state.memory, batch
     )
     _, metrics = jit_train_step(program)(copy(state), batch)
     np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
@@ -246,7 +247,7 @@ def optimizers(program):
     for path, label in jax.tree_util.tree_leaves_with_path(
         partition.labels(abstract_state(program).params)
     ):
-        name = "/".join("*" if part.isdigit() else part for part in partition.names(path))
+        name = "/".join("*" if part.isdigit() else part for part in names(path))
         assert found.setdefault(name, label) == label
     return found
 

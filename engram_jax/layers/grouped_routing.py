@@ -1,0 +1,59 @@
+"""Assignments of tokens to experts, sorted: which slot each has (see grouped_matmul.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from engram_jax.layers.feed_forward import gated
+
+LARGEST_KEY = 2**31 - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """Who sits where.
+
+    order: int32 [N], slot -> assignment t * k + j.
+    slots: int32 [T, k], the inverse: assignment -> slot.
+    sizes: int32 [E], slots per expert; the groups follow one another in the order of experts.
+    """
+
+    order: jax.Array
+    slots: jax.Array
+    sizes: jax.Array
+
+
+def sort_by_expert(experts: jax.Array, count: int) -> Routing:
+    """experts int32 [T, k] in [0, count) -> Routing; an expert's slots keep the order of tokens."""
+    flat = experts.reshape(-1).astype(jnp.int32)
+    index = jnp.arange(flat.size, dtype=jnp.int32)
+    if count * flat.size <= LARGEST_KEY:
+        # One sort of unique keys: 4 times as fast on CPU as a stable argsort of pairs.
+        order = jnp.sort(flat * flat.size + index) % flat.size
+    else:
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    slots = jnp.zeros_like(flat).at[order].set(index, unique_indices=True)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(count, dtype=jnp.int32), axis=0, dtype=jnp.int32)
+    return Routing(order, slots.reshape(experts.shape), sizes)
+
+
+def token_and_weight(weights: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
+    """For every slot: which token sits there and with which weight."""
+    return routing.order // weights.shape[1], weights.reshape(-1)[routing.order]
+
+
+def expert_backward(
+    gate: jax.Array, up: jax.Array, dh: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, ...]:
+    """h = SiLU(gate) up, and what follows from dh, the gradient of h before weighting: [rows, f].
+
+    Returns (weight * h, dgate, dup, dweight); dweight = <h W_down, dy> = <h, dh> needs no output.
+    """
+    h, pull = jax.vjp(gated, gate, up)
+    dweight = jnp.sum(h.astype(weight.dtype) * dh.astype(weight.dtype), axis=-1)
+    dgate, dup = pull((dh * weight[:, None]).astype(h.dtype))
+    return (h * weight[:, None]).astype(h.dtype), dgate, dup, dweight

@@ -1,0 +1,336 @@
+"""Tables cut by rows over every device of a mesh: rows travel to the lookups, gradients back.
+
+Row a of a table of R rows lies on device a mod n (n devices), so every head, whatever its order, is
+spread evenly. A step
+
+    plan   sort this device's lookups by (owner, row) and drop duplicates         no communication
+    fetch  ask the owners for the distinct rows, and get them                     2 all-to-all
+    send   sum the gradients of equal rows here, send the sums to the owners      1 all-to-all
+    apply  owners add up what arrived for a row, and update it where it lies      (optim/)
+
+costs a device what its own lookups need, however many devices there are. An all-to-all moves a
+fixed number of rows (`capacity`) between any two devices. Where some device wants more rows of one
+owner than that, the owners' rows are cut into ranges until no range is asked for more than
+`capacity` rows by anyone, and every range gets a round of its own: nothing is dropped, and all
+gradients of a row arrive in the same round, so what is exact for one round is exact for many.
+
+On one device a plan is the list of distinct rows, and nothing is exchanged.
+
+Symbols: n devices, N lookups of one device, C capacity, L rows of the table per device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from engram_jax.memory.row_gradients import (
+    Distinct,
+    RowGradients,
+    deduplicate,
+    find_distinct,
+    sum_equal,
+)
+from engram_jax.memory.table import TableLayout
+from engram_jax.sharding.rules import AXES, BATCH, P
+
+EVERYWHERE = P(AXES)  # one piece per device
+LOOKUPS = P(BATCH, "tensor")  # addresses and rows [B, T, ...]: a tensor group shares the tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """What one step wants of one table. Per device (all devices' arrays joined on axis 0):
+
+    distinct: the distinct rows by where they are stored: device * L + row there.
+    rounds: int32 [], equal on all devices, a power of two.
+    """
+
+    distinct: Distinct
+    rounds: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sent:
+    """Summed gradients on their way. Per device:
+
+    sums: [N, dim] by distinct row of this device's lookups, in at least float32.
+    arrived: the gradients of the rows this device owns, of the first round; addresses are rows
+      here.
+    squares: [], replicated: the sum of squares of all rows' gradients of all rounds.
+    touched: int32 [], replicated: distinct rows that all devices together looked up.
+    """
+
+    sums: jax.Array
+    arrived: RowGradients
+    squares: jax.Array
+    touched: jax.Array
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange of one table; static. capacity: C, not used on one device."""
+
+    mesh: Mesh
+    layout: TableLayout
+    capacity: int
+
+    # ---- on all devices ------------------------------------------------------------------------
+
+    def plan(self, addresses: jax.Array) -> Plan:
+        """addresses: int32 [B, T, H], rows of the table in natural order."""
+        return self._each(self._plan, (LOOKUPS,), _PLAN)(addresses)
+
+    def fetch(self, rows: jax.Array, addresses: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
+        """The exact rows [B, T, H, dim] in `dtype`; rows: the table, [n L, dim] as stored."""
+        fetch = partial(self._fetch, dtype=jnp.dtype(dtype))
+        specs = (EVERYWHERE, LOOKUPS, _PLAN)
+        return self._each(fetch, specs, LOOKUPS)(rows, addresses, plan)
+
+    def send(self, gradients: jax.Array, plan: Plan) -> Sent:
+        """gradients: [B, T, H, dim], one per lookup."""
+        return self._each(self._send, (LOOKUPS, _PLAN), _SENT)(gradients, plan)
+
+    def apply(
+        self,
+        update: Callable[..., tuple[Any, jax.Array]],
+        table: Any,
+        plan: Plan,
+        sent: Sent,
+        factor: jax.Array,
+        apply: jax.Array,
+        scalars: tuple[jax.Array, ...],
+    ) -> tuple[Any, jax.Array]:
+        """Every owner updates the rows whose gradients arrived: in place, if `table` is donated.
+
+        update: (table, gradients of rows of it, those rows' addresses in natural order, *scalars)
+          -> (table, int32 []); runs on each device's part.
+        factor: float32 [], multiplies the gradients. apply: bool [], False = change nothing.
+
+        Returns the table and the sum of the counts.
+        """
+        specs = (EVERYWHERE, _PLAN, _SENT, P(), P(), P())
+        run = self._each(partial(self._apply, update), specs, (EVERYWHERE, P()))
+        return run(table, plan, sent, factor, apply, scalars)
+
+    def _each(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    # ---- on each device ------------------------------------------------------------------------
+
+    def _plan(self, addresses: jax.Array) -> Plan:
+        n, length = self.layout.devices, self.layout.local
+        addresses = addresses.reshape(-1)
+        distinct = find_distinct(addresses % n * length + addresses // n)
+        rounds = self._rounds(distinct.rows) if n > 1 else jnp.ones((), jnp.int32)
+        return Plan(_listed(distinct), rounds)
+
+    def _rounds(self, distinct: jax.Array) -> jax.Array:
+        """The least power of two of rounds in which no device wants more than C rows of another."""
+        position = jnp.arange(distinct.size, dtype=jnp.int32)
+        owner, row = distinct // self.layout.local, distinct % self.layout.local
+
+        def most(rounds: jax.Array) -> jax.Array:
+            """Most rows that one device wants of one range of one owner."""
+            piece = row // self._range(rounds)
+            new = (owner[1:] != owner[:-1]) | (piece[1:] != piece[:-1])
+            start = lax.cummax(jnp.where(jnp.concatenate([jnp.ones(1, bool), new]), position, 0))
+            wanted = jnp.where(owner < self.layout.devices, position - start + 1, 0)
+            return lax.pmax(jnp.max(wanted), AXES)
+
+        def more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return 2 * carry[0], most(2 * carry[0])
+
+        one = jnp.ones((), jnp.int32)
+        return lax.while_loop(lambda c: c[1] > self.capacity, more, (one, most(one)))[0]
+
+    def _range(self, rounds: jax.Array) -> jax.Array:
+        """Rows of an owner that one round serves."""
+        return (self.layout.local + rounds - 1) // rounds
+
+    def _bounds(self, plan: Plan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which distinct rows round `index` asks every owner for: [low, high), int32 [n] each."""
+        length, size = self.layout.local, self._range(plan.rounds)
+        base = jnp.arange(self.layout.devices, dtype=jnp.int32) * length
+        low = base + jnp.minimum(index * size, length)
+        high = base + jnp.minimum((index + 1) * size, length)
+        found = jnp.searchsorted(plan.distinct.rows, jnp.concatenate([low, high])).astype(jnp.int32)
+        return found[: low.size], found[low.size :]
+
+    def _wanted(self, plan: Plan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(positions in `distinct` [n, C], N where there is none; rows at the owners, likewise L)
+        of round `index`."""
+        low, high = self._bounds(plan, index)
+        position = low[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)
+        there = position < high[:, None]
+        position = jnp.where(there, position, plan.distinct.rows.size)
+        stored = plan.distinct.rows.at[position].get(mode="fill", fill_value=0)
+        base = jnp.arange(self.layout.devices, dtype=jnp.int32)[:, None] * self.layout.local
+        return position, jnp.where(there, stored - base, self.layout.local)
+
+    def _fetch(
+        self, rows: jax.Array, addresses: jax.Array, plan: Plan, dtype: jnp.dtype
+    ) -> jax.Array:
+        if self.layout.devices == 1:
+            return _converted(rows.at[addresses].get(mode="promise_in_bounds"), dtype)
+
+        def serve(index: jax.Array) -> jax.Array:
+            """[n C, dim]: the rows of one round, owner by owner."""
+            asked = _swap(self._wanted(plan, index)[1])
+            answer = _converted(rows.at[asked].get(mode="fill", fill_value=0), dtype)
+            # As whole numbers, through which XLA moves no conversion: a TPU multiplies float32 as
+            # bfloat16, and would convert the table for it.
+            bits = lax.bitcast_convert_type(answer, _UNSIGNED[dtype.itemsize])
+            return lax.bitcast_convert_type(_swap(bits), dtype).reshape(-1, rows.shape[1])
+
+        def place(index: jax.Array) -> jax.Array:
+            """Distinct row -> its place in what a round brings; n C if it is in another round."""
+            low, high = self._bounds(plan, index)
+            owner = jnp.minimum(plan.distinct.rows // self.layout.local, self.layout.devices - 1)
+            rank = jnp.arange(plan.distinct.rows.size, dtype=jnp.int32) - low[owner]
+            inside = (rank >= 0) & (rank < (high - low)[owner])
+            nowhere = self.layout.devices * self.capacity
+            return jnp.where(inside, owner * self.capacity + rank, nowhere)
+
+        distinct = plan.distinct
+        slot = jnp.zeros_like(distinct.slot).at[distinct.order].set(distinct.slot)  # by lookup
+
+        def read(index: jax.Array, found: jax.Array | int) -> jax.Array:
+            at = place(index)[slot]
+            got = serve(index)
+            here = (at < len(got))[:, None]
+            return jnp.where(here, got.at[at].get(mode="fill", fill_value=0), found)
+
+        found = lax.fori_loop(1, plan.rounds, read, read(jnp.int32(0), 0))
+        return found.reshape(*addresses.shape, rows.shape[1])
+
+    def _send(self, gradients: jax.Array, plan: Plan) -> Sent:
+        sums = sum_equal(gradients.reshape(plan.distinct.rows.size, -1), plan.distinct)
+        if self.layout.devices == 1:
+            arrived = RowGradients(plan.distinct.rows, sums, plan.distinct.count)
+            return Sent(sums, arrived, jnp.sum(sums * sums), arrived.count[0])
+        arrived = self._arrive(sums, plan, jnp.int32(0))
+
+        def measure(gradients: RowGradients) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum(gradients.values * gradients.values), gradients.count
+
+        def further(index: jax.Array, total: Any) -> Any:
+            return jax.tree.map(jnp.add, total, measure(self._arrive(sums, plan, index)))
+
+        total = lax.fori_loop(1, plan.rounds, further, measure(arrived))
+        squares, touched = lax.psum(total, AXES)
+        return Sent(sums, _listed(arrived), squares, touched)
+
+    def _arrive(self, sums: jax.Array, plan: Plan, index: jax.Array) -> RowGradients:
+        """What all devices send of the rows this device owns and round `index` serves."""
+        position, asked = self._wanted(plan, index)
+        values = _swap(sums.at[position].get(mode="fill", fill_value=0))
+        found = deduplicate(_swap(asked), values)
+        # What nobody asked for stands as one row, L: not a row, but distinct like the others.
+        return RowGradients(
+            found.addresses,
+            found.values,
+            jnp.sum(found.addresses < self.layout.local, dtype=jnp.int32),
+        )
+
+    def _apply(
+        self,
+        update: Callable,
+        table: Any,
+        plan: Plan,
+        sent: Sent,
+        factor: jax.Array,
+        apply: jax.Array,
+        scalars: tuple[jax.Array, ...],
+    ) -> tuple[Any, jax.Array]:
+        def one(table: Any, gradients: RowGradients) -> tuple[Any, jax.Array]:
+            address = gradients.addresses
+            if self.layout.devices > 1:
+                address = address * self.layout.devices + lax.axis_index(AXES)
+            return update(table, gradients.scaled(factor).only_if(apply), address, *scalars)
+
+        table, seen = one(table, sent.arrived)
+        if self.layout.devices == 1:
+            return table, seen
+
+        def further(index: jax.Array, carry: Any) -> Any:
+            table, total = carry
+            table, seen = one(table, self._arrive(sent.sums, plan, index))
+            return table, total + seen
+
+        table, seen = lax.fori_loop(1, plan.rounds, further, (table, seen))
+        return table, lax.psum(seen, AXES)
+
+
+def _swap(x: jax.Array) -> jax.Array:
+    """x [n, ...], one part per device -> the parts that the devices have for this one."""
+    return lax.all_to_all(x, AXES, split_axis=0, concat_axis=0, tiled=True)
+
+
+_UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
+
+def _converted(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Gathered rows in `dtype`, rounded in a step of its own: XLA would otherwise convert the whole
+    table first, once for all rounds, and gather from the copy."""
+    if rows.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        rows = lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
+    return rows.astype(dtype)
+
+
+def _listed(x: Any) -> Any:
+    """With `count` as [1], so that the devices' counts can be joined on axis 0."""
+    return dataclasses.replace(x, count=x.count[None])
+
+
+_PER_DEVICE: Any = EVERYWHERE
+_SAME: Any = P()
+_DISTINCT = Distinct(_PER_DEVICE, _PER_DEVICE, _PER_DEVICE, _PER_DEVICE)
+_ARRIVED = RowGradients(_PER_DEVICE, _PER_DEVICE, _PER_DEVICE)
+_PLAN = Plan(_DISTINCT, _SAME)
+_SENT = Sent(_PER_DEVICE, _ARRIVED, _SAME, _SAME)
+
+
+# ---- orders of rows --------------------------------------------------------------------------
+
+
+def natural_order(mesh: Mesh, layout: TableLayout, x: jax.Array) -> jax.Array:
+    """[n L, ...] as stored -> [n L, ...] by address, cut evenly over the devices."""
+    if layout.devices == 1:
+        return x
+
+    def local(x: jax.Array) -> jax.Array:  # row i here is address i n + device
+        got = _swap(x.reshape(layout.devices, -1, *x.shape[1:]))
+        return got.swapaxes(0, 1).reshape(x.shape)
+
+    return _reorder(mesh, local)(x)
+
+
+def stored_order(mesh: Mesh, layout: TableLayout, x: jax.Array) -> jax.Array:
+    """The inverse of `natural_order`."""
+    if layout.devices == 1:
+        return x
+
+    def local(x: jax.Array) -> jax.Array:
+        parts = x.reshape(-1, layout.devices, *x.shape[1:]).swapaxes(0, 1)
+        return _swap(parts).reshape(x.shape)
+
+    return _reorder(mesh, local)(x)
+
+
+def _reorder(mesh: Mesh, local: Callable) -> Callable:
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=EVERYWHERE, out_specs=EVERYWHERE, check_vma=False
+    )

@@ -1,0 +1,103 @@
+"""SIGTERM, the notice before a machine is taken away: stop between two steps and save.
+
+Elsewhere than in the loop (reading text, writing the report) there is nothing to save, and the
+program ends at once. Both end with status 0: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class Preempted(SystemExit):
+    """SIGTERM came where nothing had to be saved."""
+
+
+class Preemption:
+    """Context: SIGTERM is listened to, in the main thread; elsewhere signals are not ours to take.
+
+    JAX's own notice (`multihost_utils.reached_preemption_sync_point`) serves only launches that
+    call it before the signal comes: its sync point is one past the highest step so far, which for
+    a run resumed at step 1000 and signalled while it compiles is step 1, which never comes.
+    """
+
+    def __init__(self, log: Callable[[str], None] = print):
+        self.stopped = False  # the processes have agreed to stop
+        self._log = log
+        self._requested = self._deferred = False
+        self._previous: Any = None
+        self._ours = False
+        self._asked: jax.Array | None = None  # the answer on its way
+        self._any: Callable[[jax.Array], jax.Array] | None = None
+
+    def __enter__(self) -> Preemption:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            self._ours = True
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self._ours:
+            # None: a handler that no Python code installed, and none can install again.
+            previous = signal.SIG_DFL if self._previous is None else self._previous
+            signal.signal(signal.SIGTERM, previous)
+        if isinstance(error, Preempted):
+            self._log("SIGTERM: ended where there was nothing to save; the same command goes on")
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Meanwhile a signal only asks for an end; `agreed` tells when it has come.
+
+        Raises Preempted at the end if it came too late for that.
+        """
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self._requested and not self.stopped:
+            raise Preempted(0)
+
+    def agreed(self, *, wait: bool = False) -> bool:
+        """Whether all processes stop here. All must call it, at the same steps.
+
+        On one process that is whether the signal came. On several, each call sends a flag around
+        and returns the answer to the call before (wait: to this one), which has arrived long since:
+        the device never waits for the host. So the run ends up to one step later.
+        """
+        if jax.process_count() == 1:
+            self.stopped = self._requested
+        elif not self.stopped:
+            before, self._asked = self._asked, self._ask()
+            answer = self._asked if wait or before is None else before
+            self.stopped = bool(jax.device_get(answer))
+        return self.stopped
+
+    def _ask(self) -> jax.Array:
+        """Start the "or" of the flags of all processes; a bool [] that every process can read."""
+        mesh = Mesh(np.array(jax.devices()), ("all",))
+        if self._any is None:
+            replicated = NamedSharding(mesh, PartitionSpec())
+            self._any = jax.jit(jnp.any, out_shardings=replicated)
+        flag = np.full((1,), self._requested)
+        flags = jax.make_array_from_single_device_arrays(
+            (mesh.size,),
+            NamedSharding(mesh, PartitionSpec("all")),
+            [jax.device_put(flag, device) for device in mesh.local_devices],
+        )
+        return self._any(flags)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        if not self._deferred:
+            raise Preempted(0)

@@ -1,0 +1,60 @@
+"""A training state in checkpoints: rows by address and without padding, whatever the mesh.
+
+In memory a table's rows are spread over the devices (memory/exchange.py) and padded to their
+number. What is saved has neither, so a run goes on with it on any other mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from engram_jax.checkpoint import Checkpointer, Restored
+from engram_jax.memory.exchange import natural_order, stored_order
+from engram_jax.memory.table import Table
+from engram_jax.train_state import Program, TrainState, abstract_state
+
+
+def save(
+    program: Program, checkpointer: Checkpointer, step: int, state: TrainState, **about: Any
+) -> bool:
+    """`Checkpointer.save` of a state as it lies on the program's mesh. about: its other arguments.
+
+    The tables are copied in their natural order first, which takes their memory a second time.
+    """
+    memory = _reordered(program, natural_order, state, donate=False)
+    state = dataclasses.replace(state, memory=memory)
+    return checkpointer.save(step, state, true_rows=true_rows(program), **about)
+
+
+def restore(program: Program, checkpointer: Checkpointer, step: int | str | None) -> Restored:
+    """`Checkpointer.restore` of a state onto the program's mesh."""
+    rows = true_rows(program)
+    found = checkpointer.restore(step, abstract_state(program), true_rows=rows)
+    memory = _reordered(program, stored_order, found.state, donate=True)
+    return dataclasses.replace(found, state=dataclasses.replace(found.state, memory=memory))
+
+
+def true_rows(program: Program) -> dict[str, int]:
+    """Path of every array of a table -> R, the rows that are no padding."""
+    parts = [field.name for field in dataclasses.fields(Table)]
+    return {f"memory/{k}/{part}": r for k, r in program.table_rows.items() for part in parts}
+
+
+def _reordered(
+    program: Program, order: Callable, state: TrainState, *, donate: bool
+) -> dict[str, Table]:
+    if program.axes.devices == 1:
+        return state.memory
+    out = {}
+    for layer, table in state.memory.items():
+        move = jax.jit(
+            partial(order, program.mesh, program.layouts[layer]),
+            donate_argnums=0 if donate else (),
+        )
+        out[layer] = jax.tree.map(move, table)
+    return out

@@ -1,0 +1,213 @@
+"""The one place for sharding: mesh axes, and which of them cuts which dimension of what.
+
+    axis     cuts
+    data     the batch; every weight is repeated (its gradients are summed over the axis)
+    fsdp     the batch and every weight; a layer's weights are collected when the layer runs
+    expert   the batch, and the routed experts by whole experts
+    tensor   attention heads and the inner widths of feed-forward layers; tokens are repeated
+
+The tables are cut by rows over every device of the mesh, whatever its axes (memory/exchange.py).
+There is no sequence axis: 4,096 tokens of the paper's models fit a device at a time, and n-grams,
+convolution and attention would all have to reach across it.
+
+Weights other than experts are not cut by `expert`, too: 2,560 columns in 128 pieces are 20 columns
+each, which no tile of a TPU holds, and XLA then collects them by an all-reduce of zero-padded
+copies, twice the bytes (docs/log.md).
+
+A parameter is recognised by its name, so the same rule serves it, its gradient and its moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engram_jax.config import Config, MeshConfig
+from engram_jax.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH = ("data", "fsdp", "expert")
+P = PartitionSpec
+
+# Logical axis -> mesh axes that cut it. Weights not named below are repeated on every device.
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "embed": ("fsdp",),
+    "latent": ("fsdp",),
+    "heads": ("tensor",),
+    "inner": ("tensor",),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),
+    # Where the number of experts is no multiple of the expert axis (the paper's 55), each expert is
+    # stored in pieces of its inner width and put together when its layer runs (sharding/local.py).
+    "expert_inner": ("tensor",),
+    "expert_piece": ("expert", "tensor"),
+}
+
+# Trailing dimensions of a parameter by its name; stacked layers add dimensions in front.
+MATRICES: dict[str, tuple[str | None, ...]] = {
+    "embedding": (None, "embed"),
+    "head": (None, "embed"),
+    "q_proj": ("embed", "heads"),
+    "kv_a_proj": ("embed", None),
+    "kv_b_proj": ("latent", "heads"),
+    "o_proj": ("heads", "embed"),
+    "gate": ("embed", "inner"),
+    "up": ("embed", "inner"),
+    "down": ("inner", "embed"),
+    "router": ("embed", None),
+    "fn": ("embed", None),
+    "projection": (None, None, "embed"),
+}
+EXPERTS: dict[str, tuple[str | None, ...]] = {
+    "gate": ("experts", "expert_embed", "expert_inner"),
+    "up": ("experts", "expert_embed", "expert_inner"),
+    "down": ("experts", "expert_inner", "expert_embed"),
+}
+EXPERT_NDIM = 4  # [layers, E, in, out]: one dimension more than the stacked dense layers
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Devices along each mesh axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.expert * self.tensor
+
+    @property
+    def batch(self) -> int:
+        """Pieces of the batch."""
+        return self.data * self.fsdp * self.expert
+
+    def size(self, names: Sequence[str]) -> int:
+        return math.prod(getattr(self, name) for name in names)
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {getattr(self, name)}" for name in AXES)
+
+
+ONE_DEVICE = Axes()
+
+
+def axes_for(config: MeshConfig, devices: int) -> Axes:
+    """The mesh's shape on so many devices. Raises UserError if the numbers do not multiply up."""
+    fixed = config.data * config.expert * config.tensor
+    fsdp = config.fsdp or devices // fixed
+    axes = Axes(config.data, fsdp, config.expert, config.tensor)
+    if not fsdp or axes.devices != devices:
+        product = f"data {config.data} x fsdp {config.fsdp or '(the rest)'}"
+        product += f" x expert {config.expert} x tensor {config.tensor}"
+        raise UserError(f"config.mesh: {product} must make {devices}, the number of devices")
+    return axes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all there are, arranged after their network)."""
+    from jax.experimental import mesh_utils
+
+    devices = jax.devices() if devices is None else devices
+    axes = axes_for(config, len(devices))
+    shape = tuple(getattr(axes, name) for name in AXES)
+    if devices[0].platform == "cpu":
+        grid = np.asarray(devices).reshape(shape)
+    else:
+        grid = mesh_utils.create_device_mesh(
+            shape, devices, contiguous_submeshes=False, allow_split_physical_axes=True
+        )
+    return Mesh(grid, AXES)
+
+
+def axes_of(mesh: Mesh) -> Axes:
+    return Axes(**{name: mesh.shape[name] for name in AXES})
+
+
+def on_tpu(mesh: Mesh) -> bool:
+    """Whether its devices are TPUs, or descriptions of them."""
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def check(config: Config, axes: Axes) -> None:
+    """Raises UserError, with the numbers, where an axis does not divide what it cuts."""
+    model, data = config.model, config.data
+    attention, ffn = model.attention, model.ffn
+    weights, rows = axes.size(RULES["embed"]), axes.batch * config.train.accumulation
+    demands = [
+        ("data.batch_size", data.batch_size, rows, "data x fsdp x expert x train.accumulation"),
+        ("model.d_model", model.d_model, weights, "fsdp"),
+        ("model.attention.kv_lora_rank", attention.kv_lora_rank, weights, "fsdp"),
+        ("model.attention.heads", attention.heads, axes.tensor, "tensor"),
+        ("data.seq_len", data.seq_len, axes.tensor, "tensor"),
+    ]
+    if not ffn.routed_experts or ffn.dense_layers:
+        demands.append(("model.ffn.dense_dim", ffn.dense_dim, axes.tensor, "tensor"))
+    if ffn.routed_experts:
+        pieces = axes.tensor * (1 if ffn.routed_experts % axes.expert == 0 else axes.expert)
+        name = "tensor" if pieces == axes.tensor else "expert x tensor (the experts do not divide)"
+        demands.append(("model.ffn.expert_dim", ffn.expert_dim, pieces, name))
+    for key, value, divisor, what in demands:
+        if value % divisor:
+            raise UserError(
+                f"config.{key} = {value}: must be a multiple of {divisor} = {what} of the mesh"
+                f" {axes}"
+            )
+    if config.optimizer.memory_optimizer == "dense_adam" and axes.devices > 1:
+        raise UserError(
+            "config.optimizer.memory_optimizer = 'dense_adam': is for comparison on one device;"
+            f" this mesh has {axes.devices}"
+        )
+
+
+def names(path: Any) -> tuple[str, ...]:
+    """A jax key path as strings: ("blocks", "1", "attention", "q_proj")."""
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def logical(name: str, ndim: int, *, whole_experts: bool) -> tuple[str | None, ...]:
+    """Logical axes of all dimensions of a parameter, its gradient or a moment of it.
+
+    whole_experts: the number of experts is a multiple of the expert axis.
+    """
+    if name in EXPERTS and ndim == EXPERT_NDIM:
+        found = EXPERTS[name]
+        if not whole_experts:
+            pieces = {"experts": None, "expert_inner": "expert_piece"}
+            found = tuple(pieces.get(str(axis), axis) for axis in found)
+    else:
+        found = MATRICES.get(name, ())
+    return (*(None,) * (ndim - len(found)), *found)[:ndim]
+
+
+def spec(path: Any, leaf: Any, axes: Axes) -> PartitionSpec:
+    """Where a leaf of the parameters or of their optimizer's state lies."""
+    whole = len(leaf.shape) != EXPERT_NDIM or leaf.shape[1] % axes.expert == 0
+    found = logical(names(path)[-1], len(leaf.shape), whole_experts=whole)
+    cut = [RULES[axis] for axis in found]
+    return P(*(axis or None for axis in cut)) if any(cut) else P()
+
+
+def specs(tree: Any, axes: Axes) -> Any:
+    """`spec` of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec(path, leaf, axes), tree)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every leaf."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs(tree, axes_of(mesh)), is_leaf=_is_spec
+    )
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)

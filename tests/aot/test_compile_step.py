@@ -1,0 +1,132 @@
+"""--mode=compile as a user calls it: a tiny model on four chips, the paper's on the slice it needs.
+
+The tests with the paper's models take minutes of XLA's time each, most of it for the network.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+
+import pytest
+
+from tests.runs import ROOT, flags_of, launched
+
+GIB = 2**30
+KEYS = {
+    *("argument_bytes", "temp_bytes", "peak_hbm_bytes", "hbm_capacity_bytes", "fits"),
+    *("table_sized_copies", "aliased_fraction", "collectives", "compile_seconds"),
+}
+# Two layers, memory in the second, experts that divide; tables too large for VMEM.
+TINY = {
+    "model.layers": 2,
+    "model.engram.layers": (1,),
+    "model.engram.heads_per_order": 2,
+    "model.engram.rows_per_head": (1_000_000,),
+    "model.engram.d_mem": 320,
+    "model.hyper.sinkhorn_iterations": 2,
+    "data.seq_len": 64,
+    "data.batch_size": 8,
+    "train.accumulation": 2,
+    "mesh.expert": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _libtpu(tpu_slice):
+    """Fails or skips where there is none."""
+
+
+def compiled(config: str, topology: str, *more: str, **overrides) -> tuple[int, dict, str]:
+    """(exit code, report, standard error) of --mode=compile --json."""
+    outcome = launched(
+        f"--config={ROOT / 'configs' / config}.py",
+        *("--mode=compile", f"--topology={topology}", "--json", *more),
+        *flags_of(overrides),
+    )
+    return outcome.code, json.loads(outcome.out) if outcome.out else {}, outcome.err
+
+
+def assert_no_table_is_copied(report: dict) -> None:
+    assert report["table_sized_copies"] == 0, report["table_copies"]
+    assert report["aliased_fraction"] == 1.0, report["not_aliased"]
+
+
+def test_a_training_step_that_fits():
+    code, report, err = compiled("engram_tiny", "v5e:2x2", **TINY)
+    assert code == 0, err
+    assert set(report) >= KEYS
+    assert report["fits"] and report["peak_hbm_bytes"] < report["hbm_capacity_bytes"]
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+    assert_no_table_is_copied(report)
+    # The rows of the only table, forward and back, by the plan's capacity and in no other size;
+    # what stands in a loop of unknown length is a further round.
+    exchange = report["exchange"]
+    moved = [c for c in report["collectives"] if c["kind"] == "all-to-all" and c["group_size"] == 4]
+    first = [c for c in moved if not c["unknown_trips"]]
+    ids_and_rows = {exchange["rows_received"] * 4: 1, exchange["bytes_received"]: 2}
+    assert {c["bytes"] // c["count"]: c["count"] for c in first} == ids_and_rows
+    assert exchange["bytes_received"] == exchange["rows_received"] * 80 * 4
+
+
+def test_bfloat16_tables_and_network():
+    """Neither is the table converted before it is gathered from, nor copied to be rounded."""
+    for table in ("float32", "bfloat16"):
+        dtypes = {"model.dtype": "bfloat16", "model.engram.table_dtype": table}
+        code, report, err = compiled("engram_tiny", "v5e:2x2", **TINY | dtypes)
+        assert code == 0, err
+        assert_no_table_is_copied(report)
+
+
+def test_a_decode_step():
+    code, report, err = compiled("engram_tiny", "v5e:2x2", "--program=decode", **TINY)
+    assert code == 0, err
+    assert report["program"] == "decode" and report["fits"]
+    assert_no_table_is_copied(report)
+
+
+def test_what_does_not_fit_is_named_with_the_slice_that_holds_it():
+    huge = {"model.engram.rows_per_head": (60_000_000,), "data.batch_size": 64}
+    code, report, err = compiled("engram_tiny", "v5e:2x2", **TINY | huge)
+    assert code == 1 and not report["fits"]
+    # 240 M rows of 80 numbers and two moments in float32: 230 GB, padded to 128 lanes 369 GB.
+    assert report["smallest_slice"] == "v5e:4x8", err
+    assert "v5e:2x4" not in err and "compiling for v5e:4x8" in err
+    state = report["state_bytes"]
+    assert state["table_moments"] == 2 * state["tables"] > 50 * state["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--mode=compile"], "--topology: missing"),
+        (["--mode=compile", "--topology=v5p:4x4"], "a v5p slice is v5p:AxBxC"),
+        (["--mode=compile", "--topology=v5e:2x2", "--program=serve"], "must be train or decode"),
+        (["--mode=compile", "--topology=v5e:2x2", "--config.mesh.expert=3"], "must make 4"),
+    ],
+)
+def test_refusals(arguments, line):
+    outcome = launched(f"--config={ROOT / 'configs' / 'engram_tiny.py'}", *arguments)
+    assert outcome.code != 0 and line in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_four_layers_of_engram27b():
+    layers = {"model.layers": 4, "model.engram.layers": (1, 3)}
+    code, report, err = compiled("engram27b", "v5p:4x4x8", **layers)
+    assert code == 0, err
+    assert_no_table_is_copied(report)
+    assert report["peak_hbm_bytes"] < 12 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["engram27b", "engram40b"])
+def test_the_paper_s_models(config):
+    code, report, err = compiled(config, "v5p:4x4x8")
+    assert code == 0, err
+    assert report["global_batch_tokens"] == 1280 * 4096
+    assert_no_table_is_copied(report)
+    assert report["peak_hbm_bytes"] <= 60 * GIB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 <= 8 * 10**9

@@ -1,0 +1,45 @@
+"""Every option is accepted by its generation and does what its comment says."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from engram_jax.aot.topology import GENERATIONS
+from engram_jax.aot.xla_flags import OPTIONS, options_for
+
+SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:1x1x1"}
+
+
+def program(rows, x, w):
+    """An exchange beside products of tokens with 8 experts."""
+    sizes = jnp.full((8,), x.shape[0] // 8, jnp.int32)
+    return lax.all_to_all(rows, "x", 0, 0, tiled=True) * 2, lax.ragged_dot(
+        x, w.reshape(8, 256, 256), sizes
+    )
+
+
+def compiled(shard_mapped, generation, options):
+    shapes = (1024, 128), (1024, 256), (2048, 256)
+    return shard_mapped(SLICES[generation], program, *shapes, dtype=jnp.bfloat16, options=options)
+
+
+@pytest.mark.parametrize("generation", list(GENERATIONS))
+def test_with_the_options(shard_mapped, generation):
+    text = compiled(shard_mapped, generation, options_for(generation))
+    split = "async-start(" in text and " all-to-all(" in text
+    assert split == (generation != "v5e")
+    assert "ragged-dot" in text and 'custom_call_target="tpu_custom_call"' in text
+    assert " convolution(" not in text
+
+
+def test_without_them(shard_mapped):
+    text = compiled(shard_mapped, "v5e", {})
+    assert "all-to-all-start" not in text
+    assert " convolution(" in text and "tpu_custom_call" not in text
+
+
+def test_nothing_for_other_machines():
+    assert set(OPTIONS) == set(GENERATIONS)
+    assert options_for("cpu") == options_for(None) == {}

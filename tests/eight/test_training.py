@@ -1,0 +1,97 @@
+"""A training step over 8 devices is the step of one device, whatever the mesh."""
+
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+
+from engram_jax.memory.exchange import natural_order
+from engram_jax.run_data import place_batch
+from engram_jax.sharding.rules import make_mesh
+from engram_jax.train_state import build_program, create_state
+from engram_jax.train_step import jit_train_step
+from tests.tiny import random_batch, tiny_addressing, tiny_config
+
+BATCH = 16
+ONE = (("data", 1), ("fsdp", 1))
+# 5 experts divide into neither 2 nor 4 parts: pieces of every expert are stored.
+EVERY_AXIS = (("fsdp", 2), ("expert", 2), ("tensor", 2))
+MESHES = {
+    "every axis, rows in many rounds": (*EVERY_AXIS, ("distinct", 0.05), ("headroom", 1.0)),
+}
+MORE_MESHES = {
+    "fsdp": (("fsdp", 8),),
+    "experts": (("fsdp", 2), ("expert", 4)),
+    "data and fsdp": (("data", 2), ("fsdp", 4)),
+    "data": (("data", 8), ("fsdp", 1)),
+    "experts in many rounds": (("fsdp", 4), ("expert", 2), ("distinct", 0.05)),
+}
+
+
+@lru_cache
+def trained(mesh: tuple, steps: int, **overrides):
+    """(metrics of every step, tables by address, parameters) of a run on that mesh."""
+    keys = {f"mesh.{k}": v for k, v in mesh}
+    config = tiny_config(**{"data.batch_size": BATCH, "train.accumulation": 2, **keys, **overrides})
+    devices = jax.devices()[: 1 if mesh == ONE else 8]
+    program = build_program(config, tiny_addressing(config), make_mesh(config.mesh, devices))
+    state, step = create_state(program), jit_train_step(program)
+    metrics = []
+    for number in range(steps):
+        batch = random_batch(config, seed=number, accumulate_padding=True)
+        state, found = step(state, place_batch(program.mesh, batch, BATCH))
+        metrics.append(jax.device_get(found))
+    order = {
+        k: jax.tree.map(lambda x, k=k: natural_order(program.mesh, program.layouts[k], x), table)
+        for k, table in state.memory.items()
+    }
+    tables = {
+        f"{k}/{name}": np.asarray(x)[: program.table_rows[k]]
+        for k, table in order.items()
+        for name, x in vars(table).items()
+    }
+    return metrics, tables, jax.device_get(state.params)
+
+
+def compare(mesh: tuple, steps: int, tolerance: float) -> None:
+    """tolerance: relative, of the losses; ten times that for norms of gradients, which are sums of
+    many float32 terms of both signs. Devices change nothing but the order of sums."""
+    ours, tables, params = trained(mesh, steps)
+    theirs, tables_of_one, params_of_one = trained(ONE, steps)
+    for one, other in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=tolerance)
+        for key in ("grad_norm", "grad_norm_memory"):
+            np.testing.assert_allclose(other[key], one[key], rtol=10 * tolerance, err_msg=key)
+        for key in ("load", "rows_touched/1", "hit_rate/1", "finite"):
+            np.testing.assert_array_equal(other[key], one[key], err_msg=key)
+    if "distinct" in dict(mesh):
+        assert all(m["extra_rounds/1"] > 0 for m in ours)
+    for key, rows in tables_of_one.items():
+        scale = np.abs(rows).max()
+        np.testing.assert_allclose(tables[key], rows, atol=100 * tolerance * scale, err_msg=key)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=100 * tolerance), params, params_of_one
+    )
+
+
+def test_the_start_is_the_same_on_any_mesh():
+    _, tables, params = trained(EVERY_AXIS, 0)
+    _, tables_of_one, params_of_one = trained(ONE, 0)
+    jax.tree.map(np.testing.assert_array_equal, (tables, params), (tables_of_one, params_of_one))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_steps_equal_those_of_one_device(mesh):
+    compare(MESHES[mesh], 3, 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MORE_MESHES)
+def test_other_meshes(mesh):
+    compare(MORE_MESHES[mesh], 5, 2e-6)
+
+
+@pytest.mark.slow
+def test_fifty_steps():
+    compare(EVERY_AXIS, 50, 1e-4)
