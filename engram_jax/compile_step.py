@@ -22,7 +22,7 @@ from engram_jax.address import Addressing, build, load_tokenizer
 from engram_jax.aot import report
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
 from engram_jax.aot.topology import parse, slice_topology, slices_of
-from engram_jax.aot.xla_flags import options_for
+from engram_jax.aot.xla_flags import options_of
 from engram_jax.config import PAPER, Config
 from engram_jax.errors import UserError
 from engram_jax.generate import Weights, extend, start
@@ -46,7 +46,7 @@ def compile_step(config: Config, topology_name: str, program_name: str = "train"
     program = build_program(config, _addressing(config), make_mesh(config.mesh, topology.devices))
     lowered, state = {"train": _train, "decode": _decode}[program_name](program)
     tables = [(layout.local, config.model.engram.dim) for layout in program.layouts.values()]
-    options = options_for(topology.generation)
+    options = options_of(program.mesh)
     try:
         compiled, text, seconds = compile_with_text(lowered, options)
         found = report.examine(compiled, text, topology, state, tables, seconds)
@@ -176,7 +176,7 @@ def _decode(program: Program) -> tuple[jax.stages.Lowered, Any]:
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=by_sequence)
     valid = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=by_sequence)
     same: Mapping[Any, Any] = jax.tree.map(lambda x: x.sharding, session)
-    step = jax.jit(
+    step = program.jit(
         partial(extend, program), donate_argnums=3, out_shardings=(NamedSharding(mesh, P()), same)
     )
     return step.lower(weights, tokens, valid, session), session

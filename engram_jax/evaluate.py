@@ -29,7 +29,7 @@ class Evaluator:
 
     def __init__(self, program: Program, data: RunData):
         self.program, self.data = program, data
-        self._step = jax.jit(
+        self._step = program.jit(
             partial(eval_step, program), out_shardings=NamedSharding(program.mesh, P())
         )
 

@@ -89,7 +89,7 @@ class Generator:
         self._start = jax.jit(partial(start, program), static_argnums=(1, 2))
         # The old session's buffers are reused: the caches are updated in place.
         everywhere = NamedSharding(program.mesh, P())  # every process reads what was chosen
-        self._extend = jax.jit(
+        self._extend = program.jit(
             partial(extend, program), donate_argnums=3, out_shardings=(everywhere, None)
         )
         self._sample = jax.jit(
