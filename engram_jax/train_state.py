@@ -191,11 +191,11 @@ def state_shardings(program: Program) -> TrainState:
     mesh = program.mesh
     shapes = jax.eval_shape(lambda: init_state(program))
     found = shardings(shapes, mesh)
-    tables = jax.tree.map(lambda _: _table_format(mesh), shapes.memory)
+    tables = jax.tree.map(lambda _: table_format(mesh), shapes.memory)
     return dataclasses.replace(found, memory=tables)
 
 
-def _table_format(mesh: Mesh) -> Any:
+def table_format(mesh: Mesh) -> Any:
     """Rows one after another. Left to itself, XLA lays a [rows, 80] table out by columns on a TPU,
     and copies all of it for every gather and scatter."""
     sharding = NamedSharding(mesh, EVERYWHERE)
