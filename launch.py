@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
         from engram_jax import evaluate
 
         result = evaluate.evaluate(config, workdir, _STEP.value)
-        print(json.dumps(result) if _JSON.value else evaluate.table(result))
+        distributed.log(json.dumps(result) if _JSON.value else evaluate.table(result))
     elif _MODE.value == "generate":
         from engram_jax import restore
 

@@ -3,7 +3,10 @@
     python -m benchmarks.compare_tiny --out=runs/compare --json=benchmarks/results/compare_tiny.json
 
 Each run is a `launch.py` of its own with --config.train.seed and --config.data.seed set, two at a
-time, one core each; a run that is complete is not run again.
+time, one core each; a run that is complete is not run again. Further flags are handed on:
+
+    python -m benchmarks.compare_tiny --models engram_tiny --out=runs/bfloat16 \\
+        --config.model.engram.table_dtype=bfloat16
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     known, extra = parser.parse_known_args()
     known.out.mkdir(parents=True, exist_ok=True)
     cores: Queue[int] = Queue()
@@ -61,12 +65,12 @@ def main() -> None:
         finally:
             cores.put(core)
 
-    pairs = [(model, seed) for seed in range(known.seeds) for model in MODELS]
+    pairs = [(model, seed) for seed in range(known.seeds) for model in known.models]
     with ThreadPoolExecutor(cores.qsize()) as pool:
         results = list(pool.map(job, pairs))
 
     table = {}
-    for model in MODELS:
+    for model in known.models:
         losses = [r["loss"] for r in results if r["name"] == model]
         facts = describe(parse(importlib.import_module(f"configs.{model}").get_config()))
         table[model] = {

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from engram_jax.address import Addressing, build, load_tokenizer
 from engram_jax.aot import report
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
 from engram_jax.aot.topology import parse, slice_topology, slices_of
-from engram_jax.aot.xla_flags import options_for
+from engram_jax.aot.xla_flags import options_of
 from engram_jax.config import PAPER, Config
 from engram_jax.errors import UserError
-from engram_jax.generate import Weights, extend, start
+from engram_jax.generate import Weights, jit_extend, session_shardings, start
 from engram_jax.sharding.rules import BATCH, P, make_mesh
 from engram_jax.train_state import Program, TrainState, abstract_state, build_program
 from engram_jax.train_step import jit_train_step
@@ -46,7 +45,7 @@ def compile_step(config: Config, topology_name: str, program_name: str = "train"
     program = build_program(config, _addressing(config), make_mesh(config.mesh, topology.devices))
     lowered, state = {"train": _train, "decode": _decode}[program_name](program)
     tables = [(layout.local, config.model.engram.dim) for layout in program.layouts.values()]
-    options = options_for(topology.generation)
+    options = options_of(program.mesh)
     try:
         compiled, text, seconds = compile_with_text(lowered, options)
         found = report.examine(compiled, text, topology, state, tables, seconds)
@@ -164,31 +163,21 @@ def _batch(program: Program) -> dict[str, Any]:
 
 
 def _decode(program: Program) -> tuple[jax.stages.Lowered, Any]:
-    data, mesh = program.config.data, program.mesh
+    data = program.config.data
     state = abstract_state(program)
     weights = Weights(
         state.params, state.router_bias, {k: table.rows for k, table in state.memory.items()}
     )
-    batch = data.batch_size
-    session = jax.eval_shape(lambda w: start(program, w, batch, data.seq_len), weights)
-    session = jax.tree.map(lambda x: _by_sequence(mesh, x, batch), session)
-    by_sequence = NamedSharding(mesh, P(BATCH))
-    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=by_sequence)
-    valid = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=by_sequence)
-    same: Mapping[Any, Any] = jax.tree.map(lambda x: x.sharding, session)
-    step = jax.jit(
-        partial(extend, program), donate_argnums=3, out_shardings=(NamedSharding(mesh, P()), same)
+    shardings = session_shardings(program, weights, data.batch_size)
+    session = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda w: start(program, w, data.batch_size, data.seq_len), weights),
+        shardings,
     )
-    return step.lower(weights, tokens, valid, session), session
-
-
-def _by_sequence(mesh: Mesh, x: Any, batch: int) -> jax.ShapeDtypeStruct:
-    """A part of a decode session cut along its batch dimension: the first of that size."""
-    cut = [None] * x.ndim
-    dims = [dim for dim, size in enumerate(x.shape) if size == batch]
-    if dims:
-        cut[dims[0]] = BATCH  # type: ignore[call-overload]
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*cut)))
+    everywhere = NamedSharding(program.mesh, P())
+    tokens = jax.ShapeDtypeStruct((data.batch_size, 1), jnp.int32, sharding=everywhere)
+    valid = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32, sharding=everywhere)
+    return jit_extend(program, shardings).lower(weights, tokens, valid, session), session
 
 
 def as_table(found: dict[str, Any]) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax.address import load_tokenizer, tokenizer_fingerprint
+from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.errors import UserError
 from engram_jax.restore import TOKENIZER, restore_state
-from engram_jax.run_data import RunData, open_data, place_batch
+from engram_jax.run_data import RunData, open_together, place_batch
 from engram_jax.sharding.rules import P
 from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.train_step import eval_step
@@ -29,7 +30,7 @@ class Evaluator:
 
     def __init__(self, program: Program, data: RunData):
         self.program, self.data = program, data
-        self._step = jax.jit(
+        self._step = program.jit(
             partial(eval_step, program), out_shardings=NamedSharding(program.mesh, P())
         )
 
@@ -57,9 +58,9 @@ def evaluate(config: Config, workdir: Path, step: str) -> dict[str, Any]:
 
     Raises UserError if there is no such checkpoint, or if it is another model's or tokenizer's.
     """
-    check_trained(workdir)
-    data = open_data(config, log=lambda line: print(line, file=sys.stderr))
-    check_tokenizer(workdir, data)
+    agree(lambda: check_trained(workdir))
+    data = open_together(config, log=lambda line: print(line, file=sys.stderr))
+    agree(lambda: check_tokenizer(workdir, data))
     program = build_program(config, data.addressing)
     with Checkpointer(workdir, addressing=data.addressing, read_only=True) as checkpointer:
         number, state = restore_state(program, checkpointer, step)

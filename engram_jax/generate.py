@@ -24,7 +24,7 @@ from engram_jax.layers.short_conv import last_valid
 from engram_jax.memory.table import lookup
 from engram_jax.model.decode_state import DecodeState
 from engram_jax.sampling import sample
-from engram_jax.sharding.rules import P
+from engram_jax.sharding.rules import BATCH, P, names
 from engram_jax.train_state import Params, Program
 
 PREFILL_MULTIPLE = 32  # prompts are padded to a multiple of this, to compile few shapes
@@ -81,20 +81,54 @@ def extend(
     return model.logits(last), Session(decode, history)
 
 
+def session_shardings(program: Program, weights: Weights, batch: int) -> Session:
+    """Where a session lies: every device keeps its sequences, or all of them if they do not divide.
+
+    weights: arrays or shapes.
+    """
+    cut = BATCH if batch % program.axes.batch == 0 else None
+
+    def sharding(path: Any, x: Any) -> NamedSharding:
+        stacked = "caches" in names(path)  # over the layers of a stage
+        return NamedSharding(program.mesh, P(None, cut) if stacked else P(cut))
+
+    shapes = jax.eval_shape(lambda w: start(program, w, 1, 1), weights)
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def jit_start(program: Program, session: Session) -> jax.stages.Wrapped:
+    """`start` compiled; session: its `session_shardings`."""
+    return program.jit(partial(start, program), static_argnums=(1, 2), out_shardings=session)
+
+
+def jit_extend(program: Program, session: Session) -> jax.stages.Wrapped:
+    """`extend` compiled; the old session's buffers are reused, so the caches are updated in place.
+    Logits are everywhere: every process reads what was chosen."""
+    everywhere = NamedSharding(program.mesh, P())
+    return program.jit(
+        partial(extend, program), donate_argnums=3, out_shardings=(everywhere, session)
+    )
+
+
 class Generator:
     """Compiled prefill and decode for one model."""
 
     def __init__(self, program: Program, weights: Weights):
-        self.weights = weights
-        self._start = jax.jit(partial(start, program), static_argnums=(1, 2))
-        # The old session's buffers are reused: the caches are updated in place.
-        everywhere = NamedSharding(program.mesh, P())  # every process reads what was chosen
-        self._extend = jax.jit(
-            partial(extend, program), donate_argnums=3, out_shardings=(everywhere, None)
-        )
+        self.program, self.weights = program, weights
+        self._compiled: dict[bool, tuple[Any, Any]] = {}
+        everywhere = NamedSharding(program.mesh, P())
         self._sample = jax.jit(
             sample, static_argnames=("temperature", "top_p", "top_k"), out_shardings=everywhere
         )
+
+    def _functions(self, batch: int) -> tuple[Any, Any]:
+        """start and extend, for batches that divide over the devices or for those that do not."""
+        divides = batch % self.program.axes.batch == 0
+        if divides not in self._compiled:
+            session = session_shardings(self.program, self.weights, batch)
+            made = jit_start(self.program, session), jit_extend(self.program, session)
+            self._compiled[divides] = made
+        return self._compiled[divides]
 
     def stream(
         self,
@@ -118,8 +152,9 @@ class Generator:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         capacity = _round_up(int(lengths.max()) + steps, PREFILL_MULTIPLE)
-        session = self._start(self.weights, batch, capacity)
-        logits, session = self._extend(self.weights, tokens, lengths, session)
+        begin, advance = self._functions(batch)
+        session = begin(self.weights, batch, capacity)
+        logits, session = advance(self.weights, tokens, lengths, session)
         key = jax.random.key(config.seed)
         ended = np.zeros(batch, bool)
         for step in range(steps):
@@ -137,7 +172,7 @@ class Generator:
                 return
             yield [None if end else int(t) for t, end in zip(chosen, ended, strict=True)]
             if step + 1 < steps:
-                logits, session = self._extend(
+                logits, session = advance(
                     self.weights, token[:, None], np.ones(batch, np.int32), session
                 )
 

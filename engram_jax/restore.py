@@ -5,9 +5,9 @@ workdir/tokenizer.json   the tokenizer        workdir/text.json   its end-of-seq
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 
 from engram_jax import saved_state
 from engram_jax.address import artifact, load_tokenizer
+from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.data import PreparedData
@@ -72,13 +73,18 @@ def restore_state(
 
 def load(config: Config, workdir: Path, step: str = "latest") -> Trained:
     """The model of a run. Raises UserError if the workdir holds none, or another one."""
-    check_trained(workdir)
-    tokenizer = load_tokenizer(workdir / TOKENIZER)
+
+    def read() -> tuple[Any, int]:
+        check_trained(workdir)
+        return load_tokenizer(workdir / TOKENIZER), json.loads((workdir / _TEXT).read_text())[
+            "eos_id"
+        ]
+
+    tokenizer, eos_id = agree(read)
     addressing = artifact.build(config, tokenizer) if config.model.engram.layers else None
     program = build_program(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         number, state = restore_state(program, checkpointer, step)
-    eos_id = json.loads((workdir / _TEXT).read_text())["eos_id"]
     return Trained(program, weights_of(program, state), tokenizer, eos_id, number)
 
 
@@ -86,7 +92,7 @@ def print_continuation(config: Config, workdir: Path, step: str, prompt: str) ->
     """Stream a prompt's continuation to standard output."""
     trained = load(config, workdir, step)
     generator = Generator(trained.program, trained.weights)
-    print(prompt, end="", flush=True)
-    for piece in stream_text(generator, trained.tokenizer, prompt, config.generate, trained.eos_id):
-        print(piece, end="", flush=True)
-    print(file=sys.stdout)
+    stream = stream_text(generator, trained.tokenizer, prompt, config.generate, trained.eos_id)
+    for piece in itertools.chain([prompt], stream, ["\n"]):  # every process decodes, one prints
+        if jax.process_index() == 0:
+            print(piece, end="", flush=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from engram_jax import data
 from engram_jax.address import Addressing, BatchAddresser, build, load_tokenizer
-from engram_jax.agreement import gather
+from engram_jax.agreement import agree, gather
 from engram_jax.config import LOCAL_BPE, Config
 from engram_jax.data.packing import Batch
 from engram_jax.errors import UserError
@@ -85,6 +85,16 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     prepared = data.prepare(config, log=log)
     addressing = build(config, prepared.tokenizer) if config.model.engram.layers else None
     return RunData(config, prepared, addressing)
+
+
+def open_together(config: Config, log: Callable[[str], None] = print) -> RunData:
+    """`open_data` on every process, the same on all. Process 0 goes first: what it prepares in a
+    data.cache_dir that all share, the others find."""
+    first = jax.process_index() == 0
+    mine = agree(lambda: open_data(config, log) if first else None)
+    found = agree(lambda: mine or open_data(config, log))
+    check_same_text(found)
+    return found
 
 
 def check_same_text(run_data: RunData) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from engram_jax.checkpoint import Checkpointer, Restored
 from engram_jax.memory.exchange import natural_order, stored_order
-from engram_jax.memory.table import Table
-from engram_jax.train_state import Program, TrainState, abstract_state
+from engram_jax.memory.table import Table, TableLayout
+from engram_jax.train_state import Program, TrainState, abstract_state, table_format
 
 
 def save(
@@ -50,11 +51,17 @@ def _reordered(
 ) -> dict[str, Table]:
     if program.axes.devices == 1:
         return state.memory
-    out = {}
-    for layer, table in state.memory.items():
-        move = jax.jit(
-            partial(order, program.mesh, program.layouts[layer]),
-            donate_argnums=0 if donate else (),
-        )
-        out[layer] = jax.tree.map(move, table)
-    return out
+    return {
+        layer: jax.tree.map(_mover(order, program.mesh, program.layouts[layer], donate), table)
+        for layer, table in state.memory.items()
+    }
+
+
+@lru_cache
+def _mover(order: Callable, mesh: Mesh, layout: TableLayout, donate: bool) -> Callable:
+    """Compiled once for all saves; the result lies as the training step wants it."""
+    return jax.jit(
+        partial(order, mesh, layout),
+        donate_argnums=0 if donate else (),
+        out_shardings=table_format(mesh),
+    )

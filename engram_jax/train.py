@@ -30,7 +30,7 @@ from engram_jax.metrics import MetricsWriter, Progress
 from engram_jax.planning import with_planned_exchange
 from engram_jax.preemption import Preemption
 from engram_jax.restore import save_text_side
-from engram_jax.run_data import RunData, check_same_text, open_data, place_batch
+from engram_jax.run_data import RunData, open_together, place_batch
 from engram_jax.train_state import Program, TrainState, build_program, check_memory, create_state
 from engram_jax.train_step import jit_train_step, jit_utilisation
 from engram_jax.workdir import check_writable, held
@@ -73,10 +73,11 @@ def _train(
     preemption: Preemption,
     watched: dict[str, Any],
 ) -> TrainState:
-    data = agree(lambda: _open_data(config, workdir, log))
-    check_same_text(data)
+    agree(lambda: check_writable(workdir))
+    data = open_together(config, log)
+    agree(lambda: check_samples(config, data.prepared.tokenizer))
     program = build_program(config, data.addressing)
-    check_memory(program)
+    agree(lambda: check_memory(program))
     program = with_planned_exchange(program, data, log)
     with held(workdir):
         with (
@@ -94,13 +95,6 @@ def _train(
             return state
         finish(config, workdir, data, run.evaluator, state, log)
     return state
-
-
-def _open_data(config: Config, workdir: Path, log: Callable[[str], None]) -> RunData:
-    check_writable(workdir)
-    data = open_data(config, log)
-    check_samples(config, data.prepared.tokenizer)
-    return data
 
 
 class Run:
@@ -123,14 +117,18 @@ class Run:
         self.iterator = data.train_iterator(program.mesh)
         self.state = self._start()
         self.first_step = int(self.state.step)
-        provenance.record(workdir, config, resumed_at=self.first_step)
-        save_text_side(workdir, data.prepared)
+        self.writer = agree(lambda: self._records(data))
         self.evaluator = Evaluator(program, data)
         self.utilisation = jit_utilisation(program)
-        self.writer = MetricsWriter(workdir, start_step=self.first_step)
         self.instruments = Instruments(
             config, workdir, first_step=self.first_step, log=log, **watched or {}
         )
+
+    def _records(self, data: RunData) -> MetricsWriter:
+        """What stands in the workdir before the first step; process 0 writes it."""
+        provenance.record(self.workdir, self.config, resumed_at=self.first_step)
+        save_text_side(self.workdir, data.prepared)
+        return MetricsWriter(self.workdir, start_step=self.first_step)
 
     def _start(self) -> TrainState:
         """A fresh state, or the newest checkpoint's with the data iterator set to continue it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from engram_jax.address import hashing_jnp
 from engram_jax.address.artifact import Addressing
+from engram_jax.aot.xla_flags import options_of
 from engram_jax.config import Config
 from engram_jax.errors import UserError
 from engram_jax.layers.moe import RouterBias
@@ -79,6 +81,10 @@ class Program:
         """Where the rows lie, by Engram layer id."""
         devices = self.axes.devices
         return {k: TableLayout(rows, devices) for k, rows in self.table_rows.items()}
+
+    def jit(self, function: Callable, **how: Any) -> jax.stages.Wrapped:
+        """`jax.jit` with the compiler options of the mesh's devices (aot/xla_flags.py)."""
+        return jax.jit(function, compiler_options=options_of(self.mesh), **how)
 
     def exchanges(self) -> dict[str, Exchange]:
         """How rows get to their lookups, by Engram layer id."""
@@ -185,11 +191,11 @@ def state_shardings(program: Program) -> TrainState:
     mesh = program.mesh
     shapes = jax.eval_shape(lambda: init_state(program))
     found = shardings(shapes, mesh)
-    tables = jax.tree.map(lambda _: _table_format(mesh), shapes.memory)
+    tables = jax.tree.map(lambda _: table_format(mesh), shapes.memory)
     return dataclasses.replace(found, memory=tables)
 
 
-def _table_format(mesh: Mesh) -> Any:
+def table_format(mesh: Mesh) -> Any:
     """Rows one after another. Left to itself, XLA lays a [rows, 80] table out by columns on a TPU,
     and copies all of it for every gather and scatter."""
     sharding = NamedSharding(mesh, EVERYWHERE)

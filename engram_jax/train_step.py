@@ -265,7 +265,7 @@ def eval_step(
 
 def jit_train_step(program: Program) -> jax.stages.Wrapped:
     """The step compiled, its state donated (updated in place)."""
-    return jax.jit(
+    return program.jit(
         partial(train_step, program),
         out_shardings=(state_shardings(program), NamedSharding(program.mesh, P())),
         donate_argnums=0,

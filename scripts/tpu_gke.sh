@@ -44,8 +44,8 @@ train() {
   shift 3
   flags=$(printf '%q ' "$@")
   with_xpk workload create --cluster "$name" --workload "$run" --tpu-type="$type" \
-    --num-slices="${SLICES:-1}" --base-docker-image=python:3.12 --script-dir=. \
-    --max-restarts=50 --termination-grace-period-seconds=300 \
+    --num-slices="${SLICES:-1}" --base-docker-image=python:3.11 --script-dir=. \
+    --max-restarts=50 --restart-on-exit-codes=1,3 --termination-grace-period-seconds=300 \
     --command="pip install -q --require-hashes -r requirements-test.lock && exec python launch.py $flags"
 }
 

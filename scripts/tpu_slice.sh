@@ -77,7 +77,7 @@ install() {
   # The slice's own Python is older than JAX allows; uv brings one.
   everywhere "$1" "tar -xzf engram_jax.tar.gz && cd engram_jax && \
 python3 -m pip install --user -q uv && \
-~/.local/bin/uv venv -q --clear --seed --python 3.12 .venv && \
+~/.local/bin/uv venv -q --clear --seed --python 3.11 .venv && \
 .venv/bin/pip install -q --require-hashes -r requirements-test.lock && \
 .venv/bin/pip install -q --no-deps --no-build-isolation -e ."
   rm -f "$archive"
@@ -93,7 +93,8 @@ train() {
   local name=$1 flags
   shift
   flags=$(printf '%q ' "$@")
-  everywhere "$name" "cd engram_jax && nohup .venv/bin/python launch.py $flags > train.log 2>&1 < /dev/null & sleep 1"
+  everywhere "$name" "cd engram_jax && \
+{ nohup .venv/bin/python launch.py $flags > train.log 2>&1 < /dev/null & } && sleep 1"
 }
 
 [[ $# -ge 1 ]] || fail "COMMAND: missing; bucket, create, install, mount, train, log, run, stop or delete"

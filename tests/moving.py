@@ -193,7 +193,7 @@ def fails(workdir: Path, mesh: Mesh, step: int, where: str) -> str:
         message = "not refused"
     except UserError as error:
         message = str(error)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60  # seconds, not the 20 minutes of a timeout
     resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     checkpoint_files.crop = crop
     assert step not in checkpointer.steps()
@@ -277,7 +277,7 @@ def start(
 
 
 def run(
-    workdir: Path, *actions: str, processes: int = 1, devices: int = 8, limit: float = 120
+    workdir: Path, *actions: str, processes: int = 1, devices: int = 8, limit: float = 300
 ) -> list[list[str]]:
     """What each process said, by lines. Fails if one fails, or does not end in `limit` s."""
     children = start(workdir, actions, processes, devices)

@@ -26,7 +26,7 @@ def gates_of_document(
     strings = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
     tokens = np.asarray([ids], np.int32)
     everywhere = NamedSharding(program.mesh, P())
-    gates = jax.jit(partial(_gates, program), out_shardings=everywhere)(weights, tokens)
+    gates = program.jit(partial(_gates, program), out_shardings=everywhere)(weights, tokens)
     return strings, np.stack([np.asarray(g) for g in gates.values()])
 
 

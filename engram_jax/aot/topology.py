@@ -140,17 +140,23 @@ def slices_of(generation: str) -> list[str]:
     return found
 
 
+# libtpu alone, beside others and without a TPU: without the first variable a second process that
+# compiles fails on /tmp/libtpu_lockfile; without the second libtpu asks a metadata server for what
+# only a machine with a TPU has; without the others it complains of what it then does not know.
+_LOADABLE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
 @contextlib.contextmanager
 def _loadable() -> Iterator[None]:
-    """libtpu, loaded in here, gets along without TPU and beside others; what the user set stays.
-
-    Without the first variable a second process that compiles fails on /tmp/libtpu_lockfile; without
-    the second, libtpu asks a metadata server for what only a machine with a TPU has. Both are taken
-    back: a real TPU that this process opens later is to be found as ever.
-    """
-    wanted = ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY")
-    added = [name for name in wanted if name not in os.environ]
-    os.environ.update(dict.fromkeys(added, "1"))
+    """libtpu, loaded in here, gets along; what the user set stays, and the rest is taken back: a
+    real TPU that this process opens later is to be found as ever."""
+    added = {name: value for name, value in _LOADABLE.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:

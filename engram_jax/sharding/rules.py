@@ -120,8 +120,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     axes = axes_for(config, len(devices))
     shape = tuple(getattr(axes, name) for name in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if axes.data % slices:
+        raise UserError(
+            f"config.mesh.data = {axes.data}: must be a multiple of {slices}, the number of slices"
+            " (of the axes only data is to cross the network between them)"
+        )
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
+    elif slices > 1:
+        inside = (axes.data // slices, *shape[1:])
+        across = (slices, *(1 for _ in shape[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
+        )
     else:
         grid = mesh_utils.create_device_mesh(
             shape, devices, contiguous_submeshes=False, allow_split_physical_axes=True

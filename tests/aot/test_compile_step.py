@@ -8,8 +8,17 @@ from __future__ import annotations
 import json
 import resource
 
+import jax
+import numpy as np
 import pytest
 
+from engram_jax import saved_state
+from engram_jax.aot.compiling import compile_with_text, memory_of
+from engram_jax.config import MeshConfig
+from engram_jax.memory.exchange import stored_order
+from engram_jax.memory.table import TableLayout
+from engram_jax.sharding.rules import make_mesh
+from engram_jax.train_state import table_format
 from tests.runs import ROOT, flags_of, launched
 
 GIB = 2**30
@@ -96,6 +105,17 @@ def test_what_does_not_fit_is_named_with_the_slice_that_holds_it():
     assert state["table_moments"] == 2 * state["tables"] > 50 * state["parameters"]
 
 
+def test_restored_tables_lie_as_the_step_wants_them(tpu_slice):
+    """By rows, as `table_format` says: XLA's own choice would be copied by the next step."""
+    mesh = make_mesh(MeshConfig(), tpu_slice("v5e:2x2")[0].devices)
+    layout = TableLayout(10_000, mesh.size)
+    table = jax.ShapeDtypeStruct((layout.stored, 80), np.float32, sharding=table_format(mesh))
+    move = saved_state._mover(stored_order, mesh, layout, donate=True)
+    compiled, _, _ = compile_with_text(move.lower(table))
+    assert compiled.output_formats.layout.major_to_minor == (0, 1)
+    assert memory_of(compiled).alias >= layout.local * 80 * 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -114,7 +134,7 @@ def test_refusals(arguments, line):
 @pytest.mark.slow
 @pytest.mark.proof
 def test_four_layers_of_engram27b():
-    layers = {"model.layers": 4, "model.engram.layers": (1, 3)}
+    layers = {"model.layers": 4, "model.engram.layers": (1, 3), "train.accumulation": 10}
     code, report, err = compiled("engram27b", "v5p:4x4x8", **layers)
     assert code == 0, err
     assert_no_table_is_copied(report)

@@ -7,7 +7,9 @@ import pytest
 from jax import lax
 
 from engram_jax.aot.topology import GENERATIONS
-from engram_jax.aot.xla_flags import OPTIONS, options_for
+from engram_jax.aot.xla_flags import OPTIONS, options_for, options_of
+from engram_jax.config import MeshConfig
+from engram_jax.sharding.rules import make_mesh
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:1x1x1"}
 
@@ -40,6 +42,12 @@ def test_without_them(shard_mapped):
     assert " convolution(" in text and "tpu_custom_call" not in text
 
 
+@pytest.mark.parametrize("generation", list(GENERATIONS))
+def test_of_a_mesh(tpu_slice, generation):
+    assert options_of(tpu_slice(SLICES[generation])[1]) == OPTIONS[generation]
+
+
 def test_nothing_for_other_machines():
+    assert options_of(make_mesh(MeshConfig())) == {}
     assert set(OPTIONS) == set(GENERATIONS)
     assert options_for("cpu") == options_for(None) == {}

@@ -94,4 +94,11 @@ def test_other_meshes(mesh):
 
 @pytest.mark.slow
 def test_fifty_steps():
-    compare(EVERY_AXIS, 50, 1e-4)
+    """Losses to 2e-5, at a learning rate that leaves the order of sums what it is: at 1e-2 this
+    model is chaotic, a difference grows tenfold in three steps, in float64 as well (docs/log.md).
+    """
+    ours, *_ = trained(EVERY_AXIS, 50, **{"optimizer.peak_lr": 3e-4})
+    theirs, *_ = trained(ONE, 50, **{"optimizer.peak_lr": 3e-4})
+    losses = [[float(metrics["loss"]) for metrics in run] for run in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=2e-5)
+    assert losses[0][-1] < losses[0][0] - 0.1

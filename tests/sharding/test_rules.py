@@ -41,6 +41,17 @@ def test_axes_that_do_not_multiply_up(mesh, devices):
     assert f"expert {mesh.expert}" in str(refused.value)
 
 
+def test_between_slices_only_the_data_axis():
+    class Device:
+        platform, device_kind = "tpu", "TPU v5p"
+
+        def __init__(self, number):
+            self.slice_index = number % 2
+
+    with pytest.raises(UserError, match=r"mesh.data = 1: must be a multiple of 2, the number of"):
+        rules.make_mesh(MeshConfig(), [Device(number) for number in range(8)])
+
+
 @pytest.mark.parametrize(
     ("axes", "overrides", "says"),
     [
