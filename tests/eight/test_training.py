@@ -89,7 +89,7 @@ def test_steps_equal_those_of_one_device(mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MORE_MESHES)
 def test_other_meshes(mesh):
-    compare(MORE_MESHES[mesh], 5, 2e-6)
+    compare(MORE_MESHES[mesh], 3, 2e-6)
 
 
 @pytest.mark.slow
@@ -101,4 +101,4 @@ def test_fifty_steps():
     theirs, *_ = trained(ONE, 50, **{"optimizer.peak_lr": 3e-4})
     losses = [[float(metrics["loss"]) for metrics in run] for run in (ours, theirs)]
     np.testing.assert_allclose(*losses, rtol=2e-5)
-    assert losses[0][-1] < losses[0][0] - 0.1
+    assert losses[0][-1] < losses[0][0] - 0.05
