@@ -30,7 +30,6 @@ def test_on_eight_devices(file):
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 @pytest.mark.parametrize("file", ["test_training.py"])
 def test_on_eight_devices_at_length(file):
     run(file, "slow")

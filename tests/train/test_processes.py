@@ -108,13 +108,9 @@ def test_two_processes_and_back_to_one(corpus, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.proof
-def test_four_processes_that_go_on_from_one(corpus, alone, tmp_path):
-    four = rewound(alone, tmp_path / "four")
-    assert f"resumed from step {MIDDLE}" in run_among(4, *arguments(corpus, four))[0]
-    assert_same_run(four, alone)
-    whole = tmp_path / "whole"
-    run_among(4, *arguments(corpus, whole))
-    assert_same_run(whole, alone)
+def test_four_processes(corpus, alone, tmp_path):
+    run_among(4, *arguments(corpus, tmp_path))
+    assert_same_run(tmp_path, alone)
 
 
 @pytest.mark.slow
