@@ -101,6 +101,12 @@ def test_two_processes_and_back_to_one(corpus, alone, tmp_path):
     for name, value in losses[1].items():
         assert losses[0][name] == pytest.approx(value, rel=TOLERANCE), name
 
+    evaluated = run_among(2, *arguments(corpus, two), "--mode=evaluate", "--json")
+    assert "validation_loss" not in evaluated[1]
+    line = next(line for line in evaluated[0].splitlines() if line.startswith("{"))
+    loss = losses[0]["engram_tiny"]
+    assert json.loads(line)["validation_loss"] == pytest.approx(loss, rel=TOLERANCE)
+
     back = rewound(two, tmp_path / "back")
     assert f"resumed from step {MIDDLE}" in run_among(1, *arguments(corpus, back))[0]
     assert_same_run(back, alone)
