@@ -34,7 +34,7 @@ lint: $(TEST_STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(VENV)/bin/shellcheck scripts/*.sh
+	$(VENV)/bin/shellcheck -x scripts/*.sh
 
 format: $(TEST_STAMP)
 	$(PY) -m ruff format .

@@ -26,10 +26,15 @@ from engram_jax.config import PAPER, Config
 from engram_jax.errors import UserError
 from engram_jax.generate import Weights, jit_extend, session_shardings, start
 from engram_jax.sharding.rules import BATCH, P, make_mesh
-from engram_jax.train_state import Program, TrainState, abstract_state, build_program
+from engram_jax.train_state import (
+    PLANNED_DISTINCT,
+    Program,
+    TrainState,
+    abstract_state,
+    build_program,
+)
 from engram_jax.train_step import jit_train_step
 
-PROGRAMS = ("train", "decode")
 SHARE_OF_CANONICAL = 0.766  # of a tokenizer's ids, where neither is known (DeepSeek-V3's)
 
 
@@ -57,7 +62,7 @@ def compile_step(config: Config, topology_name: str, program_name: str = "train"
         "mesh": {name: program.mesh.shape[name] for name in program.mesh.axis_names},
         "accumulation": config.train.accumulation,
         "global_batch_tokens": config.data.batch_size * config.data.seq_len,
-        "state_bytes": _parts(abstract_state(program)),
+        "state_bytes": _parts(abstract_state(program), program_name),
         "xla_options": options,
     }
     if program_name == "train" and program.layouts:
@@ -88,7 +93,7 @@ def smallest_slice(
             topology = slice_topology(name)
             mesh = make_mesh(config.mesh, topology.devices)
             state = abstract_state(build_program(larger, _addressing(config), mesh))
-            if sum(_parts(state).values()) > topology.hbm_capacity_bytes:
+            if sum(_parts(state, program_name).values()) > topology.hbm_capacity_bytes:
                 continue
             log(f"does not fit {topology_name}; compiling for {name}")
             if compile_step(larger, name, program_name)["fits"]:
@@ -98,13 +103,17 @@ def smallest_slice(
     return None
 
 
-def _parts(state: TrainState) -> dict[str, int]:
-    """Bytes on one device, without padding, of what a training state consists of."""
+def _parts(state: TrainState, program_name: str) -> dict[str, int]:
+    """Bytes on one device, without padding, of what the program has of a training state."""
     memory = state.memory.values()
-    return {
+    weights = {
         "parameters": report.shard_bytes((state.params, state.router_bias)),
-        "optimizer": report.shard_bytes(state.opt_state),
         "tables": report.shard_bytes([table.rows for table in memory]),
+    }
+    if program_name == "decode":
+        return weights
+    return weights | {
+        "optimizer": report.shard_bytes(state.opt_state),
         "table_moments": report.shard_bytes([(table.mu, table.nu) for table in memory]),
     }
 
@@ -113,7 +122,7 @@ def exchange_of(program: Program) -> dict[str, Any]:
     """What one table's rows cost one device in a step, one way, by plan: rows and bytes."""
     devices, width = program.axes.devices, program.config.model.engram.dim
     item = jnp.dtype(program.config.model.dtype).itemsize
-    distinct = program.config.mesh.distinct or 0.75
+    distinct = program.config.mesh.distinct or PLANNED_DISTINCT
     capacity = program.row_capacity()
     return {
         "lookups": program.lookups,

@@ -12,19 +12,8 @@
 # DRY_RUN=1: print every command instead of running it.
 set -euo pipefail
 
-fail() {
-  echo "tpu_gke.sh: $1" >&2
-  exit 2
-}
-
-go() {
-  if [[ ${DRY_RUN:-} ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
+# shellcheck source=scripts/common.sh
+source "$(dirname "$0")/common.sh"
 
 with_xpk() {
   go xpk "$@" --project="$PROJECT" --zone="$ZONE"

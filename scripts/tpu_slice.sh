@@ -16,20 +16,8 @@
 # DRY_RUN=1: print every command instead of running it.
 set -euo pipefail
 
-fail() {
-  echo "tpu_slice.sh: $1" >&2
-  exit 2
-}
-
-# Runs a command, or prints it as it would be typed.
-go() {
-  if [[ ${DRY_RUN:-} ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
+# shellcheck source=scripts/common.sh
+source "$(dirname "$0")/common.sh"
 
 tpus() {
   go gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"

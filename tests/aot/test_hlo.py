@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from engram_jax.aot.hlo import collectives, large_copies
-from engram_jax.aot.hlo_text import Array, parse_instruction
+from engram_jax.aot.hlo_text import Array, parse, parse_instruction
 
 SLICES = ("v5e:2x2", "v5p:2x2x1")
 X = 1024 * 512 * 4  # bytes of x
@@ -267,3 +267,34 @@ def test_copies_by_size():
     text = f"{COPIES}  ROOT %it = f32[400,80] broadcast(%f)\n}}\n"
     assert [c.bytes for c in large_copies(text, min_bytes=32001)] == [128000]
     assert large_copies(text, min_bytes=128001) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "vmem"),
+    [
+        ("(f32[100,80]{1,0:S(1)}, f32[100,80]{1,0}, u32[]) copy-start(%f)", True),
+        ("(f32[100,80]{1,0}, f32[100,80]{1,0:S(1)}, u32[]) copy-start(%f)", True),
+        ("f32[100,80]{1,0:S(1)} custom-call(%f)", True),
+        ("(f32[100,80]{1,0}, f32[100,80]{1,0}, u32[]) copy-start(%f)", False),
+        ("f32[100,80]{1,0} copy(%f)", False),
+        ("(f32[100,80]{1,0:S(5)}, f32[100,80]{1,0}, u32[]) copy-start(%f)", False),  # to the host
+    ],
+)
+def test_a_visit_to_vmem_is_told_from_a_copy(line, vmem):
+    (copy,) = large_copies(f"{COPIES}  ROOT %it = {line}\n}}\n", [(100, 80)])
+    assert copy.vmem == vmem
+
+
+def test_an_instruction_on_several_lines():
+    """As XLA writes what carries a kernel's metadata; its braces close nothing."""
+    text = COPIES + (
+        "  %k = f32[100,80] custom-call(%f), frontend_attributes={kernel_metadata={\n"
+        '"xprof_metadata":"{\\"block_q\\": 512}"\n'
+        '}}, metadata={op_name="jit(f)/kernel"}\n'
+        "  ROOT %it = f32[100,80] copy(%k)\n"
+        '}, execution_thread="main"\n'
+    )
+    entry = parse(text).entry
+    assert entry.root.name == "it"
+    assert entry.instructions["k"].op_name == "jit(f)/kernel"
+    assert [c.name for c in large_copies(text, [(100, 80)])] == ["k", "it"]
