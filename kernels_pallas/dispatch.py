@@ -1,0 +1,87 @@
+"""Which implementation of an operation runs: the reference, a TPU kernel or a GPU kernel."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+AUTO, REFERENCE, PALLAS = "auto", "reference", "pallas"
+IMPLEMENTATIONS = (AUTO, REFERENCE, PALLAS)
+TPU, GPU, CPU = "tpu", "gpu", "cpu"
+
+_log = logging.getLogger(__name__)
+_told: set[tuple[str, str, str]] = set()
+
+
+class UnsupportedError(ValueError):
+    """A kernel was asked for by name and cannot take these arguments; the message says why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel: TPU, GPU or None (the reference); interpret: run the kernel's program on a CPU."""
+
+    kernel: str | None
+    interpret: bool = False
+
+
+def device() -> tuple[str, str]:
+    """(platform, device kind) that the code being traced is for.
+
+    The devices of the mesh in context, which may be described ones (ahead-of-time compilation),
+    or else the default device.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return _platform(abstract.platform), abstract.device_kind
+    default = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return _platform(default.platform), default.device_kind
+
+
+def _platform(name: str) -> str:
+    return GPU if name in ("cuda", "rocm", "gpu") else name
+
+
+def choose(op: str, implementation: str, limits: Mapping[str, str | None]) -> Choice:
+    """The implementation to run, decided while tracing.
+
+    Args:
+      op: the operation's name, for messages.
+      implementation: AUTO, REFERENCE, or PALLAS (the kernel or an error; on a CPU the TPU kernel
+        is interpreted, slowly: for tests).
+      limits: kernel (TPU, GPU) -> why it cannot take these arguments, or None if it can. A missing
+        one is as good as a limit: there is no such kernel, or AUTO is not to take it.
+
+    Raises:
+      UnsupportedError: PALLAS, and the kernel cannot.
+      ValueError: an unknown implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
+    if implementation == REFERENCE:
+        return Choice(None)
+    platform, kind = device()
+    kernel = TPU if platform == CPU else platform
+    reason = limits.get(kernel, f"there is no kernel for {kernel}")
+    if implementation == PALLAS:
+        if reason is not None:
+            raise UnsupportedError(f"{op}: {reason}")
+        return Choice(kernel, interpret=platform == CPU)
+    if platform == CPU:
+        return Choice(None)
+    if reason is not None:
+        _tell(op, kind, reason)
+        return Choice(None)
+    return Choice(kernel)
+
+
+def _tell(op: str, kind: str, reason: str) -> None:
+    """One line for each operation, device and reason."""
+    if (op, kind, reason) not in _told:
+        _told.add((op, kind, reason))
+        _log.warning("%s: the reference runs on %s, not the kernel: %s", op, kind, reason)

@@ -1,0 +1,37 @@
+"""Block sizes that were found for a device, and how much VMEM it has."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax.experimental.pallas.tpu as pltpu
+
+from kernels_pallas import dispatch
+
+MIB = 1 << 20
+SMALLEST_VMEM = 64 * MIB  # of the TPUs that we compile for: v5p and tpu7x; v5e and v6e have 128
+
+
+def vmem_limit() -> int:
+    """Bytes of VMEM that a kernel may use: what the device in context has, less a reserve."""
+    platform, kind = dispatch.device()
+    known = platform == dispatch.TPU and pltpu.is_tpu_device()
+    capacity = pltpu.get_tpu_info().vmem_capacity_bytes if known else SMALLEST_VMEM
+    return capacity - 2 * MIB
+
+
+@functools.cache
+def _table(op: str) -> dict[str, dict[str, dict[str, int]]]:
+    path = Path(__file__).parent / op / "tuned.json"
+    return json.loads(path.read_text())["blocks"] if path.exists() else {}
+
+
+def tuned(op: str, key: str) -> dict[str, int] | None:
+    """Block sizes of `op` for the device in context, None if nobody has tuned for it.
+
+    tuned.json: {"blocks": {device kind: {key: {block: size}}}, ...}; key: the shape, as the op
+    writes it.
+    """
+    return _table(op).get(dispatch.device()[1], {}).get(key)
