@@ -25,7 +25,7 @@ def kernel_bytes(function: Callable[..., Any], *args: Any) -> dict[str, int]:
     for equation in _kernels(jax.make_jaxpr(function)(*args).jaxpr):
         mapping = equation.params["grid_mapping"]
         moved = sum(_block_bytes(block, mapping.grid) for block in mapping.block_mappings)
-        name = str(equation.params["name_and_src_info"].name)
+        name = str(equation.params["name"])
         found[name] = found.get(name, 0) + moved
     return found
 

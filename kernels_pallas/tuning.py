@@ -16,7 +16,7 @@ SMALLEST_VMEM = 64 * MIB  # of the TPUs that we compile for: v5p and tpu7x; v5e 
 
 def vmem_limit() -> int:
     """Bytes of VMEM that a kernel may use: what the device in context has, less a reserve."""
-    platform, kind = dispatch.device()
+    platform, _ = dispatch.device()
     known = platform == dispatch.TPU and pltpu.is_tpu_device()
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes if known else SMALLEST_VMEM
     return capacity - 2 * MIB
