@@ -1,0 +1,218 @@
+"""The projection rows W inside the TPU kernels, in every number format.
+
+    plain     rows and weights in one dtype: a product
+    channel   e4m3 product, times the token's and the column's scale
+    block     an e4m3 product for every 128 rows of W, times both scales, summed in float32
+    mx        rows and weights become bfloat16, exactly (scales are powers of two), then a product
+
+Rows that come unquantised are quantised (for "mx": and taken back) once per block of tokens, in the
+first step (`prologue`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import dispatch
+from kernels_pallas.engram_gate import quantise
+from kernels_pallas.engram_gate.quantise import BLOCK, CHANNEL, E4M3, MX, Quantised
+
+LANES = 128
+LONG_ROWS = 8 << 20  # bytes; a larger block of rows is not double-buffered
+
+
+@dataclass(frozen=True)
+class Projection:
+    """rows [T, C] and weights [M + 1, C, d] as the kernels see them.
+
+    recipe: None, or of quantise.RECIPES; prepared: the rows come quantised.
+    native: the matrix unit multiplies e4m3 (tpu7x); others get bfloat16, the same numbers.
+    """
+
+    rows: jax.Array
+    row_scales: jax.Array | None
+    columns: jax.Array
+    column_scales: jax.Array | None
+    recipe: str | None
+    prepared: bool
+    native: bool
+
+    @property
+    def depth(self) -> int:
+        """C."""
+        return self.rows.shape[1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe or 'plain'}_{self.rows.dtype}"
+
+    @property
+    def scaled_rows(self) -> int:
+        """Scales of a row that the kernel has at hand."""
+        return {CHANNEL: 1, BLOCK: self.depth // 128, MX: self.depth // 32}.get(self.recipe or "", 0)
+
+    def _once(self, tokens: int) -> bool:
+        return tokens * self.depth * self.rows.dtype.itemsize > LONG_ROWS
+
+    def vmem(self, tokens: int, chunk: int, columns: int) -> int:
+        """Bytes that blocks, scratch and temporaries of a product need, generously."""
+        size = tokens * self.depth * self.rows.dtype.itemsize * (1 if self._once(tokens) else 2)
+        size += sum(s.shape[1] * tokens * s.dtype.itemsize for s in self.scratch(tokens).values())
+        size += 2 * self.depth * columns * self.columns.dtype.itemsize
+        if self.recipe is not None:
+            size += 2 * 2 * self.depth * columns + 3 * chunk * self.depth * 4
+            size += 2 * tokens * max(LANES, self.scaled_rows) * 4
+        return size + 8 * chunk * columns * 4
+
+    def operands(
+        self, tokens: int, columns: int, column: Callable[..., tuple]
+    ) -> tuple[dict[str, jax.Array], dict[str, pl.BlockSpec]]:
+        """Arrays and their blocks; column: index map of a weights' block."""
+        c = self.depth
+        once = {"pipeline_mode": pl.Buffered(1)} if self._once(tokens) else {}
+        arrays = {"rows": self.rows, "weights": self.columns}
+        specs = {
+            "rows": pl.BlockSpec((tokens, c), lambda i, j: (i, 0), **once),
+            "weights": pl.BlockSpec((None, c, columns), column),
+        }
+        if self.row_scales is not None:
+            arrays["row_scales"] = self.row_scales
+            specs["row_scales"] = pl.BlockSpec(
+                (tokens, self.row_scales.shape[1]), lambda i, j: (i, 0)
+            )
+        if self.column_scales is not None:
+            arrays["column_scales"] = self.column_scales
+            specs["column_scales"] = pl.BlockSpec(
+                (None, self.column_scales.shape[1], columns), column
+            )
+        return arrays, specs
+
+    def scratch(self, tokens: int) -> dict[str, Any]:
+        if self.recipe is None:
+            return {}
+        if self.recipe == MX:
+            return {"ready": pltpu.VMEM((tokens, self.depth), jnp.bfloat16)}
+        if self.prepared:
+            return {}
+        return {
+            "ready": pltpu.VMEM((tokens, self.depth), E4M3),
+            "ready_scales": pltpu.VMEM((tokens, LANES), jnp.float32),
+        }
+
+    def prologue(self, refs: dict[str, Any], tokens: Any) -> None:
+        """Rows of a chunk, quantised; runs before any product with them."""
+        if self.recipe is None or (self.prepared and self.recipe != MX):
+            return
+        if self.prepared:
+            refs["ready"][tokens] = _scaled_by_powers(
+                refs["rows"][tokens], refs["row_scales"][tokens]
+            )
+            return
+        x = refs["rows"][tokens].astype(jnp.float32)
+        if self.recipe == CHANNEL:
+            scale = quantise.scale_of(jnp.max(jnp.abs(x), axis=1, keepdims=True), CHANNEL)
+            refs["ready"][tokens] = (x / scale).astype(E4M3)
+            refs["ready_scales"][tokens] = jnp.broadcast_to(scale, (x.shape[0], LANES))
+        elif self.recipe == BLOCK:
+            lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+            scales = jnp.ones((x.shape[0], LANES), jnp.float32)
+            for k in range(self.depth // 128):
+                part = x[:, k * 128 : (k + 1) * 128]
+                scale = quantise.scale_of(jnp.max(jnp.abs(part), axis=1, keepdims=True), BLOCK)
+                refs["ready"][tokens, k * 128 : (k + 1) * 128] = (part / scale).astype(E4M3)
+                scales = jnp.where(lane == k, scale, scales)
+            refs["ready_scales"][tokens] = scales
+        else:
+            scale = quantise.scale_of(_group_largest(jnp.abs(x), 32), MX)
+            rounded = (x / scale).astype(E4M3).astype(jnp.float32)
+            refs["ready"][tokens] = (rounded * scale).astype(jnp.bfloat16)
+
+    def weights(self, refs: dict[str, Any]) -> jax.Array:
+        """The step's weights [C, columns], ready for products with many chunks."""
+        weights = refs["weights"][...]
+        if self.recipe is None or (self.native and self.recipe != MX):
+            return weights
+        if self.recipe != MX:
+            return weights.astype(jnp.bfloat16)
+        scales = refs["column_scales"][...][:, None, :]
+        grouped = weights.astype(jnp.bfloat16).reshape(-1, 32, weights.shape[1])
+        return (grouped * scales).reshape(weights.shape)
+
+    def product(self, refs: dict[str, Any], weights: jax.Array, tokens: Any) -> jax.Array:
+        """rows W of a chunk: float32 [chunk, columns]."""
+        if self.recipe is None:
+            return _dot(refs["rows"][tokens], weights)
+        if self.recipe == MX:
+            return _dot(refs["ready"][tokens], weights)
+        ready = "rows" if self.prepared else "ready"
+        x = refs[ready][tokens]
+        x = x if self.native else x.astype(jnp.bfloat16)
+        scales = refs["row_scales" if self.prepared else "ready_scales"][tokens]
+        if self.recipe == CHANNEL:
+            return _dot(x, weights) * scales[:, :1] * refs["column_scales"][...]
+        total = jnp.zeros((x.shape[0], weights.shape[1]), jnp.float32)
+        for k in range(self.depth // 128):
+            part = slice(k * 128, (k + 1) * 128)
+            scale = scales[:, k : k + 1] * refs["column_scales"][k : k + 1, :]
+            total += _dot(x[:, part], weights[part]) * scale
+        return total
+
+
+def projection(
+    rows: jax.Array | Quantised, weights: jax.Array | Quantised, recipe: str | None
+) -> Projection:
+    """rows [T, C]; weights [M + 1, C, d], their scales [M + 1, *, d / *] if quantised."""
+    prepared = isinstance(rows, Quantised)
+    if not isinstance(weights, Quantised):
+        weights = weights.astype(rows.dtype)
+        return Projection(rows, None, weights, None, None, False, False)
+    recipe = weights.recipe
+    column_scales = jnp.moveaxis(quantise.weight_scales(weights), 1, 0)
+    row_scales = quantise.row_scales(rows) if prepared else None
+    if recipe == MX:  # powers of two: exact in bfloat16
+        column_scales = column_scales.astype(jnp.bfloat16)
+        row_scales = row_scales if row_scales is None else row_scales.astype(jnp.bfloat16)
+    values = rows.values if prepared else rows
+    native = "7" in dispatch.device()[1]
+    columns = jnp.moveaxis(weights.values, 1, 0)
+    return Projection(values, row_scales, columns, column_scales, recipe, prepared, native)
+
+
+def _dot(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """float32; float32 operands are multiplied as such, not as bfloat16."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x, weights, (((1,), (0,)), ((), ())), precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _scaled_by_powers(values: jax.Array, scales: jax.Array) -> jax.Array:
+    """e4m3 [chunk, C] times bfloat16 powers of two [chunk, C / 32]: bfloat16, exact.
+
+    A product with a matrix of zeros and ones repeats every scale 32 times.
+    """
+    groups, c = scales.shape[1], values.shape[1]
+    group = lax.broadcasted_iota(jnp.int32, (groups, c), 0)
+    of_column = lax.broadcasted_iota(jnp.int32, (groups, c), 1) // 32
+    spread = _dot(scales, (group == of_column).astype(jnp.bfloat16))
+    return (values.astype(jnp.float32) * spread).astype(jnp.bfloat16)
+
+
+def _group_largest(x: jax.Array, width: int) -> jax.Array:
+    """The largest of every `width` neighbouring lanes, in each of them: [chunk, C]."""
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    step = 1
+    while step < width:  # a butterfly: lane and lane ^ step exchange their maxima
+        up, down = pltpu.roll(x, step, 1), pltpu.roll(x, x.shape[1] - step, 1)
+        x = jnp.maximum(x, jnp.where(lane & step == 0, down, up))
+        step *= 2
+    return x

@@ -1,0 +1,93 @@
+"""The gate of Engram in plain jax.numpy: the meaning of the operation, and what a CPU runs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.engram_gate import quantise
+from kernels_pallas.engram_gate.quantise import Quantised
+
+# |s| below this counts as this in the square root (the official demo): its slope stays finite.
+SMALLEST_SCORE = 1e-6
+
+
+def keys_and_value(
+    rows: jax.Array, weights: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Equation 3: rows [..., C], weights [C, M + 1, d] -> keys [..., M, d], value [..., 1, d]."""
+    out = jnp.einsum("...c,cmd->...md", rows, weights.astype(rows.dtype))
+    if bias is not None:
+        out = out + bias.astype(rows.dtype)
+    return out[..., :-1, :], out[..., -1:, :]
+
+
+def gate_of_score(s: jax.Array) -> jax.Array:
+    """sigmoid(sign(s) sqrt(max(|s|, 1e-6))): the signed square root is the official demo's."""
+    return jax.nn.sigmoid(jnp.sign(s) * jnp.sqrt(jnp.maximum(jnp.abs(s), SMALLEST_SCORE)))
+
+
+def gates(streams: jax.Array, keys: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """Equation 4: streams and keys [..., M, d] -> gates [..., M], in at least float32.
+
+    gain: [M, d], the product of both norms' gains.
+    """
+    dtype = jnp.promote_types(keys.dtype, jnp.float32)
+    h, key = streams.astype(dtype), keys.astype(dtype)
+    # <RMSNorm(h), RMSNorm(key)> without writing either norm out: the scales are per token.
+    dot = jnp.sum(h * key * gain.astype(dtype), axis=-1)
+    scale = lax.rsqrt(jnp.mean(h * h, axis=-1) + eps)
+    scale = scale * lax.rsqrt(jnp.mean(key * key, axis=-1) + eps)
+    return gate_of_score(dot * scale / jnp.sqrt(jnp.asarray(h.shape[-1], dtype)))
+
+
+def engram_gate(
+    rows: jax.Array | Quantised,
+    weights: jax.Array | Quantised,
+    streams: jax.Array,
+    gain: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    eps: float,
+    recipe: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `api.engram_gate`."""
+    rows, weights = through_fp8(rows, weights, recipe)
+    keys, value = keys_and_value(rows, weights, bias)
+    gate = gates(streams, keys, gain, eps)
+    if mask is not None:
+        gate = jnp.where(mask[..., None], gate, 0)
+    # The product is rounded once, to the streams' dtype (V4.1's cast).
+    return (gate[..., None] * value.astype(gate.dtype)).astype(streams.dtype), gate
+
+
+def through_fp8(
+    rows: jax.Array | Quantised, weights: jax.Array | Quantised, recipe: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Rows and weights as FP8 has them, in float32; without FP8 as they are.
+
+    Rounding to FP8 passes gradients through unchanged (straight-through).
+    """
+    if isinstance(rows, Quantised):
+        rows = quantise.dequantise_rows(rows)
+    elif recipe is not None:
+        rows = _rounded(rows, quantise.dequantise_rows(quantise.quantise_rows(rows, recipe)))
+    if isinstance(weights, Quantised):
+        weights = quantise.dequantise_weights(weights)
+    elif recipe is not None:
+        fp8 = quantise.dequantise_weights(quantise.quantise_weights(weights, recipe))
+        weights = _rounded(weights, fp8)
+    return rows, weights
+
+
+@jax.custom_jvp
+def _rounded(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """`rounded`, with the gradient of x in its place."""
+    return rounded
+
+
+@_rounded.defjvp
+def _rounded_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0].astype(primals[1].dtype)
