@@ -54,11 +54,6 @@ class Projection:
     def name(self) -> str:
         return f"{self.recipe or 'plain'}_{self.rows.dtype}"
 
-    @property
-    def scaled_rows(self) -> int:
-        """Scales of a row that the kernel has at hand."""
-        return {CHANNEL: 1, BLOCK: self.depth // 128, MX: self.depth // 32}.get(self.recipe or "", 0)
-
     def _once(self, tokens: int) -> bool:
         return tokens * self.depth * self.rows.dtype.itemsize > LONG_ROWS
 
@@ -68,8 +63,11 @@ class Projection:
         size += sum(s.shape[1] * tokens * s.dtype.itemsize for s in self.scratch(tokens).values())
         size += 2 * self.depth * columns * self.columns.dtype.itemsize
         if self.recipe is not None:
-            size += 2 * 2 * self.depth * columns + 3 * chunk * self.depth * 4
-            size += 2 * tokens * max(LANES, self.scaled_rows) * 4
+            size += 2 * self.depth * columns + chunk * self.depth * 4
+        if self.row_scales is not None:
+            lanes = pl.cdiv(self.row_scales.shape[1], LANES) * LANES
+            buffers = 1 if self._once(tokens) else 2
+            size += buffers * tokens * lanes * self.row_scales.dtype.itemsize
         return size + 8 * chunk * columns * 4
 
     def operands(
@@ -86,7 +84,7 @@ class Projection:
         if self.row_scales is not None:
             arrays["row_scales"] = self.row_scales
             specs["row_scales"] = pl.BlockSpec(
-                (tokens, self.row_scales.shape[1]), lambda i, j: (i, 0)
+                (tokens, self.row_scales.shape[1]), lambda i, j: (i, 0), **once
             )
         if self.column_scales is not None:
             arrays["column_scales"] = self.column_scales
@@ -149,20 +147,20 @@ class Projection:
     def product(self, refs: dict[str, Any], weights: jax.Array, tokens: Any) -> jax.Array:
         """rows W of a chunk: float32 [chunk, columns]."""
         if self.recipe is None:
-            return _dot(refs["rows"][tokens], weights)
+            return dot(refs["rows"][tokens], weights)
         if self.recipe == MX:
-            return _dot(refs["ready"][tokens], weights)
+            return dot(refs["ready"][tokens], weights)
         ready = "rows" if self.prepared else "ready"
         x = refs[ready][tokens]
         x = x if self.native else x.astype(jnp.bfloat16)
         scales = refs["row_scales" if self.prepared else "ready_scales"][tokens]
         if self.recipe == CHANNEL:
-            return _dot(x, weights) * scales[:, :1] * refs["column_scales"][...]
+            return dot(x, weights) * scales[:, :1] * refs["column_scales"][...]
         total = jnp.zeros((x.shape[0], weights.shape[1]), jnp.float32)
         for k in range(self.depth // 128):
             part = slice(k * 128, (k + 1) * 128)
             scale = scales[:, k : k + 1] * refs["column_scales"][k : k + 1, :]
-            total += _dot(x[:, part], weights[part]) * scale
+            total += dot(x[:, part], weights[part]) * scale
         return total
 
 
@@ -186,11 +184,14 @@ def projection(
     return Projection(values, row_scales, columns, column_scales, recipe, prepared, native)
 
 
-def _dot(x: jax.Array, weights: jax.Array) -> jax.Array:
+def dot(x: jax.Array, weights: jax.Array) -> jax.Array:
     """float32; float32 operands are multiplied as such, not as bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
-        x, weights, (((1,), (0,)), ((), ())), precision=precision,
+        x,
+        weights,
+        (((1,), (0,)), ((), ())),
+        precision=precision,
         preferred_element_type=jnp.float32,
     )
 
@@ -203,7 +204,7 @@ def _scaled_by_powers(values: jax.Array, scales: jax.Array) -> jax.Array:
     groups, c = scales.shape[1], values.shape[1]
     group = lax.broadcasted_iota(jnp.int32, (groups, c), 0)
     of_column = lax.broadcasted_iota(jnp.int32, (groups, c), 1) // 32
-    spread = _dot(scales, (group == of_column).astype(jnp.bfloat16))
+    spread = dot(scales, (group == of_column).astype(jnp.bfloat16))
     return (values.astype(jnp.float32) * spread).astype(jnp.bfloat16)
 
 

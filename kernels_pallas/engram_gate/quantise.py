@@ -1,9 +1,9 @@
 """FP8 rows and weights: e4m3 values with scales, in three recipes.
 
-    recipe     rows [T, C]: a scale for      weights [C, M + 1, d]: a scale for    scales
-    channel    every token                   every output channel                  float32
-    block      every 128 columns             every 128 x 128 block                 float32
-    mx         every 32 columns              every 32 x 32 block                   E8M0: 2^(byte - 127)
+    recipe    rows [T, C]: a scale for      weights [C, M + 1, d]: a scale for    scales
+    channel   every token                   every output channel                  float32
+    block     every 128 columns             every 128 x 128 block                 float32
+    mx        every 32 columns              every 32 x 32 block                   E8M0, 2^(byte-127)
 
 "mx" is how the DeepSeek-V4.1 tables and projections are released, "block" how DeepSeek-V3 trains.
 A value stands for `values * scale`; the largest magnitude of a group becomes 448, e4m3's largest
@@ -27,7 +27,9 @@ LARGEST = 448.0
 SMALLEST = 2.0**-100  # a group whose largest magnitude is below is taken as this: no division by 0
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("recipe",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("recipe",)
+)
 @dataclass(frozen=True)
 class Quantised:
     """FP8 rows or weights.

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
 from kernels_pallas.engram_gate.fp8_tpu import Projection, projection
-from kernels_pallas.engram_gate.quantise import Quantised
+from kernels_pallas.engram_gate.quantise import BLOCK, E4M3, Quantised
 from kernels_pallas.engram_gate.reference import gate_of_score
 
 LANES = 128
@@ -46,24 +46,48 @@ class Blocks:
     chunk: int = CHUNK
 
 
+def limit(
+    c: int, d: int, m: int, rows: Any, streams: Any, recipe: str | None, mixed: bool
+) -> str | None:
+    """Why the kernel cannot take such arguments (dtypes of rows and streams), None if it can."""
+    for dtype in (rows, streams):
+        if dtype not in (jnp.float32, jnp.bfloat16) and not (dtype == E4M3 and dtype is rows):
+            return f"{dtype} is not float32 or bfloat16"
+    if c % LANES or d % LANES:
+        return f"d_mem = {c} and d = {d} must be multiples of {LANES}"
+    if m > MAX_STREAMS:
+        return f"{m} streams are more than {MAX_STREAMS}"
+    if mixed:
+        return "FP8 rows need FP8 weights"
+    if recipe == BLOCK and c > LANES * LANES:
+        return f"d_mem = {c} is more than {LANES * LANES} with recipe {BLOCK!r}"
+    return None
+
+
 def blocks_for(p: Projection, tokens: int, streams: int, d: int, out_bytes: int) -> Blocks:
     """Tuned blocks, else the longest block of tokens that fits VMEM."""
     key = f"C{p.depth}_d{d}_M{streams}_{p.name}"
     found = tuning.tuned("engram_gate", key)
     if found:
         return Blocks(**found)
-    columns = math.gcd(d, MAX_COLUMNS)
-    chunk = min(CHUNK, max(8, pl.next_power_of_2(pl.cdiv(tokens, 8)) if tokens < CHUNK else CHUNK))
+    columns, chunk = math.gcd(d, MAX_COLUMNS), chunk_for(tokens, CHUNK)
     limit = tuning.vmem_limit()
 
     def bytes_of(block: int) -> int:
         moving = 2 * block * columns * out_bytes * (1 + streams)  # streams in, out blocks
         return p.vmem(block, chunk, columns) + moving + 3 * block * LANES * 4
 
-    block = chunk
-    while block < min(MAX_TOKENS, tokens) and bytes_of(2 * block) < limit:
-        block *= 2
-    return Blocks(block, columns, chunk)
+    passes = pl.cdiv(tokens, MAX_TOKENS)  # over the weights, each with as many tokens
+    while True:
+        block = pl.cdiv(pl.cdiv(tokens, passes), chunk) * chunk
+        if block == chunk or bytes_of(block) < limit:
+            return Blocks(block, columns, chunk)
+        passes += 1
+
+
+def chunk_for(tokens: int, chunk: int) -> int:
+    """`chunk`, or for fewer tokens the next multiple of 32, a whole tile of any dtype."""
+    return min(chunk, pl.cdiv(tokens, 32) * 32)
 
 
 def forward(

@@ -1,0 +1,98 @@
+"""The gate of Engram (paper section 2): rows of the memory, projected and gated by the streams.
+
+key_m  = W_m e + b_m,  value = W_v e + b_v                                      (3)
+s_m    = <RMSNorm(h_m), RMSNorm(key_m)> / sqrt(d)
+gate_m = sigmoid(sign(s_m) sqrt(max(|s_m|, 1e-6)))              (4), per branch (6)
+out_m  = gate_m value
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from kernels_pallas import dispatch
+from kernels_pallas.dispatch import AUTO, GPU, TPU
+from kernels_pallas.engram_gate import gpu, reference, tpu, vjp
+from kernels_pallas.engram_gate.quantise import RECIPES, Quantised
+
+
+def engram_gate(
+    rows: jax.Array | Quantised,
+    weights: jax.Array | Quantised,
+    streams: jax.Array,
+    gain: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    eps: float,
+    recipe: str | None = None,
+    implementation: str = AUTO,
+) -> tuple[jax.Array, jax.Array]:
+    """The gated value of every branch, and the gates.
+
+    Args:
+      rows: e, [..., C] with C = d_mem, float32 or bfloat16, in which the projection is computed;
+        or FP8.
+      weights: [C, M + 1, d], keys of the M branches, then the value; used in the rows' dtype; or
+        FP8. FP8 arguments are constants: they get no gradient.
+      streams: h, [..., M, d].
+      gain: [M, d], product of the gains of both norms.
+      bias: [M + 1, d] or None.
+      mask: bool [...] or None; False = a token without memory: gate and output are 0.
+      eps: of both norms.
+      recipe: None, or how plain rows and weights are rounded to FP8 for the forward projection
+        (quantise.RECIPES); gradients pass through the rounding.
+      implementation: of dispatch.IMPLEMENTATIONS.
+
+    Returns:
+      ([..., M, d] in the streams' dtype, gates [..., M] in float32, or float64).
+
+    Raises:
+      dispatch.UnsupportedError: "pallas", and the kernel cannot take these arguments.
+      ValueError: an unknown recipe or implementation, or two different recipes.
+    """
+    recipe = _recipe(rows, weights, recipe)
+    values = rows.values if isinstance(rows, Quantised) else rows
+    c, (m, d) = values.shape[-1], streams.shape[-2:]
+    mixed = isinstance(rows, Quantised) and not isinstance(weights, Quantised)
+    limits = {
+        TPU: tpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed),
+        GPU: gpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed)
+        or (gpu.UNMEASURED if implementation == AUTO else None),
+    }
+    choice = dispatch.choose("engram_gate", implementation, limits)
+    if choice.kernel is None:
+        return reference.engram_gate(
+            rows, weights, streams, gain, bias, mask, eps=eps, recipe=recipe
+        )
+    lead = streams.shape[:-2]
+    tokens = math.prod(lead)
+    rows = jax.tree.map(lambda x: x.reshape(tokens, x.shape[-1]), rows)
+    if not isinstance(weights, Quantised):
+        weights = weights.astype(values.dtype)
+    out, gate = vjp.engram_gate(
+        rows,
+        weights,
+        streams.reshape(tokens, m, d),
+        gain,
+        bias,
+        None if mask is None else mask.reshape(tokens),
+        eps,
+        recipe,
+        choice,
+    )
+    return out.reshape(*lead, m, d), gate.reshape(*lead, m)
+
+
+def _recipe(
+    rows: jax.Array | Quantised, weights: jax.Array | Quantised, recipe: str | None
+) -> str | None:
+    given = {recipe, *(x.recipe for x in (rows, weights) if isinstance(x, Quantised))}
+    given.discard(None)
+    if len(given) > 1:
+        raise ValueError(f"engram_gate: rows and weights with different recipes: {sorted(given)}")
+    if not given <= set(RECIPES):
+        raise ValueError(f"engram_gate: recipe {given.pop()!r} is not one of {RECIPES}")
+    return given.pop() if given else None
