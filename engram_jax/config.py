@@ -27,6 +27,7 @@ import ml_collections
 from engram_jax.errors import UserError
 
 PAPER, V41, QWEN = "paper", "v41", "qwen"
+MODEL, BF16, FP8 = "model", "bf16", "fp8"
 LOCAL_BPE = "local-bpe"
 
 # An address is an int32, and the 32-bit hash (address/hashing_jnp) needs 4 * head size <= 2**32.
@@ -126,6 +127,10 @@ class EngramConfig:
     table_dtype: of the rows; "bfloat16" is rounded stochastically (optim/rowwise_adam.py); for
       TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
     addresses: "device" hashes inside the training step, "host" in the data pipeline; same bits.
+    precision: of the projection to keys and value: "model" computes in model.dtype, "bf16", or
+      "fp8": e4m3 rows and weights forward, gradients in model.dtype.
+    fp8_recipe: the scales of "fp8": "channel", "block" (128 columns; 128 x 128) or "mx" (powers of
+      two for 32 columns; 32 x 32); kernels_pallas/engram_gate/quantise.py.
     """
 
     layers: tuple[int, ...] = ()
@@ -140,6 +145,8 @@ class EngramConfig:
     init_std: float = 0.02
     table_dtype: str = "float32"
     addresses: str = "device"
+    precision: str = MODEL
+    fp8_recipe: str = "block"
 
     @property
     def heads(self) -> int:
@@ -164,6 +171,10 @@ class EngramConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """kernels: "auto" runs Pallas kernels where they pay and can (kernels_pallas/dispatch.py),
+    "reference" plain jax.numpy, "pallas" the kernels or an error (interpreted on a CPU: slow).
+    """
+
     d_model: int = 128
     layers: int = 6
     norm_eps: float = 1e-6
@@ -172,6 +183,7 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    kernels: str = "auto"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     hyper: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)

@@ -13,9 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engram_jax.config import (
+    BF16,
+    FP8,
     MAX_HEAD_SIZE,
     MAX_LOOKUPS,
     MAX_TABLE_ROWS,
+    MODEL,
     PAPER,
     QWEN,
     V41,
@@ -24,11 +27,14 @@ from engram_jax.config import (
     EngramConfig,
     FeedForwardConfig,
     GenerateConfig,
+    ModelConfig,
     OptimizerConfig,
     TokenizerConfig,
     TrainConfig,
 )
 from engram_jax.errors import UserError
+from kernels_pallas.dispatch import IMPLEMENTATIONS
+from kernels_pallas.engram_gate.quantise import RECIPES, WIDTH
 
 # Section -> keys. Whole numbers and numbers alike.
 _POSITIVE = {
@@ -64,6 +70,9 @@ _CHOICES = {
     "model.engram.hash_dialect": (PAPER, QWEN),
     "model.engram.addresses": ("device", "host"),
     "model.engram.table_dtype": ("float32", "bfloat16"),
+    "model.engram.precision": (MODEL, BF16, FP8),
+    "model.engram.fp8_recipe": RECIPES,
+    "model.kernels": IMPLEMENTATIONS,
     "data.source": ("local", "folder", "tfds"),
     "optimizer.memory_optimizer": ("rowwise_adam", "dense_adam"),
 }
@@ -103,6 +112,8 @@ def validate(config: Config) -> None:
     _require(rope % 2 == 0, "model.attention.rope_dim", rope, "even (RoPE rotates pairs)")
     _feed_forward(model.ffn, model.layers)
     _engram(model.engram, model.layers)
+    if model.engram.layers and model.engram.precision == FP8:
+        _fp8(model)
     _tokenizer(config.tokenizer, restarts=bool(model.engram.layers) and _is_qwen(model.engram))
     share = config.mesh.distinct
     _require(share <= 1, "mesh.distinct", share, "a share of the lookups, in [0, 1]")
@@ -181,6 +192,19 @@ def _engram(engram: EngramConfig, layers: int) -> None:
         f"at most {MAX_TABLE_ROWS} rows over all {engram.heads} heads (addresses are int32, and"
         " the highest are no rows);"
         f" this is {table}",
+    )
+
+
+def _fp8(model: ModelConfig) -> None:
+    key, recipe = "model.engram.precision", model.engram.fp8_recipe
+    _require(model.dtype != "float64", key, FP8, "'model' for model.dtype = 'float64'")
+    width = WIDTH.get(recipe, 1)
+    sizes = f"d_model = {model.d_model} and d_mem = {model.engram.d_mem}"
+    _require(
+        model.d_model % width == model.engram.d_mem % width == 0,
+        "model.engram.fp8_recipe",
+        recipe,
+        f"one whose blocks of {width} columns divide {sizes}",
     )
 
 

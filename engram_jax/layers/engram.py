@@ -27,9 +27,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from engram_jax.config import PAPER, QWEN, V41, EngramConfig
+from engram_jax.config import BF16, FP8, PAPER, QWEN, V41, EngramConfig
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.short_conv import ShortConv
+from kernels_pallas.dispatch import AUTO
+from kernels_pallas.engram_gate.api import engram_gate
 
 CONV_EPS = 1e-5  # the demo's conv norms
 
@@ -64,16 +66,19 @@ class Engram(nnx.Module):
         init_std: float,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        kernels: str = AUTO,
         rngs: nnx.Rngs,
     ):
         form = FORMS[config.form]
-        self.dtype = dtype
+        self.kernels = kernels
+        self.projection_dtype = jnp.dtype(jnp.bfloat16 if config.precision == BF16 else dtype)
+        self.recipe = config.fp8_recipe if config.precision == FP8 else None
         self.norm_eps = None if form.machine_eps else norm_eps
         # Keys of the M branches, then the value: one matrix product, as the paper fuses it.
         shape = (config.d_mem, streams + 1, d_model)
         self.projection = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * init_std)
         self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype)) if form.bias else None
-        # Only the gains of these norms are used (`_gate` fuses the norms with the dot product).
+        # Only the gains of these norms are used (the gate fuses the norms with the dot product).
         norm = partial(RMSNorm, gain_offset=form.gain_offset, param_dtype=param_dtype)
         self.query_norm = norm((streams, d_model), norm_eps)
         self.key_norm = norm((streams, d_model), norm_eps)
@@ -91,36 +96,25 @@ class Engram(nnx.Module):
             else None
         )
 
-    def _keys_and_value(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """rows [B, T, H, dim] -> keys [B, T, M, d], value [B, T, 1, d] (equation 3)."""
-        e = rows.reshape(*rows.shape[:2], -1).astype(self.dtype)
-        out = jnp.einsum("btc,cmd->btmd", e, self.projection[...].astype(self.dtype))
-        if self.bias is not None:
-            out = out + self.bias[...].astype(self.dtype)
-        return out[:, :, :-1], out[:, :, -1:]
-
-    def _gate(self, streams: jax.Array, keys: jax.Array) -> jax.Array:
-        """Equation 4: streams and keys [B, T, M, d] -> gate [B, T, M], in float32 (or float64)."""
-        dtype = compute_dtype(keys)
-        h, key = streams.astype(dtype), keys.astype(dtype)
-        eps = float(jnp.finfo(dtype).eps) if self.norm_eps is None else self.norm_eps
-        # <RMSNorm(h), RMSNorm(key)> without writing either norm out: the scales are per token.
-        gain = self.query_norm.scale() * self.key_norm.scale()
-        dot = jnp.sum(h * key * gain.astype(dtype), axis=-1)
-        scale = jax.lax.rsqrt(jnp.mean(h * h, axis=-1) + eps)
-        scale = scale * jax.lax.rsqrt(jnp.mean(key * key, axis=-1) + eps)
-        s = dot * scale / jnp.sqrt(jnp.asarray(h.shape[-1], dtype))
-        return jax.nn.sigmoid(jnp.sign(s) * jnp.sqrt(jnp.maximum(jnp.abs(s), 1e-6)))
-
     def _gated_value(
         self, rows: jax.Array, streams: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        keys, value = self._keys_and_value(rows)
-        gate = self._gate(streams, keys)
-        if mask is not None:
-            gate = jnp.where(mask[..., None], gate, 0)
-        # The product is rounded once, to the streams' dtype (V4.1's cast).
-        return (gate[..., None] * value.astype(gate.dtype)).astype(streams.dtype), gate
+        """Equations 3, 4, 6: (gated value [B, T, M, d] in the streams' dtype, gate [B, T, M])."""
+        e = rows.reshape(*rows.shape[:2], -1).astype(self.projection_dtype)
+        eps = self.norm_eps
+        if eps is None:
+            eps = float(jnp.finfo(compute_dtype(e)).eps)
+        return engram_gate(
+            e,
+            self.projection[...],
+            streams,
+            self.query_norm.scale() * self.key_norm.scale(),
+            None if self.bias is None else self.bias[...],
+            mask,
+            eps=eps,
+            recipe=self.recipe,
+            implementation=self.kernels,
+        )
 
     def __call__(
         self,

@@ -86,6 +86,7 @@ class Transformer(nnx.Module):
                     init_std=model.init_std,
                     dtype=self.dtype,
                     param_dtype=param_dtype,
+                    kernels=model.kernels,
                     rngs=rngs,
                 )
                 for layer in model.engram.layers

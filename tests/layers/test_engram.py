@@ -229,13 +229,19 @@ def trained(module):
     return module
 
 
+def value_of(module, rows):
+    """Equation 3's value in float64: [B, T, 1, d]."""
+    e = np.asarray(rows, np.float64).reshape(*rows.shape[:2], -1)
+    bias = 0 if module.bias is None else np.asarray(module.bias[...])[-1]
+    return (e @ np.asarray(module.projection[...])[:, -1] + bias)[..., None, :]
+
+
 def test_output_is_the_gated_value_at_step_0():
     config = EngramConfig(layers=(1,), heads_per_order=2, d_mem=32)
     module = build(config, 16, 3, 1e-6, "float32")
     rows, h, segments = random_inputs(config)
     out, gate = module(rows, h, segments)
-    _, value = module._keys_and_value(rows)
-    np.testing.assert_array_equal(out, gate[..., None] * value)
+    np.testing.assert_allclose(out, gate[..., None] * value_of(module, rows), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("form", [PAPER, QWEN, V41])
@@ -290,8 +296,8 @@ def test_masked_tokens_get_no_memory(form):
     module, rows, h, segments, mask = masked_module(form)
     out, gate = module(rows, h, segments, mask)
     assert not np.any(out[:, ::5]) and not np.any(gate[:, ::5])
-    _, value = module._keys_and_value(rows)
-    u = np.where(mask[..., None, None], module(rows, h, segments)[1][..., None] * value, 0)
+    gated = module(rows, h, segments)[1][..., None] * value_of(module, rows)
+    u = np.where(mask[..., None, None], gated, 0).astype(np.float32)
     expected = u if module.conv is None else u + module.conv(jnp.asarray(u), segments)
     others = np.flatnonzero(mask[0])
     np.testing.assert_allclose(out[:, others], expected[:, others], rtol=1e-6, atol=1e-6)
