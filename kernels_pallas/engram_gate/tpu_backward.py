@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
 from kernels_pallas.engram_gate.fp8_tpu import dot
-from kernels_pallas.engram_gate.reference import SMALLEST_SCORE
+from kernels_pallas.engram_gate.reference import slope_of_gate
 from kernels_pallas.engram_gate.tpu import CHUNK, LANES, MAX_COLUMNS, Blocks, chunk_for
 
 MAX_TOKENS = 2048
@@ -196,8 +196,7 @@ def _backward_kernel(
             stats = refs["stats"][tokens]
             gate, s, r_h, r_key = (stats[:, k * m : (k + 1) * m] for k in range(4))
             d_gate = refs["sums"][tokens][:, :m] + refs["g_gate"][tokens]
-            slope = 0.5 * lax.rsqrt(jnp.maximum(jnp.abs(s), SMALLEST_SCORE))
-            ds = d_gate * gate * (1 - gate) * jnp.where(jnp.abs(s) > SMALLEST_SCORE, slope, 0)
+            ds = d_gate * slope_of_gate(s, gate)
             refs["sums"][tokens, :m] = ds * r_h * r_key * d**-0.5
             refs["sums"][tokens, m : 2 * m] = ds * s * r_key * r_key * (1 / d)
             refs["sums"][tokens, 2 * m : 3 * m] = ds * s * r_h * r_h * (1 / d)

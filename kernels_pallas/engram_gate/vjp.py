@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels_pallas.dispatch import TPU, Choice
 from kernels_pallas.engram_gate import gpu, reference, tpu, tpu_backward
@@ -76,7 +77,7 @@ def _backward(eps: float, recipe: str | None, choice: Choice, kept: tuple, g: tu
     if choice.kernel == TPU:
         found = _products(e, w, streams, gain, bias, stats, g, choice.interpret)
     else:
-        found = _recomputed(e, w, streams, gain, bias, mask, g, eps)
+        found = _recomputed(e, w, streams, gain, bias, mask, g, eps, choice.interpret)
     d_rows, d_weights, d_streams, d_gain, d_bias = found
     return (
         None if constant[0] else d_rows.astype(rows.dtype),
@@ -119,8 +120,8 @@ def _products(
     return d_rows, jnp.moveaxis(d_weights, 0, 1), jnp.moveaxis(d_streams, 0, 1), d_gain, d_bias
 
 
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def _precision(dtype: Any) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _recomputed(
@@ -132,36 +133,57 @@ def _recomputed(
     mask: jax.Array | None,
     g: tuple[jax.Array, jax.Array],
     eps: float,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """JAX's gradient of the reference, a few tokens at a time."""
-    t = rows.shape[0]
+    """The equations of tpu_backward.py in plain jax.numpy, some tokens at a time, with keys in
+    float32: rounded to bfloat16, scores near 0 would change their sign."""
+    t, d = rows.shape[0], streams.shape[-1]
     size = min(t, RECOMPUTED_AT_ONCE)
     parts = -(-t // size)
+    wide, gain = jnp.float32, gain.astype(jnp.float32)
+
+    def product(dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        if interpret:  # XLA's CPU code lacks some products of bfloat16
+            a, b = a.astype(wide), b.astype(wide)
+        precision = _precision(a.dtype)
+        return jnp.einsum(dimensions, a, b, precision=precision, preferred_element_type=wide)
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, parts * size - t), *((0, 0),) * (x.ndim - 1)))
         return padded.reshape(parts, size, *x.shape[1:])
 
-    there = jnp.ones((t,), bool) if mask is None else mask
-    bias = jnp.zeros((weights.shape[1:]), jnp.float32) if bias is None else bias
-    shared = tuple(x.astype(jnp.float32) for x in (weights, gain, bias))
-
     def part(total: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        rows, streams, there, g_out, g_gate = inputs
+        rows, h, there, g_out, g_gate = inputs
+        projected = product("tc,cmd->tmd", rows, weights)
+        if bias is not None:
+            projected = projected + bias.astype(wide)
+        key, value, h, g_out = (
+            projected[:, :-1],
+            projected[:, -1:],
+            h.astype(wide),
+            g_out.astype(wide),
+        )
+        r_h, r_key = (lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) for x in (h, key))
+        s = jnp.sum(h * gain * key, -1, keepdims=True) * r_h * r_key * d**-0.5
+        gate = jnp.where(there[:, None, None], reference.gate_of_score(s), 0)
+        d_gate = jnp.sum(g_out * value, -1, keepdims=True) + g_gate[..., None]
+        ds = d_gate * reference.slope_of_gate(s, gate)
+        a, b, c = ds * r_h * r_key * d**-0.5, ds * s * r_key**2 / d, ds * s * r_h**2 / d
+        d_key, d_h = a * h * gain - b * key, a * gain * key - c * h
+        d_value = jnp.sum(gate * g_out, 1, keepdims=True)
+        d_projected = jnp.concatenate([d_key, d_value], 1)
+        sums = jnp.sum(a * h * key, 0), jnp.sum(d_projected, 0)
+        d_projected = d_projected.astype(rows.dtype)
+        sums = (product("tc,tmd->cmd", rows, d_projected), *sums)
+        d_rows = product("tmd,cmd->tc", d_projected, weights)
+        return jax.tree.map(jnp.add, total, sums), (d_rows, d_h.astype(streams.dtype))
 
-        def gate(rows: jax.Array, streams: jax.Array, w: jax.Array, gain: jax.Array, b: jax.Array):
-            w = w.astype(rows.dtype)
-            return reference.engram_gate(rows, w, streams, gain, b, there, eps=eps)
-
-        _, pullback = jax.vjp(gate, rows, streams, *shared)
-        d_rows, d_streams, *d_shared = pullback((g_out, g_gate))
-        return tuple(a + b for a, b in zip(total, d_shared, strict=True)), (d_rows, d_streams)
-
-    inputs = (cut(rows), cut(streams), cut(there), cut(g[0]), cut(g[1].astype(jnp.float32)))
-    zeros = tuple(jnp.zeros_like(x) for x in shared)
-    (d_weights, d_gain, d_bias), (d_rows, d_streams) = jax.lax.scan(part, zeros, inputs)
-    whole = (x.reshape(-1, *x.shape[2:])[:t] for x in (d_rows, d_streams))
-    d_rows, d_streams = whole
+    there = jnp.ones((t,), bool) if mask is None else mask
+    inputs = (cut(rows), cut(streams), cut(there), cut(g[0]), cut(g[1].astype(wide)))
+    shapes = weights.shape, gain.shape, weights.shape[1:]
+    sums, whole = lax.scan(part, tuple(jnp.zeros(x, wide) for x in shapes), inputs)
+    d_rows, d_streams = (x.reshape(-1, *x.shape[2:])[:t] for x in whole)
+    d_weights, d_gain, d_bias = sums
     return d_rows, d_weights, d_streams, d_gain, d_bias
 
 

@@ -1,31 +1,13 @@
-"""What the tests of compiled TPU programs need: libtpu, a mesh, and a compiled shard_map."""
+"""What the tests of compiled TPU programs need: a compiled shard_map."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from engram_jax.aot.compiling import compile_with_text
-from engram_jax.aot.topology import Topology, slice_topology
-
-
-@pytest.fixture(scope="session")
-def tpu_slice():
-    """`tpu_slice("v5e:2x2")` -> (Topology, Mesh of one axis "x"). Without libtpu: fails in CI."""
-    if importlib.util.find_spec("libtpu") is None:
-        message = 'no libtpu: pip install -e ".[tpu]"'
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-
-    def make(name: str) -> tuple[Topology, Mesh]:
-        topology = slice_topology(name)
-        return topology, Mesh(np.array(topology.devices), ("x",))
-
-    return make
 
 
 @pytest.fixture(scope="session")

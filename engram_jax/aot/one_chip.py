@@ -1,0 +1,97 @@
+"""One operation compiled for one chip: temporary memory, and the bytes it moves through HBM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engram_jax.aot import loops
+from engram_jax.aot.compiling import Memory, compile_with_text, memory_of
+from engram_jax.aot.hlo_text import Computation, Instruction, Module, leaves, parse
+from engram_jax.aot.topology import Topology
+from kernels_pallas import traffic
+
+KERNEL = "tpu_custom_call"
+# Instructions that move nothing themselves.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "async-done"),
+    *("optimization-barrier", "after-all", "partition-id", "replica-id", "iota"),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """memory: of the program. kernel_bytes: moved by Pallas kernels, by their grids.
+    xla_bytes: moved by all other instructions (`xla_bytes`). text: the optimized module."""
+
+    memory: Memory
+    kernel_bytes: int
+    xla_bytes: int
+    text: str
+
+    @property
+    def bytes(self) -> int:
+        return self.kernel_bytes + self.xla_bytes
+
+
+def compile_operation(topology: Topology, function: Callable[..., Any], *args: Any) -> Operation:
+    """Compile `function(*args)` for one chip of the slice.
+
+    Layouts of arguments and results are the compiler's choice, as inside a larger program.
+
+    Args:
+      args: pytrees of jax.ShapeDtypeStruct.
+    """
+    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    anywhere = PartitionSpec()
+    # shard_map: what is traced inside knows the described chip (kernels_pallas.dispatch.device).
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=anywhere, out_specs=anywhere, check_vma=False
+    )
+    layout = Format(Layout.AUTO, NamedSharding(mesh, anywhere))
+    lowered = jax.jit(mapped, in_shardings=layout, out_shardings=layout).lower(*args)
+    compiled, text, _ = compile_with_text(lowered)
+    kernels = sum(traffic.kernel_bytes(mapped, *args).values())
+    return Operation(memory_of(compiled), kernels, xla_bytes(text), text)
+
+
+def xla_bytes(text: str) -> int:
+    """Bytes that the instructions of an optimized module read from HBM and write to it.
+
+    Every operand and result of an instruction counts once, padding included; what lies in VMEM, or
+    is moved by a kernel, does not. Bodies of loops count as often as they run.
+    """
+    module = parse(text)
+    return sum(_moved(i, where) * times for i, where, times in _run(module, module.entry, 1))
+
+
+def _run(
+    module: Module, computation: Computation, times: int
+) -> Iterator[tuple[Instruction, Computation, int]]:
+    for instruction in computation.instructions.values():
+        if instruction.opcode == "while":
+            rounds = loops.trip_count(module, instruction, computation)
+            if rounds is None:
+                raise ValueError(f"how often {instruction.name} runs is not in the text")
+            body = module.computations[str(instruction.attribute("body"))]
+            yield from _run(module, body, times * rounds)
+        elif instruction.opcode in ("call", "conditional"):
+            for name in instruction.called:
+                yield from _run(module, module.computations[name], times)
+        elif instruction.opcode not in _FREE and KERNEL not in instruction.attributes:
+            yield instruction, computation, times
+
+
+def _moved(instruction: Instruction, where: Computation) -> int:
+    if instruction.opcode == "copy-start":  # (destination, source, ...): the one is the other
+        arrays = list(leaves(instruction.shape))[:2]
+    else:
+        operands = (where.instructions[name] for name in instruction.operands)
+        arrays = [*leaves(instruction.shape), *(a for o in operands for a in leaves(o.shape))]
+    return sum(array.padded_bytes for array in arrays if array.space == 0)
