@@ -63,7 +63,7 @@ def forward(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As tpu.forward; of the numbers per token only the gates: float32 [T, M]."""
+    """As tpu.forward."""
     m, t, d = streams.shape
     if recipe is not None and not isinstance(rows, Quantised):
         rows = quantise.quantise_rows(rows, recipe)
@@ -84,7 +84,7 @@ def forward(
         operands["bias"] = bias.astype(jnp.float32)
     if mask is not None:
         operands["mask"] = mask.astype(jnp.int32)
-    names = (*operands, "out", "gates")
+    names = (*operands, "out", "stats")
 
     def kernel(*refs: Any) -> None:
         _kernel(dict(zip(names, refs, strict=True)), m=m, t=t, c=c, d=d, eps=eps, recipe=recipe,
@@ -96,7 +96,7 @@ def forward(
             grid=(pl.cdiv(t, blocks.tokens),),
             out_shape=[
                 jax.ShapeDtypeStruct((m, t, d), streams.dtype),
-                jax.ShapeDtypeStruct((t, m), jnp.float32),
+                jax.ShapeDtypeStruct((t, 4 * m), jnp.float32),
             ],
             compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
             interpret=interpret,
@@ -137,11 +137,13 @@ def _kernel(
 
         nothing = (jnp.zeros((blocks.tokens,), jnp.float32),) * 3
         key_key, dot, h_h = lax.fori_loop(0, d // blocks.columns, keys, nothing)
-        scale = lax.rsqrt(key_key * (1 / d) + eps) * lax.rsqrt(h_h * (1 / d) + eps)
-        gate = gate_of_score(dot * scale * d**-0.5)
+        r_h, r_key = lax.rsqrt(h_h * (1 / d) + eps), lax.rsqrt(key_key * (1 / d) + eps)
+        score = dot * r_h * r_key * d**-0.5
+        gate = gate_of_score(score)
         if "mask" in refs:
             gate = jnp.where(plgpu.load(refs["mask"].at[tokens], mask=there) > 0, gate, 0)
-        plgpu.store(refs["gates"].at[tokens, branch], gate, mask=there)
+        for k, x in enumerate((gate, score, r_h, r_key)):
+            plgpu.store(refs["stats"].at[tokens, k * m + branch], x, mask=there)
         gates.append(gate)
 
     def value(j: jax.Array, carry: None) -> None:

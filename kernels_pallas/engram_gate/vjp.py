@@ -65,19 +65,19 @@ def _forward(
         recipe=recipe,
         interpret=choice.interpret,
     )
-    kept = (rows, weights, streams, gain, bias, mask, stats)
+    kept = (rows, weights, streams, gain, bias, stats)
     return (jnp.moveaxis(out, 0, 1), stats[:, : streams.shape[1]]), kept
 
 
 def _backward(eps: float, recipe: str | None, choice: Choice, kept: tuple, g: tuple) -> tuple:
-    rows, weights, streams, gain, bias, mask, stats = kept
+    rows, weights, streams, gain, bias, stats = kept
     constant = isinstance(rows, Quantised), isinstance(weights, Quantised)
     dtype = jnp.bfloat16 if constant[0] else rows.dtype
     e, w = (x.astype(dtype) for x in reference.through_fp8(rows, weights, recipe))
     if choice.kernel == TPU:
         found = _products(e, w, streams, gain, bias, stats, g, choice.interpret)
     else:
-        found = _recomputed(e, w, streams, gain, bias, mask, g, eps, choice.interpret)
+        found = _recomputed(e, w, streams, gain, bias, stats, g, choice.interpret)
     d_rows, d_weights, d_streams, d_gain, d_bias = found
     return (
         None if constant[0] else d_rows.astype(rows.dtype),
@@ -130,13 +130,11 @@ def _recomputed(
     streams: jax.Array,
     gain: jax.Array,
     bias: jax.Array | None,
-    mask: jax.Array | None,
+    stats: jax.Array,
     g: tuple[jax.Array, jax.Array],
-    eps: float,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The equations of tpu_backward.py in plain jax.numpy, some tokens at a time, with keys in
-    float32: rounded to bfloat16, scores near 0 would change their sign."""
+    """The equations of tpu_backward.py in plain jax.numpy, some tokens at a time."""
     t, d = rows.shape[0], streams.shape[-1]
     size = min(t, RECOMPUTED_AT_ONCE)
     parts = -(-t // size)
@@ -153,19 +151,13 @@ def _recomputed(
         return padded.reshape(parts, size, *x.shape[1:])
 
     def part(total: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        rows, h, there, g_out, g_gate = inputs
+        rows, h, stats, g_out, g_gate = inputs
         projected = product("tc,cmd->tmd", rows, weights)
         if bias is not None:
             projected = projected + bias.astype(wide)
-        key, value, h, g_out = (
-            projected[:, :-1],
-            projected[:, -1:],
-            h.astype(wide),
-            g_out.astype(wide),
-        )
-        r_h, r_key = (lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) for x in (h, key))
-        s = jnp.sum(h * gain * key, -1, keepdims=True) * r_h * r_key * d**-0.5
-        gate = jnp.where(there[:, None, None], reference.gate_of_score(s), 0)
+        key, value = projected[:, :-1], projected[:, -1:]
+        h, g_out = h.astype(wide), g_out.astype(wide)
+        gate, s, r_h, r_key = (x[..., None] for x in jnp.split(stats, 4, axis=1))
         d_gate = jnp.sum(g_out * value, -1, keepdims=True) + g_gate[..., None]
         ds = d_gate * reference.slope_of_gate(s, gate)
         a, b, c = ds * r_h * r_key * d**-0.5, ds * s * r_key**2 / d, ds * s * r_h**2 / d
@@ -178,8 +170,7 @@ def _recomputed(
         d_rows = product("tmd,cmd->tc", d_projected, weights)
         return jax.tree.map(jnp.add, total, sums), (d_rows, d_h.astype(streams.dtype))
 
-    there = jnp.ones((t,), bool) if mask is None else mask
-    inputs = (cut(rows), cut(streams), cut(there), cut(g[0]), cut(g[1].astype(wide)))
+    inputs = (cut(rows), cut(streams), cut(stats), cut(g[0]), cut(g[1].astype(wide)))
     shapes = weights.shape, gain.shape, weights.shape[1:]
     sums, whole = lax.scan(part, tuple(jnp.zeros(x, wide) for x in shapes), inputs)
     d_rows, d_streams = (x.reshape(-1, *x.shape[2:])[:t] for x in whole)
