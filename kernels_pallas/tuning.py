@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.experimental.pallas.tpu as pltpu
@@ -28,10 +30,29 @@ def _table(op: str) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(path.read_text())["blocks"] if path.exists() else {}
 
 
+# While a tuner runs: blocks to use instead, and which (op, key) were asked for.
+_tried: dict[tuple[str, str], dict[str, int]] = {}
+_asked: list[tuple[str, str]] = []
+
+
 def tuned(op: str, key: str) -> dict[str, int] | None:
     """Block sizes of `op` for the device in context, None if nobody has tuned for it.
 
     tuned.json: {"blocks": {device kind: {key: {block: size}}}, ...}; key: the shape, as the op
     writes it.
     """
+    _asked.append((op, key))
+    if (op, key) in _tried:
+        return _tried[op, key]
     return _table(op).get(dispatch.device()[1], {}).get(key)
+
+
+@contextlib.contextmanager
+def trying(blocks: dict[tuple[str, str], dict[str, int]]) -> Iterator[list[tuple[str, str]]]:
+    """For a tuner: these blocks for (op, key); yields the list of (op, key) that are asked for."""
+    _asked.clear()
+    _tried.update(blocks)
+    try:
+        yield _asked
+    finally:
+        _tried.clear()

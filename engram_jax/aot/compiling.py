@@ -65,7 +65,10 @@ class DoesNotFitError(Exception):
 
 
 def compile_with_text(
-    lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+    lowered: jax.stages.Lowered,
+    options: Mapping[str, Any] | None = None,
+    *,
+    stage: str = "after_optimizations",
 ) -> tuple[jax.stages.Compiled, str, float]:
     """Compile; return the program, the text of its optimized module, and the seconds it took.
 
@@ -75,6 +78,7 @@ def compile_with_text(
     Args:
       lowered: of `jax.jit(...).lower(...)`.
       options: XLA's compiler options (`xla_flags.options_for`).
+      stage: which of XLA's dumps; "after_codegen" also tells the VMEM that kernels use.
 
     Raises:
       DoesNotFitError: too little HBM. Other failures of the compiler stay what they are.
@@ -90,7 +94,7 @@ def compile_with_text(
                 raise
             raise _does_not_fit(str(error), Path(folder), time.perf_counter() - start) from error
         seconds = time.perf_counter() - start
-        return compiled, _dumped(Path(folder), "after_optimizations.txt"), seconds
+        return compiled, _dumped(Path(folder), f"{stage}.txt"), seconds
 
 
 @contextlib.contextmanager

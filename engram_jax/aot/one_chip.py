@@ -28,11 +28,13 @@ _FREE = {
 @dataclass(frozen=True)
 class Operation:
     """memory: of the program. kernel_bytes: moved by Pallas kernels, by their grids.
-    xla_bytes: moved by all other instructions (`xla_bytes`). text: the optimized module."""
+    xla_bytes: moved by all other instructions (`xla_bytes`). vmem: bytes of VMEM of the kernel that
+    uses most. text: the module as it is run."""
 
     memory: Memory
     kernel_bytes: int
     xla_bytes: int
+    vmem: int
     text: str
 
     @property
@@ -56,9 +58,20 @@ def compile_operation(topology: Topology, function: Callable[..., Any], *args: A
     )
     layout = Format(Layout.AUTO, NamedSharding(mesh, anywhere))
     lowered = jax.jit(mapped, in_shardings=layout, out_shardings=layout).lower(*args)
-    compiled, text, _ = compile_with_text(lowered)
+    compiled, text, _ = compile_with_text(lowered, stage="after_codegen")
     kernels = sum(traffic.kernel_bytes(mapped, *args).values())
-    return Operation(memory_of(compiled), kernels, xla_bytes(text), text)
+    return Operation(memory_of(compiled), kernels, xla_bytes(text), kernel_vmem(text), text)
+
+
+def kernel_vmem(text: str) -> int:
+    """Bytes of VMEM of the kernel that uses most; 0 without kernels."""
+    used = [0]
+    for computation in parse(text).computations.values():
+        for instruction in computation.instructions.values():
+            if KERNEL in instruction.attributes:
+                memories = instruction.backend_config.get("used_scoped_memory_configs", [])
+                used += [int(m["size"]) for m in memories if m["memory_space"] == "1"]
+    return max(used)
 
 
 def xla_bytes(text: str) -> int:

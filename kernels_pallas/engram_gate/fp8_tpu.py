@@ -68,7 +68,7 @@ class Projection:
             lanes = pl.cdiv(self.row_scales.shape[1], LANES) * LANES
             buffers = 1 if self._once(tokens) else 2
             size += buffers * tokens * lanes * self.row_scales.dtype.itemsize
-        return size + 8 * chunk * columns * 4
+        return size + 16 * chunk * columns * 4
 
     def operands(
         self, tokens: int, columns: int, column: Callable[..., tuple]
@@ -135,8 +135,10 @@ class Projection:
 
     def weights(self, refs: dict[str, Any]) -> jax.Array:
         """The step's weights [C, columns], ready for products with many chunks."""
+        if self.recipe is None:
+            return refs["weights"]
         weights = refs["weights"][...]
-        if self.recipe is None or (self.native and self.recipe != MX):
+        if self.native and self.recipe != MX:
             return weights
         if self.recipe != MX:
             return weights.astype(jnp.bfloat16)
@@ -147,7 +149,7 @@ class Projection:
     def product(self, refs: dict[str, Any], weights: jax.Array, tokens: Any) -> jax.Array:
         """rows W of a chunk: float32 [chunk, columns]."""
         if self.recipe is None:
-            return dot(refs["rows"][tokens], weights)
+            return dot(refs["rows"][tokens], weights[...])
         if self.recipe == MX:
             return dot(refs["ready"][tokens], weights)
         ready = "rows" if self.prepared else "ready"

@@ -160,8 +160,8 @@ def _backward_kernel(
 
         return lax.fori_loop(0, blocks.tokens // chunk, step, carry)
 
-    def projected(weights: jax.Array, tokens: Any) -> jax.Array:
-        out = dot(refs["rows"][tokens], weights)
+    def projected(tokens: Any) -> jax.Array:
+        out = dot(refs["rows"][tokens], refs["weights"][...])
         return out + refs["bias"][...] if "bias" in refs else out
 
     def total(x: jax.Array, there: jax.Array) -> jax.Array:
@@ -174,10 +174,8 @@ def _backward_kernel(
 
     @pl.when(j < n)
     def _value() -> None:
-        weights = refs["weights"][...]
-
         def body(tokens: Any, there: jax.Array, d_bias: jax.Array) -> jax.Array:
-            value = projected(weights, tokens)
+            value = projected(tokens)
             sums, d_value = refs["sums"][tokens], jnp.zeros_like(value)
             for branch in range(m):
                 g = refs["g"][branch, tokens].astype(jnp.float32)
@@ -205,7 +203,7 @@ def _backward_kernel(
 
     @pl.when(j >= n)
     def _keys() -> None:
-        weights, gain = refs["weights"][...], refs["gain"][...]
+        gain = refs["gain"][...]
         branch = j // n - 1
 
         def body(tokens: Any, there: jax.Array, carry: Any) -> Any:
@@ -215,7 +213,7 @@ def _backward_kernel(
                 jnp.sum(jnp.where(lane == branch + k * m, sums, 0), axis=1, keepdims=True)
                 for k in range(3)
             )
-            key = projected(weights, tokens)
+            key = projected(tokens)
             h = refs["streams"][tokens].astype(jnp.float32)
             d_key = a * h * gain - b * key
             d_h = a * gain * key - c * h
