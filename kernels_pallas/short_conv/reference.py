@@ -1,0 +1,80 @@
+"""The short convolution in plain jax.numpy: the meaning of the operation, and what a CPU runs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def short_conv(
+    u: jax.Array,
+    gain: jax.Array,
+    taps: jax.Array,
+    segments: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    dilation: int,
+    eps: float,
+) -> jax.Array:
+    """As `api.short_conv`."""
+    before = tail_length(taps, dilation)
+    padded = jnp.pad(normalised(u, gain, eps), ((0, 0), (before, 0), (0, 0), (0, 0)))
+    return masked(u + convolved(padded, taps, segments, dilation), mask)
+
+
+def short_conv_cached(
+    u: jax.Array,
+    tail: jax.Array,
+    valid: jax.Array,
+    gain: jax.Array,
+    taps: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    dilation: int,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """As `api.short_conv_cached`."""
+    padded = jnp.concatenate([tail, normalised(u, gain, eps).astype(tail.dtype)], axis=1)
+    out = masked(u + convolved(padded, taps, None, dilation), mask)
+    index = valid[:, None] + jnp.arange(tail.shape[1])
+    return out, jax.vmap(lambda x, i: x[i])(padded, index)
+
+
+def tail_length(taps: jax.Array, dilation: int) -> int:
+    """Positions of history that the convolution needs."""
+    return (taps.shape[0] - 1) * dilation
+
+
+def normalised(u: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis, computed in at least float32; shape and dtype of `u`."""
+    wide = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+    y = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (y * gain.astype(y.dtype)).astype(u.dtype)
+
+
+def convolved(
+    padded: jax.Array, taps: jax.Array, segments: jax.Array | None, dilation: int
+) -> jax.Array:
+    """SiLU of the convolution: [B, L + T, M, d], L of them history -> [B, T, M, d]."""
+    before = tail_length(taps, dilation)
+    length = padded.shape[1] - before
+    out = jnp.zeros((), padded.dtype)
+    for j in range(taps.shape[0]):
+        back = before - j * dilation
+        x = lax.slice_in_dim(padded, before - back, before - back + length, axis=1)
+        if segments is not None and back:
+            same = segments == shifted(segments, back)
+            x = jnp.where(same[..., None, None], x, 0)
+        out = out + x * taps[j].astype(x.dtype)
+    return jax.nn.silu(out)
+
+
+def masked(out: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zero where `mask` [B, T] is False: the convolution reaches a token from those before it."""
+    return out if mask is None else jnp.where(mask[..., None, None], out, 0)
+
+
+def shifted(segments: jax.Array, back: int) -> jax.Array:
+    """segments[t - back], 0 before the start."""
+    return jnp.pad(segments, ((0, 0), (back, 0)))[:, : segments.shape[1]]

@@ -1,0 +1,144 @@
+"""The kernels with their gradients. Kept for the backward pass: the arguments, nothing else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.dispatch import TPU, Choice
+from kernels_pallas.short_conv import gpu, openings, reference, tpu, tpu_backward
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def short_conv(
+    u: jax.Array,
+    gain: jax.Array,
+    taps: jax.Array,
+    segments: jax.Array | None,
+    mask: jax.Array | None,
+    dilation: int,
+    eps: float,
+    choice: Choice,
+) -> jax.Array:
+    """As api.short_conv."""
+    bits = _bits(u, taps, segments, mask, dilation)
+    kernel = tpu.forward if choice.kernel == TPU else gpu.forward
+    out = kernel(
+        jnp.moveaxis(u, 2, 1),
+        _filters(gain, taps),
+        bits,
+        dilation=dilation,
+        eps=eps,
+        interpret=choice.interpret,
+    )
+    return jnp.moveaxis(out, 1, 2)
+
+
+def _forward(*args: Any) -> tuple[jax.Array, tuple]:
+    return short_conv(*args), args[:5]
+
+
+def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Array) -> tuple:
+    u, gain, taps, segments, mask = kept
+    if choice.kernel != TPU:
+
+        def plain(u: jax.Array, gain: jax.Array, taps: jax.Array) -> jax.Array:
+            return reference.short_conv(u, gain, taps, segments, mask, dilation=dilation, eps=eps)
+
+        return *jax.vjp(plain, u, gain, taps)[1](g), None, None
+    du, d_filters = tpu_backward.backward(
+        jnp.moveaxis(u, 2, 1),
+        _filters(gain, taps),
+        _bits(u, taps, segments, mask, dilation),
+        jnp.moveaxis(g, 2, 1),
+        dilation=dilation,
+        eps=eps,
+        interpret=choice.interpret,
+    )
+    d_filters = jnp.moveaxis(d_filters, 1, 0)
+    d_gain = jnp.sum(d_filters * taps.astype(jnp.float32), axis=0).astype(gain.dtype)
+    d_taps = (d_filters * gain.astype(jnp.float32)).astype(taps.dtype)
+    return jnp.moveaxis(du, 1, 2), d_gain, d_taps, None, None
+
+
+short_conv.defvjp(_forward, _backward)
+
+
+def _filters(gain: jax.Array, taps: jax.Array) -> jax.Array:
+    """[M, K, d]: the gain goes into the taps, so that the kernels multiply once."""
+    return jnp.moveaxis(taps.astype(jnp.float32) * gain.astype(jnp.float32), 0, 1)
+
+
+def _bits(
+    u: jax.Array,
+    taps: jax.Array,
+    segments: jax.Array | None,
+    mask: jax.Array | None,
+    dilation: int,
+    history: bool = False,
+) -> jax.Array:
+    return openings.bits_of(
+        u.shape[:2], segments, mask, kernel=taps.shape[0], dilation=dilation, history=history
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def short_conv_cached(
+    u: jax.Array,
+    tail: jax.Array,
+    valid: jax.Array,
+    gain: jax.Array,
+    taps: jax.Array,
+    mask: jax.Array | None,
+    dilation: int,
+    eps: float,
+    choice: Choice,
+) -> tuple[jax.Array, jax.Array]:
+    """As api.short_conv_cached; on TPU."""
+    out = tpu.forward(
+        jnp.moveaxis(u, 2, 1),
+        jnp.moveaxis(taps, 0, 1),
+        _bits(u, taps, None, mask, dilation, history=True),
+        gain,
+        jnp.moveaxis(tail, 2, 1),
+        dilation=dilation,
+        eps=eps,
+        out_dtype=jnp.promote_types(u.dtype, tail.dtype),
+        interpret=choice.interpret,
+    )
+    return jnp.moveaxis(out, 1, 2), _new_tail(u, tail, valid, gain, eps)
+
+
+def _new_tail(
+    u: jax.Array, tail: jax.Array, valid: jax.Array, gain: jax.Array, eps: float
+) -> jax.Array:
+    """The last L entries up to the valid[b]-th new one; only those of u are normalised again."""
+    keep = tail.shape[1]
+    index = valid[:, None] + jnp.arange(keep)  # into tail and u, one after the other
+    old = jax.vmap(lambda x, i: x[i])(tail, jnp.minimum(index, keep - 1))
+    new = jax.vmap(lambda x, i: x[i])(u, jnp.maximum(index - keep, 0))
+    new = reference.normalised(new, gain, eps).astype(tail.dtype)
+    return jnp.where((index < keep)[..., None, None], old, new)
+
+
+def _cached_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    return short_conv_cached(*args), args[:6]
+
+
+def _cached_backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: tuple) -> tuple:
+    """JAX's gradient of the reference: nobody trains through a cache, but it is defined."""
+    u, tail, valid, gain, taps, mask = kept
+
+    def plain(u: jax.Array, tail: jax.Array, gain: jax.Array, taps: jax.Array) -> tuple:
+        return reference.short_conv_cached(
+            u, tail, valid, gain, taps, mask, dilation=dilation, eps=eps
+        )
+
+    du, d_tail, d_gain, d_taps = jax.vjp(plain, u, tail, gain, taps)[1](g)
+    return du, d_tail, None, d_gain, d_taps, None
+
+
+short_conv_cached.defvjp(_cached_forward, _cached_backward)
