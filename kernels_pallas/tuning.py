@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.experimental.pallas.tpu as pltpu
 
 from kernels_pallas import dispatch
@@ -22,6 +23,15 @@ def vmem_limit() -> int:
     known = platform == dispatch.TPU and pltpu.is_tpu_device()
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes if known else SMALLEST_VMEM
     return capacity - 2 * MIB
+
+
+def cores() -> int:
+    """Tensor cores that share out a kernel's parallel blocks: 2 on v5p, 1 elsewhere."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    on_tpu = dispatch.device()[0] == dispatch.TPU
+    if abstract is not None and on_tpu:
+        return abstract.num_cores or 1
+    return getattr(jax.devices()[0], "num_cores", 1) or 1 if on_tpu else 1
 
 
 @functools.cache

@@ -19,11 +19,9 @@ from kernels_pallas.engram_gate.shapes import REAL, Shape, arrays
 EPS = 1e-6
 # What the tuner tries: a block of tokens for every number of passes over the weights.
 CANDIDATES = [
-    {"tokens": tokens, "columns": columns, "chunk": chunk}
-    for tokens in (4096, 2816, 2048, 1664, 1408, 1280, 1024, 512)
+    {"tokens": tokens, "columns": columns, "chunk": 256}
+    for tokens in (4096, 2816, 2048, 1536, 1024, 512)
     for columns in (512, 256, 128)
-    for chunk in (256, 128)
-    if tokens % chunk == 0
 ]
 
 

@@ -69,7 +69,7 @@ def blocks_for(p: Projection, tokens: int, streams: int, d: int, out_bytes: int)
     key = f"C{p.depth}_d{d}_M{streams}_{p.name}"
     found = tuning.tuned("engram_gate", key)
     if found:
-        return Blocks(**found)
+        return fitted(Blocks(**found), tokens)
     columns, chunk = math.gcd(d, MAX_COLUMNS), chunk_for(tokens, CHUNK)
     limit = tuning.vmem_limit()
 
@@ -77,12 +77,22 @@ def blocks_for(p: Projection, tokens: int, streams: int, d: int, out_bytes: int)
         moving = 2 * block * columns * out_bytes * (1 + streams)  # streams in, out blocks
         return p.vmem(block, chunk, columns) + moving + 3 * block * LANES * 4
 
-    passes = pl.cdiv(tokens, MAX_TOKENS)  # over the weights, each with as many tokens
-    while True:
-        block = pl.cdiv(pl.cdiv(tokens, passes), chunk) * chunk
-        if block == chunk or bytes_of(block) < limit:
-            return Blocks(block, columns, chunk)
-        passes += 1
+    longest = MAX_TOKENS
+    while (
+        longest > chunk and bytes_of(fitted(Blocks(longest, columns, chunk), tokens).tokens) > limit
+    ):
+        longest -= chunk
+    return fitted(Blocks(longest, columns, chunk), tokens)
+
+
+def fitted(blocks: Blocks, tokens: int) -> Blocks:
+    """As few passes over the weights as `blocks` allows, each with equally many tokens; every core
+    has as many."""
+    chunk = chunk_for(tokens, blocks.chunk)
+    cores = min(tuning.cores(), pl.cdiv(tokens, chunk))
+    passes = pl.cdiv(pl.cdiv(tokens, blocks.tokens), cores) * cores
+    of_pass = pl.cdiv(tokens, passes)
+    return Blocks(pl.cdiv(of_pass, chunk) * chunk, blocks.columns, chunk)
 
 
 def chunk_for(tokens: int, chunk: int) -> int:

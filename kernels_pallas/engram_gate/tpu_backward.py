@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import tuning
 from kernels_pallas.engram_gate.fp8_tpu import dot
 from kernels_pallas.engram_gate.reference import slope_of_gate
-from kernels_pallas.engram_gate.tpu import CHUNK, LANES, MAX_COLUMNS, Blocks, chunk_for
+from kernels_pallas.engram_gate.tpu import CHUNK, LANES, MAX_COLUMNS, Blocks, chunk_for, fitted
 
 MAX_TOKENS = 2048
 
@@ -40,17 +40,20 @@ def blocks_for(tokens: int, c: int, streams: int, d: int, size: int) -> Blocks:
     """The longest block of tokens that fits VMEM; size: bytes of a number."""
     found = tuning.tuned("engram_gate", f"backward_C{c}_d{d}_M{streams}_{size}")
     if found:
-        return Blocks(**found)
+        return fitted(Blocks(**found), tokens)
     columns, chunk = math.gcd(d, MAX_COLUMNS), chunk_for(tokens, CHUNK)
+    limit = tuning.vmem_limit()
 
     def bytes_of(block: int) -> int:
         moving = block * c + c * columns + block * columns * (streams + 3)
         return 2 * moving * size + 5 * block * LANES * 4 + 12 * chunk * columns * 4
 
-    block = chunk
-    while block < min(MAX_TOKENS, tokens) and bytes_of(2 * block) < tuning.vmem_limit():
-        block *= 2
-    return Blocks(block, columns, chunk)
+    longest = MAX_TOKENS
+    while (
+        longest > chunk and bytes_of(fitted(Blocks(longest, columns, chunk), tokens).tokens) > limit
+    ):
+        longest -= chunk
+    return fitted(Blocks(longest, columns, chunk), tokens)
 
 
 def backward(
