@@ -112,11 +112,11 @@ def balance_backward(
         rows = [-d * a * a for d, a in zip(du, u_after, strict=True)]
         dv = [d + s for d, s in zip(dv, transposed_times(kernel, rows), strict=True)]
         columns = [-d * a * a for d, a in zip(dv, v_after, strict=True)]
-        d_kernel = (
+        d_kernel = [
             d_kernel[i * n + j] + rows[i] * v_after[j] + u[i] * columns[j]
             for i in every
             for j in every
-        )
+        ]
         through = times(kernel, columns)
         du = [du[i] * eps * (u_after[i] / u[i]) ** 2 + through[i] for i in every]
         dv = [dv[j] * eps * (v_after[j] / v[j]) ** 2 for j in every]

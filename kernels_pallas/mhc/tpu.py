@@ -110,18 +110,20 @@ def blocks_for(
 
 
 def split(x: jax.Array, parts: int = PARTS) -> list[jax.Array]:
-    """bfloat16 arrays whose sum is x: three hold all bits of float32, one those of bfloat16.
+    """bfloat16 arrays whose sum is x: three hold all bits of float32, one those of bfloat16."""
+    return [x] if x.dtype == jnp.bfloat16 else [a.astype(jnp.bfloat16) for a in tops(x, parts)]
+
+
+def tops(x: jax.Array, parts: int = PARTS) -> list[jax.Array]:
+    """float32 x as a sum of float32 arrays with at most 8 significant bits each.
 
     By masking bits: the compiler may leave out a rounding to bfloat16 and back.
     """
-    if x.dtype == jnp.bfloat16:
-        return [x]
     out = []
     for _ in range(parts):
         bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        top = lax.bitcast_convert_type(bits, jnp.float32)
-        out.append(top.astype(jnp.bfloat16))
-        x = x - top
+        out.append(lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - out[-1]
     return out
 
 
@@ -253,7 +255,7 @@ def _kernel(
 
 
 def _products(refs: dict[str, Any], n: int, d: int, blocks: Blocks) -> None:
-    """product [tokens, stacked]: x times the parts of fn, and in the last lane the sum of squares."""
+    """product [tokens, stacked]: x times the parts of fn; in the last lane the sum of squares."""
     product = refs["product"]
     product[...] = jnp.zeros_like(product)
     for j in range(n):
@@ -315,13 +317,14 @@ def to_lanes(sublanes: Any, lanes: Any) -> None:
 
 def to_sublanes(lanes: Any, sublanes: Any) -> None:
     for k in range(lanes.shape[1]):
-        sublanes[k * LANES : (k + 1) * LANES, :] = lanes[:, k, :].T
+        sublanes[k * LANES : (k + 1) * LANES, :] = lanes[:, k, :].T.astype(sublanes.dtype)
 
 
 def from_lanes(lanes: Any, count: int, out: Any, first: int = 0) -> None:
     """Coefficients first .. first + count to rows of a block [count, tokens]."""
     for k in range(lanes.shape[1]):
-        out[:, k * LANES : (k + 1) * LANES] = lanes[first : first + count, k, :]
+        rows = lanes[first : first + count, k, :]
+        out[:, k * LANES : (k + 1) * LANES] = rows.astype(out.dtype)
 
 
 def into_lanes(block: Any, lanes: Any, first: int = 0) -> None:

@@ -1,0 +1,328 @@
+"""Gradients of mHC in front of a sub-layer on TPU (Mosaic), in one pass over the streams.
+
+From g, g_post and g_res, with the logits h and r = 1 / rms(x) that the forward pass kept:
+
+    g_pre_j = <g, x_j>
+    dz      = gradient of z = a h + b: Sinkhorn forward (factors after every step stay in VMEM)
+              and back, sigmoids (coefficients.py)
+    dbase_c = sum dz_c;  dscale = sums dz_c h_c;  e_c = a dz_c r
+    dx_j    = pre_j g + sum_c e_c fn_jc - (sum_c e_c h_c) r x_j / (n d)
+    dfn_jc  = sum over tokens of e_c x_j
+
+Both products run on the MXU in bfloat16 parts as in tpu.py. Gradients of parameters are summed in
+float32 over the blocks of each half of the grid: the halves may run on two cores (v5p).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import tuning
+from kernels_pallas.mhc import coefficients
+from kernels_pallas.mhc.coefficients import Vector, entry, total
+from kernels_pallas.mhc.tpu import (
+    LANES,
+    MAX_COLUMNS,
+    PARTS,
+    ROWS,
+    Blocks,
+    Width,
+    blocks_for,
+    dot,
+    for_each_columns,
+    for_each_rows,
+    from_lanes,
+    into_lanes,
+    pieces,
+    scalars,
+    split,
+    spread,
+    stacked_parts,
+    to_lanes,
+    to_sublanes,
+    tops,
+)
+
+
+def backward(
+    x: jax.Array,
+    fn: jax.Array,
+    base: jax.Array,
+    scale: jax.Array,
+    kept: jax.Array,
+    g: jax.Array,
+    g_post: jax.Array,
+    g_res: jax.Array,
+    *,
+    iterations: int,
+    eps: float,
+    transpose: bool,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, fn, base and scale.
+
+    Args:
+      x: [n, P, d]; fn, base, scale: as in tpu.forward, kept: its; g: [P, d];
+      g_post: float32 [n, P]; g_res: float32 [n n, P].
+
+    Returns:
+      (dx [n, P, d] in x's dtype; float32 dfn [n d, c], dbase [c], dscale [3]).
+    """
+    n, p, d = x.shape
+    width, size = Width(n), x.dtype.itemsize
+    parts = PARTS if size == 4 else 2  # of e in dx, which is rounded to x's dtype
+
+    def bytes_of(tokens: int) -> int:
+        moving = 2 * tokens * ((2 * n + 1) * d * size + 4 * (n + n * n + width.kept))
+        across = 4 * max(8 * LANES, tokens)  # one number per token
+        scratch = across * (2 * LANES + width.stacked + 2 * n * iterations)
+        turned = 2 * tokens * width.stacked * (parts + 1) + 8 * tokens * LANES
+        inner = 4 * n * tokens * MAX_COLUMNS + (16 * tokens * MAX_COLUMNS if size == 4 else 0)
+        return moving + scratch + turned + inner + 2 * n * d * (width.stacked + 4 * width.part)
+
+    blocks = blocks or blocks_for("pre_backward", p, n, d, size, bytes_of)
+    bt = blocks.tokens
+    count = pl.cdiv(p, bt)
+    halves = min(2, count)
+    steps = pl.cdiv(count, halves)
+
+    def kernel(*refs: Any) -> None:
+        names = (
+            *("base", "scale", "x", "fn", "kept", "g", "g_post", "g_res", "dx", "dfn", "sums"),
+            *("lanes", "made", "stack", "factors", "columns", "e_tokens", "e_columns", "partial"),
+        )
+        named = dict(zip(names, refs, strict=True))
+        _kernel(named, n, p, d, steps, iterations, eps, transpose, blocks)
+
+    def token_block(half: Any, step: Any) -> Any:
+        return jnp.minimum(half * steps + step, count - 1)
+
+    def rows(k: int) -> pl.BlockSpec:
+        return pl.BlockSpec((k, bt), lambda h, s: (0, token_block(h, s)))
+
+    in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    streams = pl.BlockSpec((n, bt, d), lambda h, s: (0, token_block(h, s), 0))
+    groups, lanes = bt // LANES, jnp.float32
+    dx, dfn, sums = pl.pallas_call(
+        kernel,
+        grid=(halves, steps),
+        in_specs=[
+            in_smem,
+            in_smem,
+            streams,
+            pl.BlockSpec(
+                (n, width.stacked, d), lambda h, s: (0, 0, 0), pipeline_mode=pl.Buffered(1)
+            ),
+            rows(width.kept),
+            pl.BlockSpec((bt, d), lambda h, s: (token_block(h, s), 0)),
+            rows(n),
+            rows(n * n),
+        ],
+        out_specs=[
+            streams,
+            pl.BlockSpec((None, n, width.part, d), lambda h, s: (h, 0, 0, 0)),
+            pl.BlockSpec((None, 2 * width.part, LANES), lambda h, s: (h, 0, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((halves, n, width.part, d), jnp.float32),
+            jax.ShapeDtypeStruct((halves, 2 * width.part, LANES), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((LANES, groups, LANES), lanes),
+            pltpu.VMEM((LANES, groups, LANES), lanes),
+            pltpu.VMEM((width.stacked, groups, LANES), lanes),
+            pltpu.VMEM((iterations, 2 * n, groups, LANES), lanes),
+            pltpu.VMEM((bt, LANES), lanes),
+            pltpu.VMEM((width.stacked, bt), jnp.bfloat16),
+            pltpu.VMEM((parts, bt, width.stacked), jnp.bfloat16),
+            pltpu.VMEM((n, bt, blocks.columns), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem_limit()
+        ),
+        interpret=interpret,
+        name="mhc_pre_backward",
+    )(base, scale, x, stacked_parts(fn, n), kept, g, g_post, g_res)
+    c = width.count
+    dfn = jnp.moveaxis(dfn.sum(0)[:, :c], 1, 2).reshape(n * d, c)
+    dbase, times_h = sums.sum((0, 2)).reshape(2, width.part)[:, :c]
+    dscale = jnp.stack([times_h[:n].sum(), times_h[n : 2 * n].sum(), times_h[2 * n :].sum()])
+    return dx, dfn, dbase, dscale
+
+
+def _kernel(
+    refs: dict[str, Any],
+    n: int,
+    p: int,
+    d: int,
+    steps: int,
+    iterations: int,
+    eps: float,
+    transpose: bool,
+    blocks: Blocks,
+) -> None:
+    step = pl.program_id(1)
+    left = p - (pl.program_id(0) * steps + step) * blocks.tokens
+    ragged = p % blocks.tokens != 0
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        refs["dfn"][...] = jnp.zeros_like(refs["dfn"])
+        refs["sums"][...] = jnp.zeros_like(refs["sums"])
+
+    @pl.when(left > 0)  # else the last block again, where the halves differ: its dx stays
+    def _block() -> None:
+        for_each_rows(blocks.tokens, lambda tokens: _products(refs, tokens, n, d, blocks.columns))
+        _coefficients(refs, n, d, left, iterations, eps, transpose)
+        for_each_columns(
+            d, blocks.columns, lambda columns: _gradients(refs, columns, n, left, ragged, blocks)
+        )
+
+
+def _gradients(
+    refs: dict[str, Any], columns: Any, n: int, left: jax.Array, ragged: bool, blocks: Blocks
+) -> None:
+    """dx of some columns, and what they add to dfn."""
+    part = Width(n).part
+    for j in range(n):
+        fn, out = refs["fn"][j, :, columns], refs["partial"].at[j]
+        out[...] = dot(refs["e_columns"][0], fn)
+        for k in range(1, refs["e_columns"].shape[0]):
+            out[...] += dot(refs["e_columns"][k], fn)
+        x = refs["x"][j, :, columns]
+        if ragged:  # 0 times whatever lies behind the last token could be NaN
+            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < left, x, 0)
+        for x_part in split(x):
+            products = dot(refs["e_tokens"][...], x_part)
+            refs["dfn"][j, :, columns] += total(
+                [products[k * part : (k + 1) * part] for k in reversed(range(PARTS))]
+            )
+    for_each_rows(blocks.tokens, lambda tokens: _dx(refs, tokens, columns, n, blocks.columns))
+
+
+def _products(refs: dict[str, Any], tokens: Any, n: int, d: int, width: int) -> None:
+    """<g, x_j> into lane j of `columns`."""
+
+    def add(columns: Any, sums: tuple) -> tuple:
+        for lanes in pieces(columns, width):
+            g = refs["g"][tokens, lanes].astype(jnp.float32)
+            sums = tuple(
+                s + g * refs["x"][j, tokens, lanes].astype(jnp.float32) for j, s in enumerate(sums)
+            )
+        return sums
+
+    sums = for_each_columns(d, width, add, (jnp.zeros((ROWS, LANES), jnp.float32),) * n)
+    lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    out = jnp.zeros((ROWS, LANES), jnp.float32)
+    for j, s in enumerate(sums):
+        out = jnp.where(lane == j, jnp.sum(s, axis=1, keepdims=True), out)
+    refs["columns"][tokens] = out
+
+
+def _coefficients(
+    refs: dict[str, Any],
+    n: int,
+    d: int,
+    left: jax.Array,
+    iterations: int,
+    eps: float,
+    transpose: bool,
+) -> None:
+    """From gradients of the coefficients to those of the logits.
+
+    Leaves e in `e_tokens` and `e_columns`, pre and what x is multiplied by in `columns`, and adds
+    to `sums`.
+    """
+    width, lanes, made = Width(n), refs["lanes"], refs["made"]
+    base, scale = scalars(refs, width)
+    into_lanes(refs["kept"], made)
+    h, r = [made[c] for c in range(width.count)], made[width.kept - 1]
+    z = coefficients.logits_of(h, base, scale, n)
+    to_lanes(refs["columns"], lanes)
+    into_lanes(refs["g_post"], lanes, first=n)
+    into_lanes(refs["g_res"], lanes, first=2 * n)
+
+    dz = [lanes[c] for c in range(width.count)]
+    pre = []
+    for c in range(2 * n):
+        s = coefficients.sigmoid(z[c])
+        dz[c] = dz[c] * (1 if c < n else 2) * s * (1 - s)
+        pre.append(s + eps)
+    mixing = _sinkhorn_backward(refs["factors"], z, dz, n, iterations, eps, transpose)
+    for i in range(n):
+        for j in range(n):
+            dz[entry(n, i, j, transpose)] = mixing[i][j]
+
+    shape = h[0].shape
+    token = lax.broadcasted_iota(jnp.int32, shape, 0) * LANES
+    there = token + lax.broadcasted_iota(jnp.int32, shape, 1) < left
+    along, e = [], []
+    for c in range(width.count):
+        for first, x in ((0, dz[c]), (width.part, dz[c] * h[c])):
+            row = slice(first + c, first + c + 1)
+            refs["sums"][row] += jnp.sum(jnp.where(there, x, 0), axis=0, keepdims=True)
+        of_logit = scale[min(c // n, 2)] * dz[c]
+        along.append(of_logit * h[c])
+        e.append(jnp.where(there, of_logit * r, 0))
+
+    for j in range(n):
+        lanes[j] = pre[j]
+    lanes[n] = total(along) * r * r * (1 / (n * d))
+    to_sublanes(lanes, refs["columns"])
+    _stack_parts(refs, e, width)
+
+
+def _sinkhorn_backward(
+    factors: Any, z: Vector, g: Vector, n: int, iterations: int, eps: float, transpose: bool
+) -> coefficients.Matrix:
+    soft = coefficients.softmax(z, n, transpose)
+    matrix = [[x + eps for x in row] for row in soft]
+
+    def keep(k: Any, u: Vector, v: Vector) -> None:
+        for i, x in enumerate((*u, *v)):
+            factors[k, i] = x
+
+    def kept(k: Any) -> tuple[Vector, Vector]:
+        both = [factors[k, i] for i in range(2 * n)]
+        return both[:n], both[n:]
+
+    coefficients.balance(matrix, iterations, eps, keep)
+    g_res = [[g[2 * n + i * n + j] for j in range(n)] for i in range(n)]
+    d_matrix = coefficients.balance_backward(matrix, g_res, iterations, eps, kept)
+    return coefficients.softmax_backward(soft, d_matrix)
+
+
+def _stack_parts(refs: dict[str, Any], e: Vector, width: Width) -> None:
+    """e_tokens [stacked, tokens]: the three parts of e; e_columns[k] [tokens, stacked]: part k
+    three times, for the three parts of fn."""
+    stack = refs["stack"]
+    stack[...] = jnp.zeros_like(stack)
+    parts = [tops(x) for x in e]
+    for c, own in enumerate(parts):
+        for k in range(PARTS):
+            stack[k * width.part + c] = own[k]
+    from_lanes(stack, width.stacked, refs["e_tokens"])
+    for part in range(refs["e_columns"].shape[0]):
+        for c, own in enumerate(parts):
+            for k in range(PARTS):
+                stack[k * width.part + c] = own[part]
+        to_sublanes(stack, refs["e_columns"].at[part])
+
+
+def _dx(refs: dict[str, Any], tokens: Any, columns: Any, n: int, width: int) -> None:
+    *pre, along = spread(refs["columns"][tokens], range(n + 1))
+    for k, lanes in enumerate(pieces(columns, width)):
+        g = refs["g"][tokens, lanes].astype(jnp.float32)
+        for j in range(n):
+            x = refs["x"][j, tokens, lanes].astype(jnp.float32)
+            out = refs["partial"][j, tokens, k * LANES : (k + 1) * LANES]
+            out += pre[j] * g - along * x
+            refs["dx"][j, tokens, lanes] = out.astype(refs["dx"].dtype)
