@@ -103,12 +103,12 @@ def _kernel(
 
     def convolve(j: jax.Array, carry: None) -> None:
         columns = j * blocks.columns + jnp.arange(blocks.columns)
-        y = jnp.zeros(tile, jnp.float32)
+        h = jnp.zeros(tile, jnp.float32)
         for k, scale in enumerate(scales):
             f = plgpu.load(filters.at[stream, k, columns])
-            y += past(k, columns) * scale[:, None] * f[None]
+            h += past(k, columns) * scale[:, None] * f[None]
         # Tap K - 1 is the token itself: what it read is u, wherever there is a token.
-        result = past(kernel - 1, columns) + y * jax.nn.sigmoid(y)
+        result = past(kernel - 1, columns) + 2 * h * jax.nn.sigmoid(2 * h)
         live = (own & (1 << kernel)) != 0
         plgpu.store(
             out.at[sequence, stream, tokens[:, None], columns[None]],

@@ -1,15 +1,15 @@
 """The short convolution on TPU, backward (Mosaic): from u and the gradient g of the output.
 
-With x = u r the rows divided by their root mean square, f = taps * gain, y the convolution of x
-with f and s = sigmoid(y), the forward pass computed again:
+With x = u r the rows divided by their root mean square, f = taps * gain / 2 and h the convolution
+of x with f, so that out = u + h (1 + tanh h), the forward pass computed again:
 
-    dy     = g s (1 + y (1 - s))
-    df_k   = sum over t of dy[t] x[t - back_k]
-    dx[t]  = sum over k of f_k dy[t + back_k]
-    du     = g + r (dx - x mean(dx x));  d taps = df gain;  d gain = sum over k of df_k taps_k
+    dh     = g (1 + t) (1 + h (1 - t)),  t = tanh h
+    df_k   = sum over tokens i of dh[i] x[i - back_k]
+    dx[i]  = sum over k of f_k dh[i + back_k]
+    du     = g + r (dx - x mean(dx x))
 
 each term only where the tap is open. The grid is the forward pass's with the blocks in reverse
-order: dy of the tokens that follow is still in VMEM, as are their bits; the rows that go before are
+order: dh of the tokens that follow is still in VMEM, as are their bits; the rows that go before are
 a short second block of u. So u and g are read and du written once.
 """
 
@@ -33,12 +33,11 @@ from kernels_pallas.short_conv.tpu import (
     for_each_column,
     history_rows,
     reciprocal_rms,
-    sigmoid,
     when_open,
 )
 
 SUBLANES = 8
-ARRAYS, SCRATCH = 3, 2  # u, g, du; x, dy
+ARRAYS, SCRATCH = 3, 2  # u, g, du; x, dh
 
 
 def backward(
@@ -55,7 +54,8 @@ def backward(
     """Gradients of u and, in float32, of the filters.
 
     Args:
-      u: [B, M, T, d]; filters: [M, K, d], taps times gain; bits: int32 [B, T]; as tpu.forward's.
+      u: [B, M, T, d]; filters: [M, K, d], half the taps times the gain; bits: int32 [B, T]: those
+        of tpu.forward.
       g: [B, M, T, d], the gradient of the output.
 
     Returns:
@@ -92,7 +92,7 @@ def backward(
     columns, rows = d // LANES, blocks.tokens + before
     scratch = {
         "x": pltpu.VMEM((columns, rows, LANES), jnp.float32),  # rows before, then the block's
-        "dy": pltpu.VMEM((columns, rows, LANES), jnp.float32),  # the block's, then rows after
+        "dh": pltpu.VMEM((columns, rows, LANES), jnp.float32),  # the block's, then rows after
         "dx": pltpu.VMEM((columns, blocks.chunk, LANES), jnp.float32),
         "df": pltpu.VMEM((columns, kernel * SUBLANES, LANES), jnp.float32),
         "r": pltpu.VMEM((blocks.tokens, LANES), jnp.float32),
@@ -132,7 +132,7 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
     block, d = refs["u"].shape
     kernel = refs["filters"].shape[0]
     backs = [(kernel - 1 - k) * dilation for k in range(kernel)]
-    x, dy, dx, df, open_ = (refs[name] for name in ("x", "dy", "dx", "df", "open"))
+    x, dh, dx, df, open_ = (refs[name] for name in ("x", "dh", "dx", "df", "open"))
     chunks = block // chunk
 
     @pl.when(i == 0)
@@ -145,7 +145,7 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
         open_[block:] = open_[:before]
 
         def keep(j: jax.Array, lanes: Any) -> None:
-            dy[j, block:] = dy[j, :before]
+            dh[j, block:] = dh[j, :before]
 
         for_each_column(d, keep)
 
@@ -181,11 +181,11 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
                     when_open(bits, k, x[j, pl.ds(before + first - back, chunk)])
                     for k, back in enumerate(backs)
                 ]
-                y = sum(p * refs["filters"][k : k + 1, lanes] for k, p in enumerate(past))
-                s = sigmoid(y)
+                h = sum(p * refs["filters"][k : k + 1, lanes] for k, p in enumerate(past))
+                t = jnp.tanh(h)
                 # The last block's rows that do not exist hold anything: 0 by choice, not by g.
-                own = when_open(bits, kernel, gradient(lanes) * (s + y * s * (1 - s)))
-                dy[j, rows] = own
+                own = when_open(bits, kernel, gradient(lanes) * (1 + t) * (1 + h * (1 - t)))
+                dh[j, rows] = own
                 for k, p in enumerate(past):
                     parts = (own * p).reshape(chunk // SUBLANES, SUBLANES, LANES)
                     df[j, k * SUBLANES : (k + 1) * SUBLANES] += jnp.sum(parts, axis=0)
@@ -193,12 +193,12 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
             for_each_column(d, convolve)
 
             def transposed(j: jax.Array, lanes: Any, total: jax.Array) -> jax.Array:
-                out = jnp.zeros((chunk, LANES), jnp.float32)
-                for k, back in enumerate(backs):
+                def reached(k: int, back: int) -> jax.Array:
                     later = pl.ds(first + back, chunk)
                     there = None if bits is None else open_[later]
-                    out += when_open(there, k, dy[j, later]) * refs["filters"][k : k + 1, lanes]
-                dx[j] = out
+                    return when_open(there, k, dh[j, later]) * refs["filters"][k : k + 1, lanes]
+
+                out = dx[j] = sum(reached(k, back) for k, back in enumerate(backs))
                 return total + out * x[j, pl.ds(before + first, chunk)]
 
             total = for_each_column(d, transposed, jnp.zeros((chunk, LANES), jnp.float32))

@@ -58,9 +58,9 @@ def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Arr
         eps=eps,
         interpret=choice.interpret,
     )
-    d_filters = jnp.moveaxis(d_filters, 1, 0)
-    d_gain = jnp.sum(d_filters * taps.astype(jnp.float32), axis=0).astype(gain.dtype)
-    d_taps = (d_filters * gain.astype(jnp.float32)).astype(taps.dtype)
+    d_product = jnp.moveaxis(d_filters, 1, 0) / 2
+    d_gain = jnp.sum(d_product * taps.astype(jnp.float32), axis=0).astype(gain.dtype)
+    d_taps = (d_product * gain.astype(jnp.float32)).astype(taps.dtype)
     return jnp.moveaxis(du, 1, 2), d_gain, d_taps, None, None
 
 
@@ -68,8 +68,8 @@ short_conv.defvjp(_forward, _backward)
 
 
 def _filters(gain: jax.Array, taps: jax.Array) -> jax.Array:
-    """[M, K, d]: the gain goes into the taps, so that the kernels multiply once."""
-    return jnp.moveaxis(taps.astype(jnp.float32) * gain.astype(jnp.float32), 0, 1)
+    """[M, K, d]: taps times gain, so that the kernels multiply once, halved as they want them."""
+    return jnp.moveaxis(taps.astype(jnp.float32) * gain.astype(jnp.float32) / 2, 0, 1)
 
 
 def _bits(
@@ -100,7 +100,7 @@ def short_conv_cached(
     """As api.short_conv_cached; on TPU."""
     out = tpu.forward(
         jnp.moveaxis(u, 2, 1),
-        jnp.moveaxis(taps, 0, 1),
+        _filters(jnp.ones_like(gain), taps),
         _bits(u, taps, None, mask, dilation, history=True),
         gain,
         jnp.moveaxis(tail, 2, 1),
