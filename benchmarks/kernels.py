@@ -6,7 +6,7 @@
 Each case runs in turns with the others' variants, over several sets of inputs, so that none finds
 them in a cache. The roofline is measured on the same device: a copy of 1 GiB for bandwidth, a large
 matrix product (bfloat16, and e4m3 where it runs) for arithmetic. "of roofline" is the floor's time
-(bytes / bandwidth or FLOPs / rate, whichever is longer) over the kernel's. On a CPU kernels would be
+(bytes / bandwidth or FLOPs / rate, whichever is longer) over the kernel's. On a CPU they would be
 interpreted; benchmarks.kernels_aot is for machines without an accelerator.
 """
 
