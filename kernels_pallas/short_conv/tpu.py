@@ -61,7 +61,7 @@ def limit(shape: tuple[int, ...], kernel: int, dilation: int, dtypes: tuple) -> 
 
 
 def blocks_for(tokens: int, d: int, size: int, arrays: int = 2, scratch: int = 1) -> Blocks:
-    """Tuned blocks, else the longest that leave half of VMEM free.
+    """Tuned blocks, else the longest that leave a quarter of VMEM to the compiler.
 
     arrays: that come or go, two blocks of each in VMEM, numbers of `size` bytes; scratch: in
     float32.
@@ -69,7 +69,7 @@ def blocks_for(tokens: int, d: int, size: int, arrays: int = 2, scratch: int = 1
     found = tuning.tuned("short_conv", f"d{d}_{size}_{'forward' if scratch == 1 else 'backward'}")
     block = found["tokens"] if found else MAX_TOKENS
     while not found and block > LANES:
-        if block * d * (2 * arrays * size + 4 * scratch) <= tuning.vmem_limit() // 2:
+        if block * d * (2 * arrays * size + 4 * scratch) <= tuning.vmem_limit() * 3 // 4:
             break
         block //= 2
     return Blocks(min(block, pl.cdiv(tokens, CHUNK) * CHUNK))

@@ -48,7 +48,9 @@ def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Arr
         def plain(u: jax.Array, gain: jax.Array, taps: jax.Array) -> jax.Array:
             return reference.short_conv(u, gain, taps, segments, mask, dilation=dilation, eps=eps)
 
-        return *jax.vjp(plain, u, gain, taps)[1](g), None, None
+        wide = u.astype(jnp.float32)
+        du, d_gain, d_taps = jax.vjp(plain, wide, gain, taps)[1](g.astype(jnp.float32))
+        return du.astype(u.dtype), d_gain, d_taps, None, None
     du, d_filters = tpu_backward.backward(
         jnp.moveaxis(u, 2, 1),
         _filters(gain, taps),
