@@ -8,6 +8,7 @@ per token and matrix entry (coefficients.py). Behind it, one elementwise walk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import tuning
 from kernels_pallas.mhc import coefficients, tpu
-from kernels_pallas.mhc.tpu import PARTS, Width, split
+from kernels_pallas.mhc.tpu import PARTS, Width, split, total
 
 UNMEASURED = "the kernel has not been measured on a GPU; implementation 'pallas' takes it"
 
@@ -196,23 +197,45 @@ def _pre_kernel(
     h = [jnp.sum(jnp.where((lane == c)[None], product, 0.0), axis=1) * r for c in range(count)]
     base = [refs["base"][c] for c in range(count)]
     scale = [refs["scale"][k] for k in range(3)]
-    z = coefficients.logits_of(h, base, scale, n)
+    z = [scale[coefficients.group(c, n)] * x + base[c] for c, x in enumerate(h)]
     weights = [coefficients.sigmoid(z[j]) + eps for j in range(n)]
     for j in range(n):
         tokens.store(refs["post"], 2 * coefficients.sigmoid(z[n + j]), j)
-    soft = coefficients.softmax(z, n, transpose)
-    matrix = [[x + eps for x in row] for row in soft]
-    u, v = coefficients.balance(matrix, iterations, eps)
+    order = (lambda i, j: j * n + i) if transpose else (lambda i, j: i * n + j)
+    res = _sinkhorn([[z[2 * n + order(i, j)] for j in range(n)] for i in range(n)], iterations, eps)
     for i in range(n):
         for j in range(n):
-            tokens.store(refs["res"], u[i] * matrix[i][j] * v[j], n * i + j)
+            tokens.store(refs["res"], res[i][j], n * i + j)
 
     def mix(columns: jax.Array, carry: None) -> None:
         x = [tokens.load_tile(refs["x"], columns, j).astype(jnp.float32) for j in range(n)]
-        out = coefficients.total([w[:, None] * a for w, a in zip(weights, x, strict=True)])
+        out = total([w[:, None] * a for w, a in zip(weights, x, strict=True)])
         tokens.store_tile(refs["collapsed"], out, columns)
 
     tokens.for_each_columns(mix)
+
+
+def _sinkhorn(logits: list[list[jax.Array]], iterations: int, eps: float) -> list[list[jax.Array]]:
+    """coefficients.py's, with an array for every entry: Triton has no arrays of 3 or 5."""
+    every = range(len(logits))
+    kernel = [list(row) for row in logits]
+    for j in every:
+        top = functools.reduce(jnp.maximum, [logits[i][j] for i in every])
+        powers = [jnp.exp(logits[i][j] - top) for i in every]
+        inverse = 1 / total(powers)
+        for i in every:
+            kernel[i][j] = powers[i] * inverse + eps
+
+    def step(_: jax.Array, factors: tuple) -> tuple:
+        u, v = factors
+        v = tuple(v[j] / (v[j] * total([kernel[i][j] * u[i] for i in every]) + eps) for j in every)
+        u = tuple(u[i] / (u[i] * total([kernel[i][j] * v[j] for j in every]) + eps) for i in every)
+        return u, v
+
+    u = tuple(1 / (total(row) + eps) for row in kernel)
+    v = tuple(jnp.ones_like(x) for x in u)
+    u, v = lax.fori_loop(0, iterations - 1, step, (u, v))
+    return [[u[i] * kernel[i][j] * v[j] for j in every] for i in every]
 
 
 def _merge_kernel(refs: dict[str, Any], p: int, n: int, d: int, blocks: Blocks) -> None:
@@ -225,6 +248,6 @@ def _merge_kernel(refs: dict[str, Any], p: int, n: int, d: int, blocks: Blocks) 
         y = tokens.load_tile(refs["y"], columns).astype(jnp.float32)
         for i in range(n):
             terms = [res[n * i + j] * x[j] for j in range(n)]
-            tokens.store_tile(refs["out"], coefficients.total([*terms, post[i] * y]), columns, i)
+            tokens.store_tile(refs["out"], total([*terms, post[i] * y]), columns, i)
 
     tokens.for_each_columns(mix)

@@ -15,7 +15,9 @@ keeps: the normalised logits h and r = 1 / rms(x), tokens in lanes.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +30,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
 from kernels_pallas.mhc import coefficients
-from kernels_pallas.mhc.coefficients import Vector
 
 LANES = 128
 ROWS = 16  # tokens of an elementwise step: one register of bfloat16
 PARTS = 3
 MAX_STREAMS = 8
 MAX_COLUMNS = 512
-MAX_TOKENS = 1024
+MAX_TOKENS = 256  # longer ones would leave too few steps to hide the first and last transfer in
 
 
 @dataclass(frozen=True)
@@ -227,26 +228,21 @@ def _kernel(
     _products(refs, n, d, blocks)
     to_lanes(refs["product"], refs["turned"])
 
-    turned, made = refs["turned"], refs["made"]
+    turned, made, count = refs["turned"], refs["made"], width.count
     r = lax.rsqrt(turned[width.stacked - 1] * (1 / (n * d)) + eps)
-    h = []
-    for c in range(width.count):
-        high, middle, low = (turned[k * width.part + c] for k in range(PARTS))
-        h.append((low + middle + high) * r)
-    for c, x in enumerate([*h, *[r] * (width.kept - width.count)]):
-        turned[c] = x
+    high, middle, low = (turned[k * width.part : k * width.part + count] for k in range(PARTS))
+    h = (low + middle + high) * r[None]
+    turned[:count] = h
+    turned[count : width.kept] = jnp.broadcast_to(r, (width.kept - count, *r.shape))
     from_lanes(turned, width.kept, refs["kept"])
 
     z = coefficients.logits_of(h, *scalars(refs, width), n)
-    for j in range(n):
-        made[j] = coefficients.sigmoid(z[j]) + eps
-        made[n + j] = 2 * coefficients.sigmoid(z[n + j])
-    soft = coefficients.softmax(z, n, transpose)
-    matrix = [[x + eps for x in row] for row in soft]
+    gates = coefficients.sigmoid(z[: 2 * n])
+    made[:n] = gates[:n] + eps
+    made[n : 2 * n] = 2 * gates[n:]
+    matrix = coefficients.softmax(coefficients.matrix_of(z[2 * n :], n, transpose)) + eps
     u, v = coefficients.balance(matrix, iterations, eps)
-    for i in range(n):
-        for j in range(n):
-            made[2 * n + i * n + j] = u[i] * matrix[i][j] * v[j]
+    made[2 * n : count] = (u[:, None] * matrix * v[None]).reshape(n * n, *r.shape)
     from_lanes(made, n, refs["post"], first=n)
     from_lanes(made, n * n, refs["res"], first=2 * n)
 
@@ -287,7 +283,7 @@ def _mix(refs: dict[str, Any], tokens: Any, n: int, d: int, width: int) -> None:
 
     def mix(columns: Any) -> None:
         for lanes in pieces(columns, width):
-            out = coefficients.total(
+            out = total(
                 [w * refs["x"][j, tokens, lanes].astype(jnp.float32) for j, w in enumerate(weights)]
             )
             refs["collapsed"][tokens, lanes] = out.astype(refs["collapsed"].dtype)
@@ -297,6 +293,10 @@ def _mix(refs: dict[str, Any], tokens: Any, n: int, d: int, width: int) -> None:
 
 # What the kernels share. A number per token lies in lanes (coefficient, tokens / 128, 128) or in
 # sublanes (tokens, coefficient).
+
+
+def total(terms: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, terms)
 
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
@@ -356,6 +356,6 @@ def pieces(columns: Any, width: int) -> list[Any]:
     ]
 
 
-def spread(columns: jax.Array, which: Any) -> Vector:
+def spread(columns: jax.Array, which: Any) -> list[jax.Array]:
     """Coefficients `which` of [rows, coefficient], each over all lanes."""
     return [jnp.broadcast_to(columns[:, c : c + 1], (columns.shape[0], LANES)) for c in which]

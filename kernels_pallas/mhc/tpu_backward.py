@@ -25,7 +25,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
 from kernels_pallas.mhc import coefficients
-from kernels_pallas.mhc.coefficients import Vector, entry, total
 from kernels_pallas.mhc.tpu import (
     LANES,
     MAX_COLUMNS,
@@ -47,6 +46,7 @@ from kernels_pallas.mhc.tpu import (
     to_lanes,
     to_sublanes,
     tops,
+    total,
 )
 
 
@@ -242,79 +242,68 @@ def _coefficients(
     to `sums`.
     """
     width, lanes, made = Width(n), refs["lanes"], refs["made"]
-    base, scale = scalars(refs, width)
+    count, (base, scale) = width.count, scalars(refs, width)
     into_lanes(refs["kept"], made)
-    h, r = [made[c] for c in range(width.count)], made[width.kept - 1]
+    h, r = made[:count], made[width.kept - 1]
     z = coefficients.logits_of(h, base, scale, n)
     to_lanes(refs["columns"], lanes)
     into_lanes(refs["g_post"], lanes, first=n)
     into_lanes(refs["g_res"], lanes, first=2 * n)
 
-    dz = [lanes[c] for c in range(width.count)]
-    pre = []
-    for c in range(2 * n):
-        s = coefficients.sigmoid(z[c])
-        dz[c] = dz[c] * (1 if c < n else 2) * s * (1 - s)
-        pre.append(s + eps)
-    mixing = _sinkhorn_backward(refs["factors"], z, dz, n, iterations, eps, transpose)
-    for i in range(n):
-        for j in range(n):
-            dz[entry(n, i, j, transpose)] = mixing[i][j]
+    gates = coefficients.sigmoid(z[: 2 * n])
+    slope = gates * (1 - gates)
+    d_pre, d_post = lanes[:n] * slope[:n], 2 * lanes[n : 2 * n] * slope[n:]
+    logits = coefficients.matrix_of(z[2 * n :], n, transpose)
+    g_res = lanes[2 * n : count].reshape(logits.shape)
+    mixing = _sinkhorn_backward(refs["factors"], logits, g_res, iterations, eps)
+    dz = jnp.concatenate([d_pre, d_post, coefficients.entries_of(mixing, transpose)])
 
-    shape = h[0].shape
-    token = lax.broadcasted_iota(jnp.int32, shape, 0) * LANES
-    there = token + lax.broadcasted_iota(jnp.int32, shape, 1) < left
-    along, e = [], []
-    for c in range(width.count):
-        for first, x in ((0, dz[c]), (width.part, dz[c] * h[c])):
-            row = slice(first + c, first + c + 1)
-            refs["sums"][row] += jnp.sum(jnp.where(there, x, 0), axis=0, keepdims=True)
-        of_logit = scale[min(c // n, 2)] * dz[c]
-        along.append(of_logit * h[c])
-        e.append(jnp.where(there, of_logit * r, 0))
+    token = lax.broadcasted_iota(jnp.int32, dz.shape, 1) * LANES
+    there = token + lax.broadcasted_iota(jnp.int32, dz.shape, 2) < left
+    for first, x in ((0, dz), (width.part, dz * h)):
+        refs["sums"][first : first + count] += jnp.sum(jnp.where(there, x, 0), axis=1)
+    of_logits = jnp.stack([scale[coefficients.group(c, n)] * dz[c] for c in range(count)])
 
-    for j in range(n):
-        lanes[j] = pre[j]
-    lanes[n] = total(along) * r * r * (1 / (n * d))
+    lanes[:n] = gates[:n] + eps
+    lanes[n] = jnp.sum(of_logits * h, axis=0) * r * r * (1 / (n * d))
     to_sublanes(lanes, refs["columns"])
-    _stack_parts(refs, e, width)
+    _stack_parts(refs, jnp.where(there, of_logits * r[None], 0), width)
 
 
 def _sinkhorn_backward(
-    factors: Any, z: Vector, g: Vector, n: int, iterations: int, eps: float, transpose: bool
-) -> coefficients.Matrix:
-    soft = coefficients.softmax(z, n, transpose)
-    matrix = [[x + eps for x in row] for row in soft]
+    factors: Any, logits: jax.Array, g: jax.Array, iterations: int, eps: float
+) -> jax.Array:
+    n = logits.shape[0]
+    soft = coefficients.softmax(logits)
+    matrix = soft + eps
 
-    def keep(k: Any, u: Vector, v: Vector) -> None:
-        for i, x in enumerate((*u, *v)):
-            factors[k, i] = x
+    def keep(k: Any, u: jax.Array, v: jax.Array) -> None:
+        factors[k] = jnp.concatenate([u, v])
 
-    def kept(k: Any) -> tuple[Vector, Vector]:
-        both = [factors[k, i] for i in range(2 * n)]
+    def kept(k: Any) -> tuple[jax.Array, jax.Array]:
+        both = factors[k]
         return both[:n], both[n:]
 
     coefficients.balance(matrix, iterations, eps, keep)
-    g_res = [[g[2 * n + i * n + j] for j in range(n)] for i in range(n)]
-    d_matrix = coefficients.balance_backward(matrix, g_res, iterations, eps, kept)
+    d_matrix = coefficients.balance_backward(matrix, g, iterations, eps, kept)
     return coefficients.softmax_backward(soft, d_matrix)
 
 
-def _stack_parts(refs: dict[str, Any], e: Vector, width: Width) -> None:
+def _stack_parts(refs: dict[str, Any], e: jax.Array, width: Width) -> None:
     """e_tokens [stacked, tokens]: the three parts of e; e_columns[k] [tokens, stacked]: part k
     three times, for the three parts of fn."""
-    stack = refs["stack"]
+    stack, parts = refs["stack"], tops(e)
     stack[...] = jnp.zeros_like(stack)
-    parts = [tops(x) for x in e]
-    for c, own in enumerate(parts):
-        for k in range(PARTS):
-            stack[k * width.part + c] = own[k]
+
+    def fill(parts: list[jax.Array]) -> None:
+        for k, part in enumerate(parts):
+            stack[k * width.part : k * width.part + width.count] = part
+
+    fill(parts)
     from_lanes(stack, width.stacked, refs["e_tokens"])
-    for part in range(refs["e_columns"].shape[0]):
-        for c, own in enumerate(parts):
-            for k in range(PARTS):
-                stack[k * width.part + c] = own[part]
-        to_sublanes(stack, refs["e_columns"].at[part])
+    for k in range(refs["e_columns"].shape[0]):
+        fill([parts[k]] * PARTS)
+        to_sublanes(stack, refs["e_columns"].at[k])
 
 
 def _dx(refs: dict[str, Any], tokens: Any, columns: Any, n: int, width: int) -> None:

@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
-from kernels_pallas.mhc.coefficients import total
 from kernels_pallas.mhc.tpu import (
     LANES,
     ROWS,
@@ -36,6 +35,7 @@ from kernels_pallas.mhc.tpu import (
     spread,
     to_lanes,
     to_sublanes,
+    total,
 )
 
 SUMS = 20  # products that a walk over columns sums at once: 2 registers each, of 64
