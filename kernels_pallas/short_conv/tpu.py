@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import tuning
 from kernels_pallas.short_conv import openings
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 MAX_KERNEL, MAX_DILATION = 8, 8
 CHUNK = 64  # at least the longest reach, 7 * 8
 MAX_TOKENS = 256
@@ -44,7 +44,7 @@ class Blocks:
 
 
 def limit(shape: tuple[int, ...], kernel: int, dilation: int, dtypes: tuple) -> str | None:
-    """Why the kernels cannot take u of `shape` [B, T, M, d], None if they can."""
+    """Why the kernels cannot take u of `shape` [B, T, M, d], None if they can; dtypes: u first."""
     b, t, _, d = shape
     for dtype in dtypes:
         if dtype not in (jnp.float32, jnp.bfloat16):
@@ -55,21 +55,31 @@ def limit(shape: tuple[int, ...], kernel: int, dilation: int, dtypes: tuple) -> 
         return f"kernel = {kernel}, dilation = {dilation}: more than {MAX_KERNEL}, {MAX_DILATION}"
     if b * (t + MAX_TOKENS) > MAX_CHUNKS * CHUNK:
         return f"{b} sequences of {t} are more than {MAX_CHUNKS * CHUNK} tokens"
-    if blocks_for(t, d, 4).tokens * d * 4 * 9 > tuning.vmem_limit():
+    before, size = history_rows(kernel, dilation), max(jnp.dtype(x).itemsize for x in dtypes[:2])
+    if vmem(LANES, before, d, size, backward=True) > tuning.vmem_limit() * 31 // 32:
         return f"d = {d} is too wide for VMEM"
     return None
 
 
-def blocks_for(tokens: int, d: int, size: int, arrays: int = 2, scratch: int = 1) -> Blocks:
-    """Tuned blocks, else the longest that leave a quarter of VMEM to the compiler.
+def vmem(tokens: int, before: int, d: int, size: int, *, backward: bool = False) -> int:
+    """Bytes of VMEM for blocks of so many tokens; size: bytes of a number of u or the output.
 
-    arrays: that come or go, two blocks of each in VMEM, numbers of `size` bytes; scratch: in
-    float32.
+    Two blocks of everything that comes or goes; in float32 the normalised rows with those before,
+    backward also the gradients dh with those after.
     """
-    found = tuning.tuned("short_conv", f"d{d}_{size}_{'forward' if scratch == 1 else 'backward'}")
+    if not backward:
+        rows = 4 * size * tokens + 4 * (tokens + before) + 2 * size * before
+        return d * (rows + 4 * 4 * SUBLANES)
+    rows = 6 * size * tokens + 2 * 4 * (tokens + before) + 2 * size * before
+    return d * (rows + 4 * (CHUNK + (MAX_KERNEL + 4) * SUBLANES))
+
+
+def blocks_for(tokens: int, before: int, d: int, size: int, *, backward: bool = False) -> Blocks:
+    """Tuned blocks, else the longest that leave a quarter of VMEM to the compiler."""
+    found = tuning.tuned("short_conv", f"d{d}_{size}_{'backward' if backward else 'forward'}")
     block = found["tokens"] if found else MAX_TOKENS
     while not found and block > LANES:
-        if block * d * (2 * arrays * size + 4 * scratch) <= tuning.vmem_limit() * 3 // 4:
+        if vmem(block, before, d, size, backward=backward) <= tuning.vmem_limit() * 3 // 4:
             break
         block //= 2
     return Blocks(min(block, pl.cdiv(tokens, CHUNK) * CHUNK))
@@ -109,8 +119,8 @@ def forward(
     kernel = filters.shape[1]
     out_dtype = out_dtype or u.dtype
     size = max(u.dtype.itemsize, jnp.dtype(out_dtype).itemsize)
-    blocks = blocks or blocks_for(t, d, size)
     before = history_rows(kernel, dilation)
+    blocks = blocks or blocks_for(t, before, d, size)
     bits = openings.padded(bits, blocks.tokens)
     tokens = pl.BlockSpec((None, None, blocks.tokens, d), lambda b, m, i: (b, m, i, 0))
     of_stream = pl.BlockSpec((None, kernel, d), lambda b, m, i: (m, 0, 0))

@@ -27,6 +27,7 @@ from kernels_pallas import tuning
 from kernels_pallas.short_conv import openings
 from kernels_pallas.short_conv.tpu import (
     LANES,
+    SUBLANES,
     Blocks,
     blocks_for,
     down_the_rows,
@@ -35,9 +36,6 @@ from kernels_pallas.short_conv.tpu import (
     reciprocal_rms,
     when_open,
 )
-
-SUBLANES = 8
-ARRAYS, SCRATCH = 3, 2  # u, g, du; x, dh
 
 
 def backward(
@@ -64,8 +62,9 @@ def backward(
     b, m, t, d = u.shape
     kernel = filters.shape[1]
     size = max(u.dtype.itemsize, g.dtype.itemsize)
-    blocks = blocks or blocks_for(t, d, size, ARRAYS, SCRATCH)
-    n, before = pl.cdiv(t, blocks.tokens), history_rows(kernel, dilation)
+    before = history_rows(kernel, dilation)
+    blocks = blocks or blocks_for(t, before, d, size, backward=True)
+    n = pl.cdiv(t, blocks.tokens)
     bits = openings.padded(bits, blocks.tokens)
     full = openings.all_open(bits, blocks.chunk, kernel)
     # A chunk needs the bits of the next one, too: those of the tokens that reach into it.

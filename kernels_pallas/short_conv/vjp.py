@@ -41,8 +41,18 @@ def _forward(*args: Any) -> tuple[jax.Array, tuple]:
     return short_conv(*args), args[:5]
 
 
-def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Array) -> tuple:
-    u, gain, taps, segments, mask = kept
+def gradients(
+    u: jax.Array,
+    gain: jax.Array,
+    taps: jax.Array,
+    segments: jax.Array | None,
+    mask: jax.Array | None,
+    g: jax.Array,
+    dilation: int,
+    eps: float,
+    choice: Choice,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of u, gain and taps for the output's gradient g."""
     if choice.kernel != TPU:
 
         def plain(u: jax.Array, gain: jax.Array, taps: jax.Array) -> jax.Array:
@@ -50,7 +60,7 @@ def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Arr
 
         wide = u.astype(jnp.float32)
         du, d_gain, d_taps = jax.vjp(plain, wide, gain, taps)[1](g.astype(jnp.float32))
-        return du.astype(u.dtype), d_gain, d_taps, None, None
+        return du.astype(u.dtype), d_gain, d_taps
     du, d_filters = tpu_backward.backward(
         jnp.moveaxis(u, 2, 1),
         _filters(gain, taps),
@@ -63,7 +73,11 @@ def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Arr
     d_product = jnp.moveaxis(d_filters, 1, 0) / 2
     d_gain = jnp.sum(d_product * taps.astype(jnp.float32), axis=0).astype(gain.dtype)
     d_taps = (d_product * gain.astype(jnp.float32)).astype(taps.dtype)
-    return jnp.moveaxis(du, 1, 2), d_gain, d_taps, None, None
+    return jnp.moveaxis(du, 1, 2), d_gain, d_taps
+
+
+def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Array) -> tuple:
+    return *gradients(*kept, g, dilation, eps, choice), None, None
 
 
 short_conv.defvjp(_forward, _backward)
@@ -118,10 +132,13 @@ def _new_tail(
     u: jax.Array, tail: jax.Array, valid: jax.Array, gain: jax.Array, eps: float
 ) -> jax.Array:
     """The last L entries up to the valid[b]-th new one; only those of u are normalised again."""
-    keep = tail.shape[1]
+    keep, (b, s, m, d) = tail.shape[1], u.shape
     index = valid[:, None] + jnp.arange(keep)  # into tail and u, one after the other
     old = jax.vmap(lambda x, i: x[i])(tail, jnp.minimum(index, keep - 1))
-    new = jax.vmap(lambda x, i: x[i])(u, jnp.maximum(index - keep, 0))
+    # Rows of [B M S, d], as they lie for the kernel: a gather by token would copy u to do it.
+    first = jnp.arange(b * m).reshape(b, 1, m) * s
+    rows = jnp.moveaxis(u, 2, 1).reshape(b * m * s, d)
+    new = rows[first + jnp.maximum(index - keep, 0)[..., None]]
     new = reference.normalised(new, gain, eps).astype(tail.dtype)
     return jnp.where((index < keep)[..., None, None], old, new)
 

@@ -1,9 +1,10 @@
 """The kernels as they run: blocks of their own choice, several columns at once, several blocks."""
 
+import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import tuning
-from kernels_pallas.short_conv import tpu, tpu_backward
+from kernels_pallas.short_conv import tpu
 from kernels_pallas.short_conv.shapes import REAL, Shape
 from tests.kernels.short_conv.cases import arguments, check, error, run
 
@@ -21,21 +22,36 @@ def test_kernel_against_the_oracle_and_the_reference(dtype):
         assert a.dtype == b.dtype and error(a, b) <= limit
 
 
+BOTH = [(2, False), (2, True), (4, False), (4, True)]
+
+
 @pytest.mark.parametrize("vmem", [62, 126])
 @pytest.mark.parametrize("shape", REAL.values(), ids=REAL)
-def test_blocks_fit(shape, vmem, monkeypatch):
-    """With a quarter of VMEM left for the compiler; as long as they may be in bfloat16."""
+def test_blocks_at_the_true_sizes(shape, vmem, monkeypatch):
+    """As long as they may be, in VMEM of every generation."""
     monkeypatch.setattr(tuning, "vmem_limit", lambda: vmem * tuning.MIB)
-    for size in (2, 4):
-        for arrays, scratch in ((2, 1), (tpu_backward.ARRAYS, tpu_backward.SCRATCH)):
-            block = tpu.blocks_for(shape.tokens, shape.d, size, arrays, scratch)
-            numbers = block.tokens * shape.d
-            assert numbers * (2 * arrays * size + 4 * scratch) <= vmem * tuning.MIB * 3 / 4
-            assert block.tokens == tpu.MAX_TOKENS or (size == 4 and block.tokens == 128)
+    for size, backward in BOTH:
+        block = tpu.blocks_for(shape.tokens, 16, shape.d, size, backward=backward)
+        assert block.tokens == tpu.MAX_TOKENS
+    if vmem == 62:
+        sizes = [tpu.blocks_for(8192, 16, 10240, size, backward=b) for size, b in BOTH]
+        assert [block.tokens for block in sizes] == [256, 128, 128, 128]
 
 
 def test_blocks_of_few_tokens():
-    assert tpu.blocks_for(1, 128, 4).tokens == 64
-    assert tpu.blocks_for(65, 128, 4).tokens == 128
-    assert tpu.blocks_for(129, 128, 4).tokens == 192
-    assert tpu.blocks_for(8192, 128, 4).tokens == tpu.MAX_TOKENS
+    for tokens, block in ((1, 64), (65, 128), (129, 192), (8192, tpu.MAX_TOKENS)):
+        assert tpu.blocks_for(tokens, 16, 128, 4).tokens == block
+
+
+def test_blocks_that_were_tuned():
+    with tuning.trying({("short_conv", "d256_2_backward"): {"tokens": 128}}):
+        assert tpu.blocks_for(8192, 16, 256, 2, backward=True).tokens == 128
+        assert tpu.blocks_for(8192, 16, 256, 2).tokens == tpu.MAX_TOKENS
+
+
+def test_too_wide(monkeypatch):
+    monkeypatch.setattr(tuning, "vmem_limit", lambda: 62 * tuning.MIB)
+    for kernel, dilation, widest in ((4, 3, 12544), (8, 8, 10880)):
+        for d, fits in ((widest, True), (widest + 128, False)):
+            found = tpu.limit((1, 8192, 4, d), kernel, dilation, (jnp.float32,) * 3)
+            assert found == (None if fits else f"d = {d} is too wide for VMEM")

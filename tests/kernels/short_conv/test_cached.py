@@ -15,7 +15,10 @@ from tests.oracle import short_conv as oracle
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(tpu, "blocks_for", lambda t, *_: tpu.Blocks(min(128, -(-t // 64) * 64)))
+    def blocks(tokens, *_, **__):
+        return tpu.Blocks(min(128, -(-tokens // 64) * 64))
+
+    monkeypatch.setattr(tpu, "blocks_for", blocks)
     monkeypatch.setattr(tpu, "UNROLL", 1)
 
 

@@ -30,7 +30,7 @@ def small_blocks(monkeypatch):
     """Two chunks to a block: several blocks, and the last may be partly empty. One column at once:
     the program is shorter (test_blocks.py has the kernel's own)."""
 
-    def blocks(tokens, *_):
+    def blocks(tokens, *_, **__):
         return tpu.Blocks(min(128, -(-tokens // 64) * 64))
 
     monkeypatch.setattr(tpu, "blocks_for", blocks)
