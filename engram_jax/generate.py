@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding
 from engram_jax.address import hashing_jnp
 from engram_jax.config import GenerateConfig
 from engram_jax.errors import UserError
-from engram_jax.layers.short_conv import last_valid
 from engram_jax.memory.table import lookup
 from engram_jax.model.decode_state import DecodeState
 from engram_jax.sampling import sample
@@ -208,3 +207,12 @@ def stream_text(
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def last_valid(padded: jax.Array, keep: int, valid: jax.Array) -> jax.Array:
+    """The last `keep` entries up to the valid[b]-th new one.
+
+    padded: [B, keep + S, ...], `keep` old entries, then S new ones.
+    """
+    index = valid[:, None] + jnp.arange(keep)
+    return jax.vmap(lambda x, i: x[i])(padded, index)

@@ -91,6 +91,7 @@ class Engram(nnx.Module):
                 eps=CONV_EPS if form.machine_eps else norm_eps,
                 gain_offset=form.gain_offset,
                 param_dtype=param_dtype,
+                kernels=kernels,
             )
             if form.conv
             else None
@@ -136,7 +137,7 @@ class Engram(nnx.Module):
           (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32).
         """
         u, gate = self._gated_value(rows, streams, mask)
-        return (u if self.conv is None else _masked(u + self.conv(u, segments), mask)), gate
+        return (u if self.conv is None else self.conv(u, segments, mask)), gate
 
     def init_tail(self, batch: int, dtype: DTypeLike) -> jax.Array | None:
         """The convolution's state before the first token, None for a form without one."""
@@ -154,10 +155,4 @@ class Engram(nnx.Module):
         u, _ = self._gated_value(rows, streams, mask)
         if self.conv is None or tail is None:
             return u, tail
-        y, tail = self.conv.cached(u, tail, valid)
-        return _masked(u + y, mask), tail
-
-
-def _masked(out: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Zero where `mask` [B, T] is False: the convolution reaches a token from those before it."""
-    return out if mask is None else jnp.where(mask[..., None, None], out, 0)
+        return self.conv.cached(u, tail, valid, mask)

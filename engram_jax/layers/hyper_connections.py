@@ -26,17 +26,14 @@ Coefficients are computed in float32 (float64 for float64 streams), streams keep
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from engram_jax.config import HyperConnectionConfig
-from engram_jax.layers.norm import compute_dtype
-from engram_jax.layers.sinkhorn import sinkhorn
+from kernels_pallas.dispatch import AUTO
+from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 
 # Logit of "yes" at the identity start. A sub-layer moves e^-6 = 0.25 % between any two streams: the
 # 60 sub-layers of the paper's models leave 55 % of a difference between streams (4: 1 %, 8: 92 %),
@@ -84,9 +81,10 @@ class HyperConnection(nnx.Module):
         *,
         init_std: float = 0.02,
         param_dtype: DTypeLike,
+        kernels: str = AUTO,
         rngs: nnx.Rngs,
     ):
-        self.config = config
+        self.config, self.kernels = config, kernels
         n = config.streams
         shape = (n * d_model, 2 * n + n * n)
         self.fn = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * init_std)
@@ -105,29 +103,17 @@ class HyperConnection(nnx.Module):
         Returns:
           (input [B, T, d] in the dtype of x, post [B, T, n], res [B, T, n (target), n (source)]).
         """
-        n, config = self.config.streams, self.config
-        wide = compute_dtype(x)
-        tokens = x.reshape(-1, *x.shape[-2:])
-        fn = self.fn[...].astype(wide)
-        if self.norm_gain is not None:
-            fn = fn * self.norm_gain[...].astype(wide)[:, None]
-        logits = _normalised_product(tokens.reshape(tokens.shape[0], -1), fn, config.eps)
-        a_pre, a_post, a_res = self.scale[...].astype(wide)
-        h_pre, h_post, h_res = jnp.split(logits, [n, 2 * n])
-        b_pre, b_post, b_res = jnp.split(self.base[...].astype(wide)[:, None], [n, 2 * n])
-
-        pre = jax.nn.sigmoid(a_pre * h_pre + b_pre) + config.eps
-        post = 2 * jax.nn.sigmoid(a_post * h_post + b_post)
-        mixing = (a_res * h_res + b_res).reshape(n, n, -1)
-        if config.transpose:
-            mixing = mixing.swapaxes(0, 1)
-        res = sinkhorn(mixing, config.sinkhorn_iterations, config.eps)
-
-        collapsed = _mix(pre.T[:, None], tokens).astype(x.dtype)
-        return (
-            collapsed.reshape(*x.shape[:-2], -1),
-            post.T.reshape(x.shape[:-1]),
-            jnp.moveaxis(res, -1, 0).reshape(*x.shape[:-1], n),
+        config = self.config
+        return mhc_pre(
+            x,
+            self.fn[...],
+            self.base[...],
+            self.scale[...],
+            None if self.norm_gain is None else self.norm_gain[...],
+            iterations=config.sinkhorn_iterations,
+            eps=config.eps,
+            transpose=config.transpose,
+            implementation=self.kernels,
         )
 
     def merge(self, x: jax.Array, y: jax.Array, post: jax.Array, res: jax.Array) -> jax.Array:
@@ -135,71 +121,4 @@ class HyperConnection(nnx.Module):
 
         post and res are those of `pre` for the same x. Computed in their dtype, returned in x's.
         """
-        n, d = x.shape[-2:]
-        mixed = _mix(res.reshape(-1, n, n), x.reshape(-1, n, d))
-        mixed = mixed + _mix(post.reshape(-1, n, 1), y.reshape(-1, 1, d))
-        return mixed.astype(x.dtype).reshape(x.shape)
-
-
-# The three products below are written for the memory they move: streams are by far the largest
-# arrays of a block, and JAX's own derivatives pass over them several times more (measured on CPU).
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _normalised_product(x: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
-    """(RMSNorm(x) fn)^T: x [P, k], fn [k, c] -> [c, P] in the dtype of fn.
-
-    The norm divides by one number per token, so it may follow the product: no normalised copy of
-    the streams. Tokens come out innermost, as the tiny matrices made of this need them.
-    """
-    return _normalised_product_forward(x, fn, eps)[0]
-
-
-def _normalised_product_forward(x: jax.Array, fn: jax.Array, eps: float) -> tuple:
-    wide = x.astype(fn.dtype)
-    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
-    # At least the tfloat32 in which the mHC paper keeps fn.
-    product = lax.dot_general(fn, wide, (((0,), (1,)), ((), ())), precision=lax.Precision.HIGH)
-    out = product * scale
-    return out, (x, fn, scale, out)
-
-
-def _normalised_product_backward(eps: float, residuals: tuple, g: jax.Array) -> tuple:
-    x, fn, scale, out = residuals
-    wide, scaled = x.astype(fn.dtype), g * scale
-    high = lax.Precision.HIGH
-    # A product with ones: as a sum, XLA's CPU code makes it part of the pass over x and slow.
-    along = (jnp.ones((1, len(out)), out.dtype) @ (out * g))[0] * scale**2 / x.shape[1]
-    dx = lax.dot_general(scaled, fn, (((0,), (1,)), ((), ())), precision=high)
-    dx = dx - along[:, None] * wide
-    # The barrier keeps XLA from computing the transpose itself, 5 times as slow a product on CPU.
-    dfn = lax.dot_general(scaled, wide, (((1,), (0,)), ((), ())), precision=high)
-    return dx.astype(x.dtype), lax.optimization_barrier(dfn).T
-
-
-_normalised_product.defvjp(_normalised_product_forward, _normalised_product_backward)
-
-
-@jax.custom_vjp
-def _mix(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """weights [P, m, n], x [P, n, d] -> [P, m, d] in the weights' dtype.
-
-    A sum of n elementwise terms: one pass over x, where a batched product of tiny matrices is slow.
-    """
-    terms = [
-        weights[:, :, j, None] * x[:, None, j].astype(weights.dtype) for j in range(x.shape[1])
-    ]
-    return functools.reduce(jnp.add, terms)
-
-
-def _mix_forward(weights: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple]:
-    return _mix(weights, x), (weights, x)
-
-
-def _mix_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    weights, x = residuals
-    dweights = jnp.einsum("pmd,pnd->pmn", g, x.astype(g.dtype))
-    return dweights, _mix(weights.swapaxes(1, 2), g).astype(x.dtype)
-
-
-_mix.defvjp(_mix_forward, _mix_backward)
+        return mhc_merge(x, y, post, res, implementation=self.kernels)

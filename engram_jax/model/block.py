@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,10 +36,11 @@ class Block(nnx.Module):
         gain = {"param_dtype": dtypes["param_dtype"]}
         init = {"init_std": config.init_std, **dtypes, "rngs": rngs}
         d = config.d_model
-        self.attention_hyper = HyperConnection(d, config.hyper, home=2 * layer, **gain, rngs=rngs)
+        hyper = partial(HyperConnection, d, config.hyper, kernels=config.kernels, **gain, rngs=rngs)
+        self.attention_hyper = hyper(home=2 * layer)
         self.attention_norm = RMSNorm(d, config.norm_eps, **gain)
         self.attention = MLA(d, config.attention, norm_eps=config.norm_eps, **init)
-        self.ffn_hyper = HyperConnection(d, config.hyper, home=2 * layer + 1, **gain, rngs=rngs)
+        self.ffn_hyper = hyper(home=2 * layer + 1)
         self.ffn_norm = RMSNorm(d, config.norm_eps, **gain)
         self.kind = kind
         self.ffn: MoE | SwiGLU = (
