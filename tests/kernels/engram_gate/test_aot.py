@@ -54,5 +54,7 @@ def compiled(topology, case):
     if case.name in MOVED:
         assert ratio <= MOVED[case.name]
     if "backward" not in case.name:
-        assert found.xla_bytes <= 0.1 * case.bytes  # no copy of streams or weights around the kernel
+        assert (
+            found.xla_bytes <= 0.1 * case.bytes
+        )  # no copy of streams or weights around the kernel
     return found
