@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import AUTO, GPU, TPU
-from kernels_pallas.mhc import gpu, reference, tpu, vjp
+from kernels_pallas.mhc import gpu, reference, tpu_backward, tpu_blocks, tpu_merge, vjp
 
 
 def mhc_pre(
@@ -57,7 +57,7 @@ def mhc_pre(
       ValueError: an unknown implementation.
     """
     *lead, n, d = x.shape
-    limits = _limits(implementation, n, d, iterations, x.dtype)
+    limits = _limits(implementation, tpu_backward.vmem, x, iterations, x.dtype)
     choice = dispatch.choose("mhc_pre", implementation, limits)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     fn, base, scale = (a.astype(wide) for a in (fn, base, scale))
@@ -99,7 +99,7 @@ def mhc_merge(
       ValueError: an unknown implementation.
     """
     *lead, n, d = x.shape
-    limits = _limits(implementation, n, d, 1, x.dtype, y.dtype)
+    limits = _limits(implementation, tpu_merge.vmem_backward, x, 1, x.dtype, y.dtype)
     if any(a.dtype != jnp.float32 for a in (post, res)):
         reason = f"post is {post.dtype} and res {res.dtype}, not float32"
         limits = {TPU: limits[TPU] or reason, GPU: limits[GPU] or reason}
@@ -114,10 +114,13 @@ def mhc_merge(
 
 
 def _limits(
-    implementation: str, n: int, d: int, iterations: int, *dtypes: jnp.dtype
+    implementation: str, vmem: tpu_blocks.Vmem, x: jax.Array, iterations: int, *dtypes: jnp.dtype
 ) -> dict[str, str | None]:
-    unmeasured = gpu.UNMEASURED if implementation == AUTO else None
+    n, d = x.shape[-2:]
+    limit = tpu_blocks.limit(n, d, iterations, *dtypes)
+    if limit is None and x.size == 0:
+        limit = "there are no tokens"
     return {
-        TPU: tpu.limit(n, d, iterations, *dtypes),
-        GPU: gpu.limit(n, d, iterations, *dtypes) or unmeasured,
+        TPU: limit or tpu_blocks.too_wide(vmem, n, d, x.dtype),
+        GPU: limit or (gpu.UNMEASURED if implementation == AUTO else None),
     }

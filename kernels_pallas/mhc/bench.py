@@ -15,12 +15,6 @@ from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 from kernels_pallas.mhc.shapes import REAL, Shape, merge_arrays, pre_arrays
 
 OPTIONS = {"iterations": 20, "eps": 1e-6, "transpose": False}
-# What a tuner tries.
-CANDIDATES = [
-    {"tokens": tokens, "columns": columns}
-    for tokens in (128, 256, 512, 1024)
-    for columns in (256, 512)
-]
 
 
 def cases() -> list[Case]:

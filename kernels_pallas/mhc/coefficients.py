@@ -117,3 +117,25 @@ def balance_backward(
     du, _, d_kernel = lax.fori_loop(0, iterations - 1, step, start)
     first, _ = kept(0)
     return d_kernel - (du * first * first)[:, None]
+
+
+def sinkhorn_backward(
+    factors: Any, logits: jax.Array, g: jax.Array, iterations: int, eps: float
+) -> jax.Array:
+    """Gradient of the logits from g, that of the balanced matrix.
+
+    factors: scratch [iterations, 2 n, G, 128]; computed again forwards, then read backwards.
+    """
+    n = logits.shape[0]
+    soft = softmax(logits)
+    matrix = soft + eps
+
+    def keep(k: Any, u: jax.Array, v: jax.Array) -> None:
+        factors[k] = jnp.concatenate([u, v])
+
+    def kept(k: Any) -> tuple[jax.Array, jax.Array]:
+        both = factors[k]
+        return both[:n], both[n:]
+
+    balance(matrix, iterations, eps, keep)
+    return softmax_backward(soft, balance_backward(matrix, g, iterations, eps, kept))

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import tuning
-from kernels_pallas.mhc import coefficients, tpu
-from kernels_pallas.mhc.tpu import PARTS, Width, split, total
+from kernels_pallas.mhc import coefficients
+from kernels_pallas.mhc.tpu_blocks import PARTS, Width, dot, split, total
 
 UNMEASURED = "the kernel has not been measured on a GPU; implementation 'pallas' takes it"
 
@@ -34,11 +34,6 @@ class Blocks:
     columns: int = 128
     warps: int = 4
     stages: int = 3
-
-
-def limit(n: int, d: int, iterations: int, *dtypes: Any) -> str | None:
-    """Why the kernels cannot take such arguments, None if they can."""
-    return tpu.limit(n, d, iterations, *dtypes)
 
 
 def pre(
@@ -184,7 +179,7 @@ def _pre_kernel(
             for part in range(PARTS):
                 fn = plgpu.load(refs["fn"].at[part, j, columns[:, None], lane[None]])
                 for own in split(x):
-                    product += tpu.dot(own, fn)
+                    product += dot(own, fn)
         return product, squares
 
     nothing = (

@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
 from kernels_pallas.mhc import coefficients
-from kernels_pallas.mhc.tpu import (
+from kernels_pallas.mhc.tpu_blocks import (
     LANES,
     MAX_COLUMNS,
     PARTS,
@@ -48,6 +48,22 @@ from kernels_pallas.mhc.tpu import (
     tops,
     total,
 )
+
+
+def _parts_of_e(size: int) -> int:
+    """How many of its parts e needs in dx, which is rounded to the streams' dtype."""
+    return PARTS if size == 4 else 2
+
+
+def vmem(tokens: int, n: int, d: int, size: int) -> int:
+    """Bytes that `backward` needs, about (20 iterations)."""
+    width = Width(n)
+    moving = 2 * tokens * ((2 * n + 1) * d * size + 4 * (n + n * n + width.kept))
+    across = 4 * max(8 * LANES, tokens)  # one number per token
+    scratch = across * (2 * LANES + width.stacked + 40 * n)
+    turned = 2 * tokens * width.stacked * (_parts_of_e(size) + 1) + 8 * tokens * LANES
+    inner = 4 * n * tokens * MAX_COLUMNS + (16 * tokens * MAX_COLUMNS if size == 4 else 0)
+    return moving + scratch + turned + inner + 2 * n * d * (width.stacked + 4 * width.part)
 
 
 def backward(
@@ -77,17 +93,8 @@ def backward(
     """
     n, p, d = x.shape
     width, size = Width(n), x.dtype.itemsize
-    parts = PARTS if size == 4 else 2  # of e in dx, which is rounded to x's dtype
-
-    def bytes_of(tokens: int) -> int:
-        moving = 2 * tokens * ((2 * n + 1) * d * size + 4 * (n + n * n + width.kept))
-        across = 4 * max(8 * LANES, tokens)  # one number per token
-        scratch = across * (2 * LANES + width.stacked + 2 * n * iterations)
-        turned = 2 * tokens * width.stacked * (parts + 1) + 8 * tokens * LANES
-        inner = 4 * n * tokens * MAX_COLUMNS + (16 * tokens * MAX_COLUMNS if size == 4 else 0)
-        return moving + scratch + turned + inner + 2 * n * d * (width.stacked + 4 * width.part)
-
-    blocks = blocks or blocks_for("pre_backward", p, n, d, size, bytes_of)
+    parts = _parts_of_e(size)
+    blocks = blocks or blocks_for("pre_backward", p, n, d, size, vmem)
     bt = blocks.tokens
     count = pl.cdiv(p, bt)
     halves = min(2, count)
@@ -255,7 +262,7 @@ def _coefficients(
     d_pre, d_post = lanes[:n] * slope[:n], 2 * lanes[n : 2 * n] * slope[n:]
     logits = coefficients.matrix_of(z[2 * n :], n, transpose)
     g_res = lanes[2 * n : count].reshape(logits.shape)
-    mixing = _sinkhorn_backward(refs["factors"], logits, g_res, iterations, eps)
+    mixing = coefficients.sinkhorn_backward(refs["factors"], logits, g_res, iterations, eps)
     dz = jnp.concatenate([d_pre, d_post, coefficients.entries_of(mixing, transpose)])
 
     token = lax.broadcasted_iota(jnp.int32, dz.shape, 1) * LANES
@@ -268,25 +275,6 @@ def _coefficients(
     lanes[n] = jnp.sum(of_logits * h, axis=0) * r * r * (1 / (n * d))
     to_sublanes(lanes, refs["columns"])
     _stack_parts(refs, jnp.where(there, of_logits * r[None], 0), width)
-
-
-def _sinkhorn_backward(
-    factors: Any, logits: jax.Array, g: jax.Array, iterations: int, eps: float
-) -> jax.Array:
-    n = logits.shape[0]
-    soft = coefficients.softmax(logits)
-    matrix = soft + eps
-
-    def keep(k: Any, u: jax.Array, v: jax.Array) -> None:
-        factors[k] = jnp.concatenate([u, v])
-
-    def kept(k: Any) -> tuple[jax.Array, jax.Array]:
-        both = factors[k]
-        return both[:n], both[n:]
-
-    coefficients.balance(matrix, iterations, eps, keep)
-    d_matrix = coefficients.balance_backward(matrix, g, iterations, eps, kept)
-    return coefficients.softmax_backward(soft, d_matrix)
 
 
 def _stack_parts(refs: dict[str, Any], e: jax.Array, width: Width) -> None:

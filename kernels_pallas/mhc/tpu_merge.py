@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
-from kernels_pallas.mhc.tpu import (
+from kernels_pallas.mhc.tpu_blocks import (
     LANES,
     ROWS,
     Blocks,
@@ -41,6 +41,16 @@ from kernels_pallas.mhc.tpu import (
 SUMS = 20  # products that a walk over columns sums at once: 2 registers each, of 64
 
 
+def vmem(tokens: int, n: int, d: int, size: int) -> int:
+    """Bytes that `forward` needs, about; y may be float32 where streams are not."""
+    return 2 * tokens * (d * (2 * n * size + 4) + 4 * (n + n * n)) + 8 * tokens * LANES
+
+
+def vmem_backward(tokens: int, n: int, d: int, size: int) -> int:
+    """Bytes that `backward` needs, about."""
+    return 2 * tokens * (d * (3 * n * size + 8) + 8 * (n + n * n)) + 8 * tokens * LANES
+
+
 def forward(
     x: jax.Array,
     y: jax.Array,
@@ -53,11 +63,7 @@ def forward(
     """Streams x [n, P, d], y [P, d], post float32 [n, P], res float32 [n n, P] -> [n, P, d]."""
     n, p, d = x.shape
 
-    def bytes_of(tokens: int) -> int:
-        moving = d * (2 * n * x.dtype.itemsize + y.dtype.itemsize) + 4 * (n + n * n)
-        return 2 * tokens * moving + 8 * tokens * LANES
-
-    blocks = blocks or blocks_for("merge", p, n, d, x.dtype.itemsize, bytes_of)
+    blocks = blocks or blocks_for("merge", p, n, d, x.dtype.itemsize, vmem)
     bt = blocks.tokens
     streams, one, rows = _specs(n, d, bt)
 
@@ -91,11 +97,7 @@ def backward(
     """Gradients (dx [n, P, d], dy [P, d], dpost [n, P], dres [n n, P]) from g [n, P, d]."""
     n, p, d = x.shape
 
-    def bytes_of(tokens: int) -> int:
-        moving = d * (3 * n * x.dtype.itemsize + 2 * y.dtype.itemsize) + 8 * (n + n * n)
-        return 2 * tokens * moving + 8 * tokens * LANES
-
-    blocks = blocks or blocks_for("merge_backward", p, n, d, x.dtype.itemsize, bytes_of)
+    blocks = blocks or blocks_for("merge_backward", p, n, d, x.dtype.itemsize, vmem_backward)
     bt = blocks.tokens
     streams, one, rows = _specs(n, d, bt)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.dispatch import GPU, Choice, UnsupportedError
-from kernels_pallas.mhc import gpu, tpu, tpu_backward, tpu_merge, vjp
+from kernels_pallas.mhc import gpu, tpu, tpu_backward, tpu_blocks, tpu_merge, vjp
 from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 from kernels_pallas.mhc.shapes import TINY, Shape
 from tests.kernels.mhc.cases import (
@@ -32,7 +32,7 @@ SMALL = Shape(150, 2, 128)
 def _small_blocks(monkeypatch):
     """So that there are several blocks, the last of them partly empty."""
     for module in (tpu, tpu_backward, tpu_merge):
-        monkeypatch.setattr(module, "blocks_for", lambda *_: tpu.Blocks(128, 128))
+        monkeypatch.setattr(module, "blocks_for", lambda *_: tpu_blocks.Blocks(128, 128))
 
 
 def pre(implementation="pallas", **options):
@@ -258,6 +258,8 @@ def test_golden_deepseek_v4(golden):
         ((2, 4, 100), "float32", {}, "d = 100 is not a multiple of 128"),
         ((2, 9, 128), "float32", {}, "9 streams are not 1 to 8"),
         ((2, 4, 128), "float16", {}, "float16 is not float32 or bfloat16"),
+        ((0, 4, 128), "float32", {}, "there are no tokens"),
+        ((2, 8, 5120), "float32", {}, r"128 tokens of \[8, 5120\] need \d+ MiB of VMEM, of 62"),
         ((2, 4, 128), "float32", {"iterations": 0}, "0 Sinkhorn iterations are less than 1"),
     ],
 )
