@@ -126,7 +126,7 @@ def forward(
     of_stream = pl.BlockSpec((None, kernel, d), lambda b, m, i: (m, 0, 0))
     operands = {
         "full": (
-            openings.all_open(bits, blocks.chunk, kernel),
+            openings.all_open(bits, blocks.chunk, kernel).reshape(-1),
             pl.BlockSpec(memory_space=pltpu.SMEM),
         ),
         "bits": (bits[:, None], pl.BlockSpec((None, 1, blocks.tokens), lambda b, m, i: (b, 0, i))),
@@ -215,7 +215,7 @@ def _forward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, ch
 
             for_each_column(d, column)
 
-        full = refs["full"][b, i * (block // chunk) + c] > 0
+        full = refs["full"][(b * pl.num_programs(2) + i) * (block // chunk) + c] > 0
         pl.when(full)(lambda: compute(None))
         pl.when(jnp.logical_not(full))(lambda: compute(refs["open"][rows]))
 

@@ -75,7 +75,7 @@ def backward(
         return b, m, jnp.maximum((n - 1 - i) * (blocks.tokens // before) - 1, 0), 0
 
     operands = {
-        "full": (full, pl.BlockSpec(memory_space=pltpu.SMEM)),
+        "full": (full.reshape(-1), pl.BlockSpec(memory_space=pltpu.SMEM)),
         "bits": (
             bits[:, None],
             pl.BlockSpec((None, 1, blocks.tokens), lambda b, m, i: (b, 0, n - 1 - i)),
@@ -211,7 +211,7 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
 
             for_each_column(d, write)
 
-        full = refs["full"][b, (n - 1 - i) * chunks + chunks - 1 - c] > 0
+        full = refs["full"][(b * n + n - 1 - i) * chunks + chunks - 1 - c] > 0
         pl.when(full)(lambda: compute(None))
         pl.when(jnp.logical_not(full))(lambda: compute(open_[rows]))
 

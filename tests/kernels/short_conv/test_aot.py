@@ -1,10 +1,14 @@
 """The short convolution at its true sizes, compiled for every TPU generation."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.aot.one_chip import compile_operation
 from kernels_pallas.cases import OURS, XLA
@@ -13,6 +17,7 @@ from kernels_pallas.short_conv.api import short_conv_cached
 from kernels_pallas.short_conv.shapes import ENGRAM27B, Shape, arrays
 
 SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+LONGEST = tpu.MAX_CHUNKS * tpu.CHUNK - tpu.MAX_TOKENS
 CASES = {case.name: case for case in bench.cases()}
 # Of the floor. Backward reads 16 rows of u before each block of 256 a second time.
 MOVED = {"forward": 1.01, "backward": 1.03}
@@ -70,28 +75,34 @@ def test_a_prefill_chunk(tpu_slice, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLICES)
 @pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (8, 8)])
-@pytest.mark.parametrize("d", ["27B", "widest"])
-def test_the_limits_compile(tpu_slice, kernel, dilation, d, name):
-    """float32, ragged, the shortest and the longest filters, up to the widest d that is allowed."""
+def test_the_limits_compile(tpu_slice, kernel, dilation, name):
+    """float32, ragged: the widest d that VMEM of every generation takes, and the most tokens."""
     topology, _ = tpu_slice(name)
-    width = 2560
-    if d == "widest":  # of the generations with little VMEM
-        wide = [w for w in range(128, 1 << 15, 128) if fits(w, kernel, dilation)]
-        width = wide[-1]
-    s = Shape(2, 1000, 1, width, kernel, dilation)
-    u, *rest = arrays(s, jnp.float32)
-    for function, args in ((bench._forward, (u, *rest)), (bench._backward, (u, u, *rest))):
-
-        def run(*args, function=function):
-            more = () if function is bench._backward else ("pallas",)
-            return function(*more, *args, dilation=dilation)
-
-        found = compile_operation(topology, run, *args)
-        report(topology, f"{s} {function.__name__}", found, 1)
+    wide = [d for d in range(128, 1 << 15, 128) if fits((2, 1000, 1, d), kernel, dilation)]
+    assert fits((1, LONGEST, 1, 128), kernel, dilation)
+    assert not fits((1, LONGEST + 1, 1, 128), kernel, dilation)
+    for b, t, d in ((2, 1000, wide[-1]), (1, LONGEST, 128), (12000, 60, 128)):
+        s = Shape(b, t, 1, d, kernel, dilation)
+        u, *rest = arrays(s, jnp.float32)
+        forward = functools.partial(bench._forward, "pallas", dilation=dilation)
+        backward = functools.partial(bench._backward, dilation=dilation)
+        for function, args in ((forward, (u, *rest)), (backward, (u, u, *rest))):
+            assert "short_conv" in lowered(topology, function, args).compile().as_text()
 
 
-def fits(d, kernel, dilation):
-    return tpu.limit((2, 1000, 1, d), kernel, dilation, (jnp.float32,) * 3) is None
+def lowered(topology, function, args):
+    """Without counting traffic, which walks the grid: it is long."""
+    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    anywhere = PartitionSpec()
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=anywhere, out_specs=anywhere, check_vma=False
+    )
+    layout = Format(Layout.AUTO, NamedSharding(mesh, anywhere))
+    return jax.jit(mapped, in_shardings=layout, out_shardings=layout).lower(*args)
+
+
+def fits(shape, kernel, dilation):
+    return tpu.limit(shape, kernel, dilation, (jnp.float32,) * 3) is None
 
 
 def report(topology, name, found, floor):
