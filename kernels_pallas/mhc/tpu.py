@@ -166,6 +166,8 @@ def _kernel(
 def _products(refs: dict[str, Any], n: int, d: int, blocks: Blocks) -> None:
     """product [tokens, stacked]: x times the parts of fn; in the last lane the sum of squares."""
     product = refs["product"]
+    # bfloat16 streams need no temporaries: a whole stream at once keeps the MXU filled.
+    width = d if refs["x"].dtype == jnp.bfloat16 else blocks.columns
     product[...] = jnp.zeros_like(product)
     for j in range(n):
 
@@ -173,17 +175,17 @@ def _products(refs: dict[str, Any], n: int, d: int, blocks: Blocks) -> None:
             for part in split(refs["x"][j, :, columns]):
                 product[...] += dot(part, refs["fn"][j, :, columns], transposed=True)
 
-        for_each_columns(d, blocks.columns, multiply)
+        for_each_columns(d, width, multiply)
 
     def squares(tokens: Any) -> None:
-        def add(columns: Any, sums: jax.Array) -> jax.Array:
-            for j in range(n):
-                for lanes in pieces(columns, blocks.columns):
-                    x = refs["x"][j, tokens, lanes].astype(jnp.float32)
-                    sums += x * x
+        def add(columns: Any, sums: tuple) -> tuple:
+            for lanes in pieces(columns, blocks.columns):
+                x = [refs["x"][j, tokens, lanes].astype(jnp.float32) for j in range(n)]
+                sums = tuple(s + a * a for s, a in zip(sums, x, strict=True))
             return sums
 
-        sums = for_each_columns(d, blocks.columns, add, jnp.zeros((ROWS, LANES), jnp.float32))
+        nothing = (jnp.zeros((ROWS, LANES), jnp.float32),) * n
+        sums = total(list(for_each_columns(d, blocks.columns, add, nothing)))
         lane = lax.broadcasted_iota(jnp.int32, (ROWS, product.shape[1]), 1)
         square = jnp.sum(sums, axis=1, keepdims=True)
         product[tokens] = jnp.where(lane == product.shape[1] - 1, square, product[tokens])

@@ -31,6 +31,7 @@ from kernels_pallas.mhc.tpu_blocks import (
     PARTS,
     ROWS,
     Blocks,
+    Passes,
     Width,
     blocks_for,
     dot,
@@ -38,6 +39,7 @@ from kernels_pallas.mhc.tpu_blocks import (
     for_each_rows,
     from_lanes,
     into_lanes,
+    parts_for_dx,
     pieces,
     scalars,
     split,
@@ -50,18 +52,13 @@ from kernels_pallas.mhc.tpu_blocks import (
 )
 
 
-def _parts_of_e(size: int) -> int:
-    """How many of its parts e needs in dx, which is rounded to the streams' dtype."""
-    return PARTS if size == 4 else 2
-
-
 def vmem(tokens: int, n: int, d: int, size: int) -> int:
     """Bytes that `backward` needs, about (20 iterations)."""
     width = Width(n)
     moving = 2 * tokens * ((2 * n + 1) * d * size + 4 * (n + n * n + width.kept))
     across = 4 * max(8 * LANES, tokens)  # one number per token
     scratch = across * (2 * LANES + width.stacked + 40 * n)
-    turned = 2 * tokens * width.stacked * (_parts_of_e(size) + 1) + 8 * tokens * LANES
+    turned = 2 * tokens * width.stacked * (len(parts_for_dx(size)[1]) + 1) + 8 * tokens * LANES
     inner = 4 * n * tokens * MAX_COLUMNS + (16 * tokens * MAX_COLUMNS if size == 4 else 0)
     return moving + scratch + turned + inner + 2 * n * d * (width.stacked + 4 * width.part)
 
@@ -93,7 +90,7 @@ def backward(
     """
     n, p, d = x.shape
     width, size = Width(n), x.dtype.itemsize
-    parts = _parts_of_e(size)
+    of_fn, passes = parts_for_dx(size)
     blocks = blocks or blocks_for("pre_backward", p, n, d, size, vmem)
     bt = blocks.tokens
     count = pl.cdiv(p, bt)
@@ -106,7 +103,7 @@ def backward(
             *("lanes", "made", "stack", "factors", "columns", "e_tokens", "e_columns", "partial"),
         )
         named = dict(zip(names, refs, strict=True))
-        _kernel(named, n, p, d, steps, iterations, eps, transpose, blocks)
+        _kernel(named, n, p, d, steps, iterations, eps, transpose, passes, blocks)
 
     def token_block(half: Any, step: Any) -> Any:
         return jnp.minimum(half * steps + step, count - 1)
@@ -148,8 +145,8 @@ def backward(
             pltpu.VMEM((width.stacked, groups, LANES), lanes),
             pltpu.VMEM((iterations, 2 * n, groups, LANES), lanes),
             pltpu.VMEM((bt, LANES), lanes),
-            pltpu.VMEM((width.stacked, bt), jnp.bfloat16),
-            pltpu.VMEM((parts, bt, width.stacked), jnp.bfloat16),
+            pltpu.VMEM((pl.cdiv(PARTS * width.part, ROWS) * ROWS, bt), jnp.bfloat16),
+            pltpu.VMEM((len(passes), bt, width.stacked), jnp.bfloat16),
             pltpu.VMEM((n, bt, blocks.columns), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -157,7 +154,7 @@ def backward(
         ),
         interpret=interpret,
         name="mhc_pre_backward",
-    )(base, scale, x, stacked_parts(fn, n), kept, g, g_post, g_res)
+    )(base, scale, x, stacked_parts(fn, n, of_fn), kept, g, g_post, g_res)
     c = width.count
     dfn = jnp.moveaxis(dfn.sum(0)[:, :c], 1, 2).reshape(n * d, c)
     dbase, times_h = sums.sum((0, 2)).reshape(2, width.part)[:, :c]
@@ -174,6 +171,7 @@ def _kernel(
     iterations: int,
     eps: float,
     transpose: bool,
+    passes: Passes,
     blocks: Blocks,
 ) -> None:
     step = pl.program_id(1)
@@ -188,7 +186,7 @@ def _kernel(
     @pl.when(left > 0)  # else the last block again, where the halves differ: its dx stays
     def _block() -> None:
         for_each_rows(blocks.tokens, lambda tokens: _products(refs, tokens, n, d, blocks.columns))
-        _coefficients(refs, n, d, left, iterations, eps, transpose)
+        _coefficients(refs, n, d, left, iterations, eps, transpose, passes)
         for_each_columns(
             d, blocks.columns, lambda columns: _gradients(refs, columns, n, left, ragged, blocks)
         )
@@ -242,6 +240,7 @@ def _coefficients(
     iterations: int,
     eps: float,
     transpose: bool,
+    passes: Passes,
 ) -> None:
     """From gradients of the coefficients to those of the logits.
 
@@ -274,23 +273,23 @@ def _coefficients(
     lanes[:n] = gates[:n] + eps
     lanes[n] = jnp.sum(of_logits * h, axis=0) * r * r * (1 / (n * d))
     to_sublanes(lanes, refs["columns"])
-    _stack_parts(refs, jnp.where(there, of_logits * r[None], 0), width)
+    _stack_parts(refs, jnp.where(there, of_logits * r[None], 0), width, passes)
 
 
-def _stack_parts(refs: dict[str, Any], e: jax.Array, width: Width) -> None:
-    """e_tokens [stacked, tokens]: the three parts of e; e_columns[k] [tokens, stacked]: part k
-    three times, for the three parts of fn."""
+def _stack_parts(refs: dict[str, Any], e: jax.Array, width: Width, passes: Passes) -> None:
+    """e_tokens [rows, tokens]: the three parts of e; e_columns[k] [tokens, stacked]: those of pass
+    k."""
     stack, parts = refs["stack"], tops(e)
     stack[...] = jnp.zeros_like(stack)
 
-    def fill(parts: list[jax.Array]) -> None:
-        for k, part in enumerate(parts):
-            stack[k * width.part : k * width.part + width.count] = part
+    def fill(which: tuple[int, ...]) -> None:
+        for k, part in enumerate(which):
+            stack[k * width.part : k * width.part + width.count] = parts[part]
 
-    fill(parts)
-    from_lanes(stack, width.stacked, refs["e_tokens"])
-    for k in range(refs["e_columns"].shape[0]):
-        fill([parts[k]] * PARTS)
+    fill((0, 1, 2))
+    from_lanes(stack, refs["e_tokens"].shape[0], refs["e_tokens"])
+    for k, which in enumerate(passes):
+        fill(which)
         to_sublanes(stack, refs["e_columns"].at[k])
 
 

@@ -126,12 +126,26 @@ def tops(x: jax.Array, parts: int = PARTS) -> list[jax.Array]:
     return out
 
 
-def stacked_parts(fn: jax.Array, n: int) -> jax.Array:
-    """fn float32 [n d, c] -> bfloat16 [n, stacked, d]: its three parts in rows of their own."""
+# Parts of fn in dx's product, and for each of its passes the parts of e they are multiplied with.
+# Rounded to bfloat16, dx needs the three largest products alone, so one pass.
+Passes = tuple[tuple[int, int, int], ...]
+
+
+def parts_for_dx(size: int) -> tuple[tuple[int, int, int], Passes]:
+    """(parts of fn, passes) for streams of `size` bytes a number."""
+    if size == 4:
+        return (0, 1, 2), ((0, 0, 0), (1, 1, 1), (2, 2, 2))
+    return (0, 1, 0), ((0, 0, 1),)
+
+
+def stacked_parts(fn: jax.Array, n: int, order: tuple[int, ...] = (0, 1, 2)) -> jax.Array:
+    """fn float32 [n d, c] -> bfloat16 [n, stacked, d]: its three parts, or those of `order`, each
+    in rows of its own."""
     width = Width(n)
     turned = jnp.moveaxis(fn.reshape(n, -1, width.count), -1, 1)
     turned = jnp.pad(turned, ((0, 0), (0, width.part - width.count), (0, 0)))
-    parts = jnp.concatenate(split(turned), axis=1)
+    own = split(turned)
+    parts = jnp.concatenate([own[k] for k in order], axis=1)
     return jnp.pad(parts, ((0, 0), (0, width.stacked - parts.shape[1]), (0, 0)))
 
 
