@@ -53,8 +53,8 @@ def forward(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As tpu.forward, without a tail: [B, M, T, d]."""
-    b, m, t, d = u.shape
+    """As tpu.forward, without a tail: [M, B, T, d]."""
+    m, b, t, d = u.shape
     kernel = filters.shape[1]
     if blocks is None:
         found = tuning.tuned("short_conv", f"d{d}_{u.dtype.itemsize}_forward")
@@ -89,7 +89,7 @@ def _kernel(
         """The rows that tap k reads, 0 where it is closed."""
         rows = jnp.maximum(tokens - backs[k], 0)
         is_open = jnp.broadcast_to(((own & (1 << k)) != 0)[:, None], tile)
-        where = u.at[sequence, stream, rows[:, None], columns[None]]
+        where = u.at[stream, sequence, rows[:, None], columns[None]]
         return plgpu.load(where, mask=is_open, other=0).astype(jnp.float32)
 
     def squares(j: jax.Array, sums: tuple) -> tuple:
@@ -111,7 +111,7 @@ def _kernel(
         result = past(kernel - 1, columns) + 2 * h * jax.nn.sigmoid(2 * h)
         live = (own & (1 << kernel)) != 0
         plgpu.store(
-            out.at[sequence, stream, tokens[:, None], columns[None]],
+            out.at[stream, sequence, tokens[:, None], columns[None]],
             jnp.where(live[:, None], result, 0).astype(out.dtype),
             mask=jnp.broadcast_to(there[:, None], tile),
         )

@@ -106,23 +106,23 @@ def forward(
     """u + SiLU(convolution), masked.
 
     Args:
-      u: [B, M, T, d].
+      u: [M, B, T, d]: streams outermost, as the other kernels have them.
       filters: [M, K, d], half the taps times the gain; with a tail half the taps.
       bits: int32 [B, T], openings.bits_of.
       gain: [M, d], only with a tail.
-      tail: [B, M, L, d], normalised, the gain in it; None: nothing before the first token.
+      tail: [M, B, L, d], normalised, the gain in it; None: nothing before the first token.
 
     Returns:
-      [B, M, T, d] in out_dtype (None: that of u).
+      [M, B, T, d] in out_dtype (None: that of u).
     """
-    b, m, t, d = u.shape
+    m, b, t, d = u.shape
     kernel = filters.shape[1]
     out_dtype = out_dtype or u.dtype
     size = max(u.dtype.itemsize, jnp.dtype(out_dtype).itemsize)
     before = history_rows(kernel, dilation)
     blocks = blocks or blocks_for(t, before, d, size)
     bits = openings.padded(bits, blocks.tokens)
-    tokens = pl.BlockSpec((None, None, blocks.tokens, d), lambda b, m, i: (b, m, i, 0))
+    tokens = pl.BlockSpec((None, None, blocks.tokens, d), lambda b, m, i: (m, b, i, 0))
     of_stream = pl.BlockSpec((None, kernel, d), lambda b, m, i: (m, 0, 0))
     operands = {
         "full": (
@@ -138,7 +138,7 @@ def forward(
         tail = jnp.pad(tail, ((0, 0), (0, 0), (before - tail.shape[2], 0), (0, 0)))
         operands["tail"] = (
             tail,
-            pl.BlockSpec((None, None, before, d), lambda b, m, i: (b, m, 0, 0)),
+            pl.BlockSpec((None, None, before, d), lambda b, m, i: (m, b, 0, 0)),
         )
         operands["gain"] = (
             gain.astype(jnp.float32)[:, None],

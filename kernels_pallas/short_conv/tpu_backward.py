@@ -52,14 +52,14 @@ def backward(
     """Gradients of u and, in float32, of the filters.
 
     Args:
-      u: [B, M, T, d]; filters: [M, K, d], half the taps times the gain; bits: int32 [B, T]: those
+      u: [M, B, T, d]; filters: [M, K, d], half the taps times the gain; bits: int32 [B, T]: those
         of tpu.forward.
-      g: [B, M, T, d], the gradient of the output.
+      g: [M, B, T, d], the gradient of the output.
 
     Returns:
-      ([B, M, T, d] in the dtype of u, [M, K, d]).
+      ([M, B, T, d] in the dtype of u, [M, K, d]).
     """
-    b, m, t, d = u.shape
+    m, b, t, d = u.shape
     kernel = filters.shape[1]
     size = max(u.dtype.itemsize, g.dtype.itemsize)
     before = history_rows(kernel, dilation)
@@ -69,10 +69,10 @@ def backward(
     full = openings.all_open(bits, blocks.chunk, kernel)
     # A chunk needs the bits of the next one, too: those of the tokens that reach into it.
     full &= jnp.pad(full, ((0, 0), (0, 1)))[:, 1:]
-    tokens = pl.BlockSpec((None, None, blocks.tokens, d), lambda b, m, i: (b, m, n - 1 - i, 0))
+    tokens = pl.BlockSpec((None, None, blocks.tokens, d), lambda b, m, i: (m, b, n - 1 - i, 0))
 
     def earlier(b: Any, m: Any, i: Any) -> tuple:
-        return b, m, jnp.maximum((n - 1 - i) * (blocks.tokens // before) - 1, 0), 0
+        return m, b, jnp.maximum((n - 1 - i) * (blocks.tokens // before) - 1, 0), 0
 
     operands = {
         "full": (full.reshape(-1), pl.BlockSpec(memory_space=pltpu.SMEM)),
@@ -172,9 +172,6 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
         rows = pl.ds(first, chunk)
 
         def compute(bits: jax.Array | None) -> None:
-            def gradient(lanes: Any) -> jax.Array:
-                return when_open(bits, kernel, refs["g"][rows, lanes].astype(jnp.float32))
-
             def convolve(j: jax.Array, lanes: Any) -> None:
                 past = [
                     when_open(bits, k, x[j, pl.ds(before + first - back, chunk)])
@@ -182,8 +179,9 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
                 ]
                 h = sum(p * refs["filters"][k : k + 1, lanes] for k, p in enumerate(past))
                 t = jnp.tanh(h)
-                # The last block's rows that do not exist hold anything: 0 by choice, not by g.
-                own = when_open(bits, kernel, gradient(lanes) * (1 + t) * (1 + h * (1 - t)))
+                g = refs["g"][rows, lanes].astype(jnp.float32)
+                # 0 of masked tokens, and of those past the end, whose g may be anything.
+                own = when_open(bits, kernel, g * (1 + t) * (1 + h * (1 - t)))
                 dh[j, rows] = own
                 for k, p in enumerate(past):
                     parts = (own * p).reshape(chunk // SUBLANES, SUBLANES, LANES)
@@ -206,7 +204,8 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
 
             def write(j: jax.Array, lanes: Any) -> None:
                 along = x[j, pl.ds(before + first, chunk)] * mean
-                du = gradient(lanes) + r * (dx[j] - along)
+                g = when_open(bits, kernel, refs["g"][rows, lanes].astype(jnp.float32))
+                du = g + r * (dx[j] - along)
                 refs["du"][rows, lanes] = du.astype(refs["du"].dtype)
 
             for_each_column(d, write)

@@ -27,14 +27,14 @@ def short_conv(
     bits = _bits(u, taps, segments, mask, dilation)
     kernel = tpu.forward if choice.kernel == TPU else gpu.forward
     out = kernel(
-        jnp.moveaxis(u, 2, 1),
+        jnp.moveaxis(u, 2, 0),
         _filters(gain, taps),
         bits,
         dilation=dilation,
         eps=eps,
         interpret=choice.interpret,
     )
-    return jnp.moveaxis(out, 1, 2)
+    return jnp.moveaxis(out, 0, 2)
 
 
 def _forward(*args: Any) -> tuple[jax.Array, tuple]:
@@ -62,10 +62,10 @@ def gradients(
         du, d_gain, d_taps = jax.vjp(plain, wide, gain, taps)[1](g.astype(jnp.float32))
         return du.astype(u.dtype), d_gain, d_taps
     du, d_filters = tpu_backward.backward(
-        jnp.moveaxis(u, 2, 1),
+        jnp.moveaxis(u, 2, 0),
         _filters(gain, taps),
         _bits(u, taps, segments, mask, dilation),
-        jnp.moveaxis(g, 2, 1),
+        jnp.moveaxis(g, 2, 0),
         dilation=dilation,
         eps=eps,
         interpret=choice.interpret,
@@ -73,7 +73,7 @@ def gradients(
     d_product = jnp.moveaxis(d_filters, 1, 0) / 2
     d_gain = jnp.sum(d_product * taps.astype(jnp.float32), axis=0).astype(gain.dtype)
     d_taps = (d_product * gain.astype(jnp.float32)).astype(taps.dtype)
-    return jnp.moveaxis(du, 1, 2), d_gain, d_taps
+    return jnp.moveaxis(du, 0, 2), d_gain, d_taps
 
 
 def _backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: jax.Array) -> tuple:
@@ -115,17 +115,17 @@ def short_conv_cached(
 ) -> tuple[jax.Array, jax.Array]:
     """As api.short_conv_cached; on TPU."""
     out = tpu.forward(
-        jnp.moveaxis(u, 2, 1),
+        jnp.moveaxis(u, 2, 0),
         _filters(jnp.ones_like(gain), taps),
         _bits(u, taps, None, mask, dilation, history=True),
         gain,
-        jnp.moveaxis(tail, 2, 1),
+        jnp.moveaxis(tail, 2, 0),
         dilation=dilation,
         eps=eps,
         out_dtype=jnp.promote_types(u.dtype, tail.dtype),
         interpret=choice.interpret,
     )
-    return jnp.moveaxis(out, 1, 2), _new_tail(u, tail, valid, gain, eps)
+    return jnp.moveaxis(out, 0, 2), _new_tail(u, tail, valid, gain, eps)
 
 
 def _new_tail(
@@ -135,9 +135,9 @@ def _new_tail(
     keep, (b, s, m, d) = tail.shape[1], u.shape
     index = valid[:, None] + jnp.arange(keep)  # into tail and u, one after the other
     old = jax.vmap(lambda x, i: x[i])(tail, jnp.minimum(index, keep - 1))
-    # Rows of [B M S, d], as they lie for the kernel: a gather by token would copy u to do it.
-    first = jnp.arange(b * m).reshape(b, 1, m) * s
-    rows = jnp.moveaxis(u, 2, 1).reshape(b * m * s, d)
+    # Rows of [M B S, d], as they lie for the kernel: a gather by token would copy u to do it.
+    first = (jnp.arange(m) * b + jnp.arange(b)[:, None])[:, None] * s
+    rows = jnp.moveaxis(u, 2, 0).reshape(m * b * s, d)
     new = rows[first + jnp.maximum(index - keep, 0)[..., None]]
     new = reference.normalised(new, gain, eps).astype(tail.dtype)
     return jnp.where((index < keep)[..., None, None], old, new)
