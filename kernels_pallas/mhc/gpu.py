@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import tuning
 from kernels_pallas.mhc import coefficients
-from kernels_pallas.mhc.tpu_blocks import PARTS, Width, dot, split, total
+from kernels_pallas.mhc.tpu_blocks import PARTS, Width, split, total
 
 UNMEASURED = "the kernel has not been measured on a GPU; implementation 'pallas' takes it"
 
@@ -179,7 +179,7 @@ def _pre_kernel(
             for part in range(PARTS):
                 fn = plgpu.load(refs["fn"].at[part, j, columns[:, None], lane[None]])
                 for own in split(x):
-                    product += dot(own, fn)
+                    product += jnp.dot(own, fn, preferred_element_type=jnp.float32)
         return product, squares
 
     nothing = (

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import tuning
+from kernels_pallas import dispatch, tuning
 
 LANES = 128
 ROWS = 16  # tokens of an elementwise step: one register of bfloat16
@@ -155,6 +155,8 @@ def total(terms: list[jax.Array]) -> jax.Array:
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
     """a b, or a b^T, of bfloat16 arrays, summed in float32."""
+    if dispatch.device()[0] == dispatch.CPU:  # interpreted: XLA lacks some of these products there
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     contract = ((1,), (1,)) if transposed else ((1,), (0,))
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
