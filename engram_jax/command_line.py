@@ -17,6 +17,7 @@ from ml_collections.config_flags import tuple_parser
 
 from engram_jax import config as config_lib
 from engram_jax.errors import UserError
+from kernels_pallas.dispatch import UnsupportedError
 
 T = TypeVar("T")
 
@@ -72,6 +73,8 @@ def reported(function: Callable[..., T]) -> Callable[..., T]:
             return function(*args)
         except UserError as error:
             _stop(one_line(error))
+        except UnsupportedError as error:
+            _stop(f"config.model.kernels = 'pallas': {one_line(error)}")
         except KeyboardInterrupt:
             _stop("interrupted; the same command goes on from the last checkpoint", status=130)
         except BrokenPipeError:  # `| head`: nobody reads on, and nobody reads a message

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from engram_jax import config as config_lib
+from engram_jax.command_line import reported
 from engram_jax.config import QWEN
+from kernels_pallas.dispatch import UnsupportedError
 from tests.runs import ROOT, TINY, Outcome, launched, run_process, small_run, write_corpus
 
 
@@ -106,6 +108,9 @@ IMPOSSIBLE = [
     ("model.engram.hash_dialect=v41", "'v41'", "'paper', 'qwen'"),
     ("model.engram.addresses=gpu", "'gpu'", "'device', 'host'"),
     ("model.engram.table_dtype=float16", "'float16'", "'float32', 'bfloat16'"),
+    ("model.engram.precision=int8", "'int8'", "'model', 'bf16', 'fp8'"),
+    ("model.engram.fp8_recipe=row", "'row'", "'channel', 'block', 'mx'"),
+    ("model.kernels=triton", "'triton'", "'auto', 'reference', 'pallas'"),
     ("data.source=web", "'web'", "'local', 'folder', 'tfds'"),
     ("optimizer.memory_optimizer=adam", "'adam'", "'rowwise_adam', 'dense_adam'"),
     ("name=", "''", "letters"),
@@ -205,6 +210,18 @@ def test_impossible_values(override, words):
         assert f"config.{key}" in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"model.engram.d_mem": 48}, ("'block'", "128 columns divide d_model = 16 and d_mem = 48")),
+        ({"model.engram.fp8_recipe": "mx"}, ("'mx'", "32 columns")),
+        ({"model.dtype": "float64"}, ("'fp8'", "float64")),
+    ],
+)
+def test_impossible_fp8(overrides, words):
+    refused(described({"model.engram.precision": "fp8", "model.d_model": 16, **overrides}), *words)
+
+
 # What looks odd and is meant: small sizes, switches at their ends, schedules longer than the run.
 POSSIBLE = {
     "data.seq_len": 1,
@@ -245,6 +262,8 @@ def test_odd_values_that_are_meant():
         {"model.engram.hash_dialect": QWEN, "tokenizer.eos_id": 2},
         {"model.engram.form": QWEN},
         {"model.engram.form": "v41", "model.engram.addresses": "host"},
+        {"model.engram.precision": "fp8", "model.engram.fp8_recipe": "channel"},
+        {"model.engram.precision": "bf16", "model.kernels": "pallas"},
     ],
 )
 def test_parts_may_be_missing_and_forms_mixed(overrides):
@@ -474,3 +493,17 @@ def test_help_lists_the_flags():
         "--[no]json",
     ):
         assert flag in outcome.out
+
+
+def test_a_kernel_that_cannot_is_one_line(capsys):
+    """What `model.kernels = "pallas"` meets while the model is traced."""
+
+    @reported
+    def run():
+        raise UnsupportedError("engram_gate: d_mem = 16 and d = 16 must be multiples of 128")
+
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 2
+    line = "error: config.model.kernels = 'pallas': engram_gate: d_mem = 16 and d = 16 must be"
+    assert capsys.readouterr().err == f"{line} multiples of 128\n"
