@@ -23,47 +23,54 @@ CANDIDATES = [
     for tokens in (4096, 2816, 2048, 1536, 1024, 512)
     for columns in (512, 256, 128)
 ]
+GPU_CANDIDATES = [
+    {"tokens": tokens, "columns": columns, "depth": depth, "warps": warps, "stages": stages}
+    for tokens in (64, 128)
+    for columns in (64, 128, 256)
+    for depth in (64, 128)
+    for warps in (4, 8)
+    for stages in (2, 3)
+]
 
 
 def cases() -> list[Case]:
-    """bfloat16 forward and backward, and every FP8 recipe forward, at the true sizes."""
+    """bfloat16 forward and a step (forward and backward), and every FP8 recipe forward, at the true
+    sizes."""
     found = []
     for name, shape in REAL.items():
-        found.append(_case(f"{name} bf16 forward", shape, None, prepared=False, backward=False))
-        found.append(_case(f"{name} bf16 backward", shape, None, prepared=False, backward=True))
+        found.append(_case(f"{name} bf16 forward", shape, None, step=False))
+        found.append(_case(f"{name} bf16 step", shape, None, step=True))
         found += [
-            _case(f"{name} fp8 {recipe} forward", shape, recipe, prepared=True, backward=False)
+            _case(f"{name} fp8 {recipe} forward", shape, recipe, step=False)
             for recipe in (CHANNEL, BLOCK, MX)
         ]
     return found
 
 
-def _case(name: str, s: Shape, recipe: str | None, *, prepared: bool, backward: bool) -> Case:
-    arguments = arrays(s, jnp.bfloat16, recipe, prepared=prepared)
-    moved = sum(map(_bytes, jax.tree.leaves(arguments)))
-    streams = _bytes(arguments[2])
-    if backward:  # reads the cotangent, too, and writes a gradient of every argument
-        moved = 2 * moved + streams
+def _case(name: str, s: Shape, recipe: str | None, *, step: bool) -> Case:
+    arguments = arrays(s, jnp.bfloat16, recipe, prepared=recipe is not None)
+    read, streams = sum(map(_bytes, jax.tree.leaves(arguments))), _bytes(arguments[2])
+    moved, flops = read + streams, 2 * s.tokens * s.d_mem * (s.streams + 1) * s.d
+    if step:  # backward reads the arguments and g and writes a gradient for each argument; the
+        # keys again and two products for gradients
+        moved, flops = moved + 2 * read + streams, 4 * flops
         arguments = (arguments[2], *arguments)
-    else:
-        moved += streams
-    flops = 2 * s.tokens * s.d_mem * (s.streams + 1) * s.d
     functions = {
-        label: functools.partial(_backward if backward else _forward, implementation)
+        label: functools.partial(_step if step else _forward, implementation)
         for label, implementation in ((XLA, REFERENCE), (OURS, PALLAS))
     }
-    times = 3 if backward else 1  # the keys again, and two products for gradients
-    return Case(name, arguments, functions, moved, times * flops, fp8=recipe is not None)
+    return Case(name, arguments, functions, moved, flops, fp8=recipe is not None)
 
 
 def _forward(implementation: str, *args: Any) -> jax.Array:
     return engram_gate(*args, eps=EPS, implementation=implementation)[0]
 
 
-def _backward(implementation: str, g: jax.Array, *args: Any) -> Any:
-    """Gradients alone: of the forward pass only what the backward pass needs is computed."""
+def _step(implementation: str, g: jax.Array, *args: Any) -> Any:
+    """The output and the gradients of all arguments."""
     forward: Callable[..., jax.Array] = functools.partial(_forward, implementation)
-    return jax.vjp(forward, *args)[1](g)
+    out, pullback = jax.vjp(forward, *args)
+    return out, pullback(g)
 
 
 def _bytes(x: Any) -> int:

@@ -15,6 +15,17 @@ from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 from kernels_pallas.mhc.shapes import REAL, Shape, merge_arrays, pre_arrays
 
 OPTIONS = {"iterations": 20, "eps": 1e-6, "transpose": False}
+# What the tuner times; every block of tokens moves the same bytes, so that only time tells.
+TIMED_CANDIDATES = [
+    {"tokens": tokens, "columns": columns} for tokens in (128, 256, 512) for columns in (256, 512)
+]
+GPU_CANDIDATES = [
+    {"tokens": tokens, "columns": columns, "warps": warps, "stages": stages}
+    for tokens in (16, 32, 64)
+    for columns in (64, 128)
+    for warps in (4, 8)
+    for stages in (2, 3)
+]
 
 
 def cases() -> list[Case]:
