@@ -3,8 +3,8 @@
     python -m benchmarks.tune_kernels            # for the accelerator at hand, else for every TPU
     python -m benchmarks.tune_kernels --ops engram_gate --slices v5p:2x2x1
 
-On an accelerator every candidate is timed, and the fastest is kept for the device's kind. Without one
-nothing is timed: candidates are ordered by a roofline (bytes that the kernel moves / bandwidth
+On an accelerator every candidate is timed, and the fastest is kept for the device's kind. Without
+one nothing is timed: candidates are ordered by a roofline (bytes that the kernel moves / bandwidth
 against products / peak, the latter less for blocks narrower than the matrix unit; ties go to fewer
 bytes, then to wider blocks), and the first that the compiler accepts for a TPU generation is kept.
 Ops whose blocks all move the same bytes are left to their own rule then.
