@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import dispatch
 from kernels_pallas.engram_gate import quantise
-from kernels_pallas.engram_gate.quantise import BLOCK, CHANNEL, E4M3, MX, Quantised
+from kernels_pallas.engram_gate.quantise import BLOCK, CHANNEL, E4M3, MX, WIDTH, Quantised
 
 LANES = 128
 LONG_ROWS = 8 << 20  # bytes; a larger block of rows is not double-buffered
@@ -88,8 +88,11 @@ class Projection:
             )
         if self.column_scales is not None:
             arrays["column_scales"] = self.column_scales
-            specs["column_scales"] = pl.BlockSpec(
-                (None, self.column_scales.shape[1], columns), column
+            groups = self.column_scales.shape[1:]
+            specs["column_scales"] = (
+                pl.BlockSpec((None, 1, columns), column)
+                if self.recipe == CHANNEL
+                else pl.BlockSpec((None, *groups), lambda i, j: (column(i, j)[0], 0, 0))
             )
         return arrays, specs
 
@@ -133,36 +136,55 @@ class Projection:
             rounded = (x / scale).astype(E4M3).astype(jnp.float32)
             refs["ready"][tokens] = (rounded * scale).astype(jnp.bfloat16)
 
-    def weights(self, refs: dict[str, Any]) -> jax.Array:
-        """The step's weights [C, columns], ready for products with many chunks."""
+    def weights(self, refs: dict[str, Any]) -> tuple[Any, jax.Array | None]:
+        """The step's weights [C, columns], ready for products with many chunks, and the scales
+        of their columns: float32 [1, columns] or [C / 128, columns]."""
         if self.recipe is None:
-            return refs["weights"]
+            return refs["weights"], None
         weights = refs["weights"][...]
-        if self.native and self.recipe != MX:
-            return weights
-        if self.recipe != MX:
-            return weights.astype(jnp.bfloat16)
-        scales = refs["column_scales"][...][:, None, :]
-        grouped = weights.astype(jnp.bfloat16).reshape(-1, 32, weights.shape[1])
-        return (grouped * scales).reshape(weights.shape)
-
-    def product(self, refs: dict[str, Any], weights: jax.Array, tokens: Any) -> jax.Array:
-        """rows W of a chunk: float32 [chunk, columns]."""
-        if self.recipe is None:
-            return dot(refs["rows"][tokens], weights[...])
+        scales = self._of_columns(refs, weights.shape[1])
         if self.recipe == MX:
-            return dot(refs["ready"][tokens], weights)
-        ready = "rows" if self.prepared else "ready"
-        x = refs[ready][tokens]
+            scales = scales.astype(jnp.bfloat16)[:, None, :]
+            grouped = weights.astype(jnp.bfloat16).reshape(-1, 32, weights.shape[1])
+            return (grouped * scales).reshape(weights.shape), None
+        return weights if self.native else weights.astype(jnp.bfloat16), scales
+
+    def _of_columns(self, refs: dict[str, Any], columns: int) -> jax.Array:
+        """Scales of the step's columns, from those of groups of columns: a product with zeros and
+        ones. Spread out in HBM they would be read again in every pass.
+
+        refs["first_column"]: of the step, within its branch."""
+        scales = refs["column_scales"][...]
+        if self.recipe == CHANNEL:
+            return scales
+        shape = scales.shape[1], columns
+        of_column = (refs["first_column"] + lax.broadcasted_iota(jnp.int32, shape, 1)) // WIDTH[
+            self.recipe
+        ]
+        return dot(
+            scales, (lax.broadcasted_iota(jnp.int32, shape, 0) == of_column).astype(scales.dtype)
+        )
+
+    def product(
+        self, refs: dict[str, Any], weights: tuple[Any, jax.Array | None], tokens: Any
+    ) -> jax.Array:
+        """rows W of a chunk, W of `weights`: float32 [chunk, columns]."""
+        matrix, column_scales = weights
+        if self.recipe is None:
+            return dot(refs["rows"][tokens], matrix[...])
+        if self.recipe == MX:
+            return dot(refs["ready"][tokens], matrix)
+        x = refs["rows" if self.prepared else "ready"][tokens]
         x = x if self.native else x.astype(jnp.bfloat16)
         scales = refs["row_scales" if self.prepared else "ready_scales"][tokens]
+        assert column_scales is not None
         if self.recipe == CHANNEL:
-            return dot(x, weights) * scales[:, :1] * refs["column_scales"][...]
-        total = jnp.zeros((x.shape[0], weights.shape[1]), jnp.float32)
+            return dot(x, matrix) * scales[:, :1] * column_scales
+        total = jnp.zeros((x.shape[0], matrix.shape[1]), jnp.float32)
         for k in range(self.depth // 128):
             part = slice(k * 128, (k + 1) * 128)
-            scale = scales[:, k : k + 1] * refs["column_scales"][k : k + 1, :]
-            total += dot(x[:, part], weights[part]) * scale
+            scale = scales[:, k : k + 1] * column_scales[k : k + 1]
+            total += dot(x[:, part], matrix[part]) * scale
         return total
 
 
@@ -175,8 +197,11 @@ def projection(
         weights = weights.astype(rows.dtype)
         return Projection(rows, None, weights, None, None, False, False)
     recipe = weights.recipe
-    column_scales = jnp.moveaxis(quantise.weight_scales(weights), 1, 0)
-    row_scales = quantise.row_scales(rows) if prepared else None
+    column_scales = jnp.moveaxis(quantise.read_scales(weights), 1, 0)
+    if recipe != CHANNEL:  # whole rows of lanes
+        padding = (0, 0), (0, 0), (0, -column_scales.shape[2] % LANES)
+        column_scales = jnp.pad(column_scales, padding)
+    row_scales = quantise.read_scales(rows) if prepared else None
     if recipe == MX:  # powers of two: exact in bfloat16
         column_scales = column_scales.astype(jnp.bfloat16)
         row_scales = row_scales if row_scales is None else row_scales.astype(jnp.bfloat16)

@@ -76,7 +76,7 @@ def forward(
     if isinstance(weights, Quantised):
         assert isinstance(rows, Quantised)
         operands["weights"] = jnp.moveaxis(weights.values, 1, 0)
-        operands["row_scales"] = quantise.row_scales(rows)
+        operands["row_scales"] = quantise.read_scales(rows)
         operands["column_scales"] = jnp.moveaxis(quantise.weight_scales(weights), 1, 0)
     else:
         operands["weights"] = weights.astype(values.dtype)

@@ -80,9 +80,9 @@ def quantise_weights(weights: jax.Array, recipe: str) -> Quantised:
     return Quantised(values, _stored(scale, recipe), recipe)
 
 
-def row_scales(rows: Quantised) -> jax.Array:
-    """float32 [..., 1], [..., C / 128] or [..., C / 32]."""
-    return _read(rows.scales)
+def read_scales(x: Quantised) -> jax.Array:
+    """The scales in float32, one per group."""
+    return _read(x.scales)
 
 
 def weight_scales(weights: Quantised) -> jax.Array:
@@ -93,7 +93,7 @@ def weight_scales(weights: Quantised) -> jax.Array:
 
 def dequantise_rows(rows: Quantised) -> jax.Array:
     """float32 [..., C]."""
-    scales = row_scales(rows)
+    scales = _read(rows.scales)
     if rows.recipe != CHANNEL:
         scales = jnp.repeat(scales, WIDTH[rows.recipe], -1)
     return rows.values.astype(jnp.float32) * scales

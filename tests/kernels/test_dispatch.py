@@ -108,6 +108,13 @@ def test_tuned_blocks_are_of_the_device(on_tpu, monkeypatch, tmp_path):
     tuning._table.cache_clear()
 
 
+def test_the_gate_is_tuned_for_every_generation():
+    tuned = json.loads((FOLDER / "engram_gate" / "tuned.json").read_text())
+    assert {"TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"} <= set(tuned["blocks"])
+    for keys in tuned["blocks"].values():
+        assert {key.split("_")[0] for key in keys} >= {"C1280", "C6144", "backward"}
+
+
 @pytest.mark.parametrize("op", ["engram_gate", "short_conv", "mhc"])
 def test_what_an_op_consists_of(op):
     names = {path.name for path in (FOLDER / op).iterdir()}
@@ -115,5 +122,5 @@ def test_what_an_op_consists_of(op):
         *("README.md", "api.py", "reference.py", "tpu.py", "gpu.py", "vjp.py", "shapes.py"),
         *("bench.py", "tuned.json"),
     }
-    kinds = set(json.loads((FOLDER / op / "tuned.json").read_text())["blocks"])
-    assert kinds >= {"TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"}
+    tuned = json.loads((FOLDER / op / "tuned.json").read_text())
+    assert isinstance(tuned["how"], str) and isinstance(tuned["blocks"], dict)
