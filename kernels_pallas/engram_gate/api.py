@@ -57,9 +57,13 @@ def engram_gate(
     values = rows.values if isinstance(rows, Quantised) else rows
     c, (m, d) = values.shape[-1], streams.shape[-2:]
     mixed = isinstance(rows, Quantised) and not isinstance(weights, Quantised)
+    lead = streams.shape[:-2]
+    tokens = math.prod(lead)
+    nothing = "there are no tokens" if tokens == 0 else None
     limits = {
-        TPU: tpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed),
-        GPU: gpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed)
+        TPU: nothing or tpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed),
+        GPU: nothing
+        or gpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed)
         or (gpu.UNMEASURED if implementation == AUTO else None),
     }
     choice = dispatch.choose("engram_gate", implementation, limits)
@@ -67,8 +71,6 @@ def engram_gate(
         return reference.engram_gate(
             rows, weights, streams, gain, bias, mask, eps=eps, recipe=recipe
         )
-    lead = streams.shape[:-2]
-    tokens = math.prod(lead)
     rows = jax.tree.map(lambda x: x.reshape(tokens, x.shape[-1]), rows)
     if not isinstance(weights, Quantised):
         weights = weights.astype(values.dtype)

@@ -59,6 +59,7 @@ def test_bad_names():
         ((4, 100, 2, 128), "float32", None, "d_mem = 100 and d = 128 must be multiples of 128"),
         ((4, 128, 2, 64), "float32", None, "d_mem = 128 and d = 64 must be multiples of 128"),
         ((4, 128, 33, 128), "float32", None, "33 streams are more than 32"),
+        ((0, 128, 2, 128), "float32", None, "there are no tokens"),
         ((4, 128, 2, 128), "float16", None, "float16 is not float32 or bfloat16"),
         ((4, 128, 2, 128), "float32", "fp4", "recipe 'fp4' is not one of"),
     ],
