@@ -9,6 +9,9 @@ calls), `reference.py` (plain jax.numpy: the meaning, and what runs where no ker
 and `gpu.py` (the kernels), `vjp.py` (their gradients), `shapes.py` (the argument shapes that tests
 and benchmarks share), `bench.py` (floor and variants), `tuned.json` (block sizes per device).
 
+On several devices kernels run inside `jax.shard_map(..., check_vma=False)`, on what each device
+has: XLA cannot partition them. Outside of it "auto" takes the reference there.
+
 Beside them: `dispatch.py` chooses the implementation, `tuning.py` reads block sizes, `traffic.py`
 counts the bytes that a kernel moves.
 """

@@ -43,6 +43,15 @@ def device() -> tuple[str, str]:
     return _platform(default.platform), default.device_kind
 
 
+def spread() -> bool:
+    """Whether the code being traced may run on several devices at once, partitioned by XLA, which
+    cannot partition a kernel: not inside shard_map, and more than one device is there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return any(size > 1 for n, size in mesh.shape.items() if n not in mesh.manual_axes)
+    return jax.device_count() > 1
+
+
 def _platform(name: str) -> str:
     return GPU if name in ("cuda", "rocm", "gpu") else name
 
@@ -74,6 +83,8 @@ def choose(op: str, implementation: str, limits: Mapping[str, str | None]) -> Ch
         return Choice(kernel, interpret=platform == CPU)
     if platform == CPU:
         return Choice(None)
+    if reason is None and spread():
+        reason = "several devices, and this is not inside shard_map (its check_vma=False)"
     if reason is not None:
         _tell(op, kind, reason)
         return Choice(None)

@@ -22,32 +22,43 @@ def kernel_bytes(function: Callable[..., Any], *args: Any) -> dict[str, int]:
       args: arrays or `jax.ShapeDtypeStruct`s. Kernels called several times are added up.
     """
     found: dict[str, int] = {}
-    for equation in _kernels(jax.make_jaxpr(function)(*args).jaxpr):
+    for equation, times in _kernels(jax.make_jaxpr(function)(*args).jaxpr, 1):
         mapping = equation.params["grid_mapping"]
         moved = sum(_block_bytes(block, mapping.grid) for block in mapping.block_mappings)
         name = str(equation.params["name"])
-        found[name] = found.get(name, 0) + moved
+        found[name] = found.get(name, 0) + moved * times
     return found
 
 
-def _kernels(jaxpr: Any) -> Iterator[Any]:
+def _kernels(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
+    """(pallas_call, how often it runs)."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            yield equation
+        name = equation.primitive.name
+        if name == "pallas_call":
+            yield equation, times
         else:
+            rounds = equation.params["length"] if name == "scan" else 1
             for inner in jax.tree.leaves(
                 list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
             ):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from _kernels(inner)
+                    for kernel in _kernels(inner, times * rounds):
+                        if name == "while":
+                            raise ValueError("how often a while loop runs its kernels is not known")
+                        yield kernel
 
 
 def _block_bytes(block: Any, grid: tuple[int, ...]) -> int:
-    """Bytes of one operand or result that stays in HBM unless its block is fetched."""
+    """Bytes of one operand or result that stays in HBM unless its block is fetched; a TPU's arrays
+    have rows of whole 128 lanes."""
     array = block.array_aval
     sizes = [getattr(size, "block_size", size) for size in block.block_shape]
+    if isinstance(sizes[-1], int) and len(sizes) > 1:
+        sizes[-1] += -sizes[-1] % 128
     size = math.prod(s for s in sizes if isinstance(s, int)) * array.dtype.itemsize
+    if not grid:
+        return size
     steps = jnp.stack(
         jnp.unravel_index(jnp.arange(math.prod(grid), dtype=jnp.int32), grid), axis=-1
     )

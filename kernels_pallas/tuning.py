@@ -42,7 +42,7 @@ def _table(op: str) -> dict[str, dict[str, dict[str, int]]]:
 
 # While a tuner runs: blocks to use instead, and which (op, key) were asked for.
 _tried: dict[tuple[str, str], dict[str, int]] = {}
-_asked: list[tuple[str, str]] = []
+_asked: list[tuple[str, str]] | None = None
 
 
 def tuned(op: str, key: str) -> dict[str, int] | None:
@@ -51,7 +51,8 @@ def tuned(op: str, key: str) -> dict[str, int] | None:
     tuned.json: {"blocks": {device kind: {key: {block: size}}}, ...}; key: the shape, as the op
     writes it.
     """
-    _asked.append((op, key))
+    if _asked is not None:
+        _asked.append((op, key))
     if (op, key) in _tried:
         return _tried[op, key]
     return _table(op).get(dispatch.device()[1], {}).get(key)
@@ -60,9 +61,11 @@ def tuned(op: str, key: str) -> dict[str, int] | None:
 @contextlib.contextmanager
 def trying(blocks: dict[tuple[str, str], dict[str, int]]) -> Iterator[list[tuple[str, str]]]:
     """For a tuner: these blocks for (op, key); yields the list of (op, key) that are asked for."""
-    _asked.clear()
+    global _asked
+    _asked = asked = []
     _tried.update(blocks)
     try:
-        yield _asked
+        yield asked
     finally:
         _tried.clear()
+        _asked = None

@@ -14,7 +14,7 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import AUTO, GPU, TPU
-from kernels_pallas.engram_gate import gpu, reference, tpu, vjp
+from kernels_pallas.engram_gate import gpu, reference, tpu, tpu_backward, vjp
 from kernels_pallas.engram_gate.quantise import RECIPES, Quantised
 
 
@@ -51,17 +51,21 @@ def engram_gate(
 
     Raises:
       dispatch.UnsupportedError: "pallas", and the kernel cannot take these arguments.
-      ValueError: an unknown recipe or implementation, or two different recipes.
+      ValueError: an unknown recipe or implementation, two different recipes, or shapes that do not
+        fit together.
     """
     recipe = _recipe(rows, weights, recipe)
     values = rows.values if isinstance(rows, Quantised) else rows
     c, (m, d) = values.shape[-1], streams.shape[-2:]
+    _check_shapes(values.shape, weights, streams.shape, gain, bias, mask)
     mixed = isinstance(rows, Quantised) and not isinstance(weights, Quantised)
     lead = streams.shape[:-2]
     tokens = math.prod(lead)
     nothing = "there are no tokens" if tokens == 0 else None
     limits = {
-        TPU: nothing or tpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed),
+        TPU: nothing
+        or tpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed)
+        or tpu_backward.too_large(c, d, m, (max(2, values.dtype.itemsize), streams.dtype.itemsize)),
         GPU: nothing
         or gpu.limit(c, d, m, values.dtype, streams.dtype, recipe, mixed)
         or (gpu.UNMEASURED if implementation == AUTO else None),
@@ -86,6 +90,28 @@ def engram_gate(
         choice,
     )
     return out.reshape(*lead, m, d), gate.reshape(*lead, m)
+
+
+def _check_shapes(
+    rows: tuple[int, ...],
+    weights: jax.Array | Quantised,
+    streams: tuple[int, ...],
+    gain: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+) -> None:
+    (*lead, m, d), c = streams, rows[-1]
+    found = weights.values if isinstance(weights, Quantised) else weights
+    expected = {
+        "rows": (rows, (*lead, c)),
+        "weights": (found.shape, (c, m + 1, d)),
+        "gain": (gain.shape, (m, d)),
+        "bias": (None if bias is None else bias.shape, (m + 1, d)),
+        "mask": (None if mask is None else mask.shape, tuple(lead)),
+    }
+    for name, (given, wanted) in expected.items():
+        if given is not None and given != wanted:
+            raise ValueError(f"engram_gate: {name} {given} for streams {streams}: not {wanted}")
 
 
 def _recipe(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,8 +67,12 @@ def _forward(implementation: str, *args: Any) -> jax.Array:
 
 def _step(implementation: str, g: jax.Array, *args: Any) -> Any:
     """The output and the gradients of all arguments."""
-    forward: Callable[..., jax.Array] = functools.partial(_forward, implementation)
-    out, pullback = jax.vjp(forward, *args)
+    *trained, mask = args
+
+    def forward(*trained: jax.Array) -> jax.Array:
+        return _forward(implementation, *trained, mask)
+
+    out, pullback = jax.vjp(forward, *trained)
     return out, pullback(g)
 
 

@@ -26,6 +26,7 @@ from kernels_pallas.engram_gate import quantise
 from kernels_pallas.engram_gate.quantise import BLOCK, CHANNEL, E4M3, MX, WIDTH, Quantised
 
 LANES = 128
+NATIVE_FP8 = ("TPU7x",)  # kinds of devices whose matrix unit multiplies e4m3
 LONG_ROWS = 8 << 20  # bytes; a larger block of rows is not double-buffered
 
 
@@ -206,7 +207,7 @@ def projection(
         column_scales = column_scales.astype(jnp.bfloat16)
         row_scales = row_scales if row_scales is None else row_scales.astype(jnp.bfloat16)
     values = rows.values if prepared else rows
-    native = "7" in dispatch.device()[1]
+    native = dispatch.device()[1] in NATIVE_FP8
     columns = jnp.moveaxis(weights.values, 1, 0)
     return Projection(values, row_scales, columns, column_scales, recipe, prepared, native)
 

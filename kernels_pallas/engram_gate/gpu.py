@@ -42,8 +42,11 @@ def limit(
     c: int, d: int, m: int, rows: Any, streams: Any, recipe: str | None, mixed: bool
 ) -> str | None:
     """Why the kernel cannot take such arguments (dtypes of rows and streams), None if it can."""
-    for dtype in (rows, streams):
-        if dtype not in (jnp.float32, jnp.bfloat16) and not (dtype == E4M3 and dtype is rows):
+    for dtype, allowed in (
+        (rows, (jnp.float32, jnp.bfloat16, E4M3)),
+        (streams, (jnp.float32, jnp.bfloat16)),
+    ):
+        if dtype not in allowed:
             return f"{dtype} is not float32 or bfloat16"
     if c % TILE or d % TILE:
         return f"d_mem = {c} and d = {d} must be multiples of {TILE}"
@@ -72,6 +75,8 @@ def forward(
     if blocks is None:
         found = tuning.tuned("engram_gate", f"C{c}_d{d}_M{m}_{recipe or 'plain'}_{values.dtype}")
         blocks = Blocks(**found) if found else Blocks()
+    if d % blocks.columns or c % blocks.depth:
+        raise ValueError(f"{blocks} do not divide d_mem = {c} and d = {d}")
     operands = {"rows": values, "streams": streams, "gain": gain.astype(jnp.float32)}
     if isinstance(weights, Quantised):
         assert isinstance(rows, Quantised)

@@ -77,11 +77,11 @@ def through_fp8(
     Rounding to FP8 passes gradients through unchanged (straight-through).
     """
     if isinstance(rows, Quantised):
-        rows = quantise.dequantise_rows(rows)
+        rows = lax.stop_gradient(quantise.dequantise_rows(rows))
     elif recipe is not None:
         rows = _rounded(rows, quantise.dequantise_rows(quantise.quantise_rows(rows, recipe)))
     if isinstance(weights, Quantised):
-        weights = quantise.dequantise_weights(weights)
+        weights = lax.stop_gradient(quantise.dequantise_weights(weights))
     elif recipe is not None:
         fp8 = quantise.dequantise_weights(quantise.quantise_weights(weights, recipe))
         weights = _rounded(weights, fp8)

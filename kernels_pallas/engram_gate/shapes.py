@@ -35,7 +35,8 @@ REAL = {"engram27b": ENGRAM27B, "deepseek_v41": DEEPSEEK_V41}
 def arrays(
     s: Shape, dtype: jnp.dtype, recipe: str | None = None, *, prepared: bool = False
 ) -> tuple:
-    """(rows, weights, streams, gain) as jax.ShapeDtypeStructs; prepared: rows and weights FP8."""
+    """(rows, weights, streams, gain, bias, mask) as jax.ShapeDtypeStructs; prepared: rows and
+    weights FP8."""
     rows, weights = (s.tokens, s.d_mem), (s.d_mem, s.streams + 1, s.d)
     of_rows, of_weights = (_array(shape, dtype) for shape in (rows, weights))
     if prepared and recipe is not None:
@@ -48,7 +49,8 @@ def arrays(
             _array(weights, E4M3), _array((groups, s.streams + 1, columns), scale), recipe
         )
     streams = _array((s.tokens, s.streams, s.d), dtype)
-    return of_rows, of_weights, streams, _array((s.streams, s.d), jnp.float32)
+    gain, bias = (_array((s.streams + k, s.d), jnp.float32) for k in (0, 1))
+    return of_rows, of_weights, streams, gain, bias, _array((s.tokens,), jnp.bool_)
 
 
 def _array(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

@@ -32,6 +32,7 @@ from kernels_pallas.engram_gate.reference import gate_of_score
 
 LANES = 128
 MAX_STREAMS = LANES // 4  # four numbers per token and branch share a row of lanes
+DTYPES = (jnp.float32, jnp.bfloat16)
 CHUNK = 256
 MAX_COLUMNS = 256
 MAX_TOKENS = 4096
@@ -50,8 +51,8 @@ def limit(
     c: int, d: int, m: int, rows: Any, streams: Any, recipe: str | None, mixed: bool
 ) -> str | None:
     """Why the kernel cannot take such arguments (dtypes of rows and streams), None if it can."""
-    for dtype in (rows, streams):
-        if dtype not in (jnp.float32, jnp.bfloat16) and not (dtype == E4M3 and dtype is rows):
+    for dtype, allowed in ((rows, (*DTYPES, E4M3)), (streams, DTYPES)):
+        if dtype not in allowed:
             return f"{dtype} is not float32 or bfloat16"
     if c % LANES or d % LANES:
         return f"d_mem = {c} and d = {d} must be multiples of {LANES}"
@@ -66,7 +67,7 @@ def limit(
 
 def blocks_for(p: Projection, tokens: int, streams: int, d: int, out_bytes: int) -> Blocks:
     """Tuned blocks, else the longest block of tokens that fits VMEM."""
-    key = f"C{p.depth}_d{d}_M{streams}_{p.name}"
+    key = f"C{p.depth}_d{d}_M{streams}_{p.name}_{out_bytes}"
     found = tuning.tuned("engram_gate", key)
     if found:
         return fitted(Blocks(**found), tokens)
@@ -75,7 +76,8 @@ def blocks_for(p: Projection, tokens: int, streams: int, d: int, out_bytes: int)
 
     def bytes_of(block: int) -> int:
         moving = 2 * block * columns * out_bytes * (1 + streams)  # streams in, out blocks
-        return p.vmem(block, chunk, columns) + moving + 3 * block * LANES * 4
+        # Sums; statistics and the mask, of which two blocks each are held.
+        return p.vmem(block, chunk, columns) + moving + 5 * block * LANES * 4
 
     longest = MAX_TOKENS
     while (
@@ -127,6 +129,8 @@ def forward(
     p = projection(rows, weights, recipe)
     blocks = blocks or blocks_for(p, t, m, d, streams.dtype.itemsize)
     bt, bd = blocks.tokens, blocks.columns
+    if d % bd:
+        raise ValueError(f"blocks of {bd} columns do not divide d = {d}")
     n = d // bd  # column blocks of one branch
     key_steps = m * n
 

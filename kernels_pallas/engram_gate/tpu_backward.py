@@ -36,24 +36,36 @@ from kernels_pallas.engram_gate.tpu import CHUNK, LANES, MAX_COLUMNS, Blocks, ch
 MAX_TOKENS = 2048
 
 
-def blocks_for(tokens: int, c: int, streams: int, d: int, size: int) -> Blocks:
-    """The longest block of tokens that fits VMEM; size: bytes of a number."""
-    found = tuning.tuned("engram_gate", f"backward_C{c}_d{d}_M{streams}_{size}")
+def vmem(block: int, chunk: int, columns: int, c: int, m: int, sizes: tuple[int, int]) -> int:
+    """Bytes of VMEM for a block of tokens; sizes: bytes of a row's and of a stream's number."""
+    of_rows = block * c + c * columns + block * columns
+    of_streams = block * columns * (m + 2)
+    moving = 2 * (of_rows * sizes[0] + of_streams * sizes[1])
+    return moving + 5 * block * LANES * 4 + 12 * chunk * columns * 4
+
+
+def blocks_for(tokens: int, c: int, m: int, d: int, sizes: tuple[int, int]) -> Blocks:
+    """Tuned blocks, else the longest block of tokens that fits VMEM."""
+    found = tuning.tuned("engram_gate", f"backward_C{c}_d{d}_M{m}_{sizes[0]}_{sizes[1]}")
     if found:
         return fitted(Blocks(**found), tokens)
     columns, chunk = math.gcd(d, MAX_COLUMNS), chunk_for(tokens, CHUNK)
-    limit = tuning.vmem_limit()
-
-    def bytes_of(block: int) -> int:
-        moving = block * c + c * columns + block * columns * (streams + 3)
-        return 2 * moving * size + 5 * block * LANES * 4 + 12 * chunk * columns * 4
-
-    longest = MAX_TOKENS
-    while (
-        longest > chunk and bytes_of(fitted(Blocks(longest, columns, chunk), tokens).tokens) > limit
-    ):
+    longest, limit = MAX_TOKENS, tuning.vmem_limit()
+    while longest > chunk:
+        blocks = fitted(Blocks(longest, columns, chunk), tokens)
+        if vmem(blocks.tokens, chunk, columns, c, m, sizes) <= limit:
+            break
         longest -= chunk
     return fitted(Blocks(longest, columns, chunk), tokens)
+
+
+def too_large(c: int, d: int, m: int, sizes: tuple[int, int]) -> str | None:
+    """Why not even one chunk of tokens fits VMEM, None if it does; forward needs less."""
+    needed = vmem(CHUNK, CHUNK, math.gcd(d, MAX_COLUMNS), c, m, sizes)
+    if needed <= tuning.vmem_limit():
+        return None
+    limit = tuning.vmem_limit() >> 20
+    return f"d_mem = {c} and d = {d} need {needed >> 20} MiB of VMEM, more than {limit}"
 
 
 def backward(
@@ -81,8 +93,11 @@ def backward(
     """
     m, t, d = streams.shape
     c = rows.shape[1]
-    blocks = blocks or blocks_for(t, c, m, d, rows.dtype.itemsize)
+    sizes = rows.dtype.itemsize, streams.dtype.itemsize
+    blocks = blocks or blocks_for(t, c, m, d, sizes)
     bt, bd = blocks.tokens, blocks.columns
+    if d % bd:
+        raise ValueError(f"blocks of {bd} columns do not divide d = {d}")
     n, parts = d // bd, pl.cdiv(t, bt)
 
     def column(i: Any, j: Any) -> tuple:

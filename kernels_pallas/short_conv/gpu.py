@@ -35,6 +35,8 @@ class Blocks:
 
 def limit(shape: tuple[int, ...], kernel: int, dtypes: tuple) -> str | None:
     """Why the kernel cannot take u of `shape` [B, T, M, d], None if it can."""
+    if 0 in shape:
+        return "there are no tokens"
     for dtype in dtypes:
         if dtype not in (jnp.float32, jnp.bfloat16):
             return f"{dtype} is not float32 or bfloat16"

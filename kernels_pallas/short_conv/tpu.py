@@ -46,6 +46,8 @@ class Blocks:
 def limit(shape: tuple[int, ...], kernel: int, dilation: int, dtypes: tuple) -> str | None:
     """Why the kernels cannot take u of `shape` [B, T, M, d], None if they can; dtypes: u first."""
     b, t, _, d = shape
+    if b * t == 0:
+        return "there are no tokens"
     for dtype in dtypes:
         if dtype not in (jnp.float32, jnp.bfloat16):
             return f"{dtype} is not float32 or bfloat16"

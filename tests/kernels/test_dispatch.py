@@ -42,6 +42,55 @@ def test_a_tpu_takes_the_kernel_or_says_once_why_not(on_tpu, caplog):
     ]
 
 
+def test_several_devices_outside_shard_map_take_the_reference(on_tpu, monkeypatch, caplog):
+    """XLA cannot partition a kernel; inside shard_map, and for one device, it need not."""
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert dispatch.choose("op", AUTO, {TPU: None}) == Choice(None)
+    assert "not inside shard_map" in caplog.records[-1].getMessage()
+    assert dispatch.choose("op", PALLAS, {TPU: None}) == Choice(TPU)
+    mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+    seen = []
+
+    def inside(x):
+        seen.append(dispatch.choose("op", AUTO, {TPU: None}))
+        return x
+
+    spec = jax.sharding.PartitionSpec("x")
+    jax.make_jaxpr(jax.shard_map(inside, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.zeros(1))
+    assert seen == [Choice(TPU)]
+
+
+def test_a_gpu_takes_the_reference_until_somebody_has_measured(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "device", lambda: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(dispatch, "_told", set())
+    t, c, m, d = 4, 128, 2, 128
+    ones = [jnp.ones(s) for s in ((t, c), (c, m + 1, d), (t, m, d), (m, d))]
+    ours, _ = engram_gate(*ones, eps=1e-6)
+    assert "has not been measured on a GPU" in caplog.records[-1].getMessage()
+    theirs, _ = engram_gate(*ones, eps=1e-6, implementation="reference")
+    assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "pallas"])
+@pytest.mark.parametrize(
+    ("which", "shape", "says"),
+    [
+        (0, (5, 128), r"rows \(5, 128\) for streams \(4, 2, 128\): not \(4, 128\)"),
+        (1, (256, 3, 128), r"weights \(256, 3, 128\) .* not \(128, 3, 128\)"),
+        (1, (128, 4, 128), r"weights \(128, 4, 128\) .* not \(128, 3, 128\)"),
+        (3, (3, 128), r"gain \(3, 128\) .* not \(2, 128\)"),
+        (4, (2, 128), r"bias \(2, 128\) .* not \(3, 128\)"),
+        (5, (3,), r"mask \(3,\) .* not \(4,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(which, shape, says, implementation):
+    shapes = [(4, 128), (128, 3, 128), (4, 2, 128), (2, 128), (3, 128), (4,)]
+    shapes[which] = shape
+    args = [jnp.ones(s, bool if k == 5 else "float32") for k, s in enumerate(shapes)]
+    with pytest.raises(ValueError, match=says):
+        engram_gate(*args, eps=1e-6, implementation=implementation)
+
+
 def test_no_kernel_for_a_platform(monkeypatch):
     monkeypatch.setattr(dispatch, "device", lambda: ("gpu", "NVIDIA"))
     with pytest.raises(UnsupportedError, match="op: there is no kernel for gpu"):
@@ -61,6 +110,7 @@ def test_bad_names():
         ((4, 128, 33, 128), "float32", None, "33 streams are more than 32"),
         ((0, 128, 2, 128), "float32", None, "there are no tokens"),
         ((4, 128, 2, 128), "float16", None, "float16 is not float32 or bfloat16"),
+        ((4, 2**17, 2, 128), "float32", None, "need .* MiB of VMEM, more than 62"),
         ((4, 128, 2, 128), "float32", "fp4", "recipe 'fp4' is not one of"),
     ],
 )

@@ -40,11 +40,29 @@ def product(x, w, order):
 )
 def test_blocks_are_fetched_when_their_index_changes(order, rows, columns):
     x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((512, 64), (64, 512)))
-    expected = 4 * (rows * 128 * 64 + columns * 64 * 256 + 512 * 512)
+    expected = 4 * (rows * 128 * 128 + columns * 64 * 256 + 512 * 512)  # 64 columns take 128 lanes
     once = jax.jit(lambda x, w: product(x, w, order) + 1)  # found inside jit
     assert kernel_bytes(once, x, w) == {"product": expected}
     twice = kernel_bytes(lambda x, w: once(x, w) * once(x, w), x, w)
     assert twice == {"product": 2 * expected}
+
+
+def test_kernels_in_loops_and_rows_of_whole_lanes():
+    """[8, 3] lies in rows of 128 lanes; five rounds of a scan are five times as much."""
+
+    def kernel(x, out):
+        out[...] = x[...]
+
+    def copied(x):
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, out_shape=like, name="copy")(x)
+
+    x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+    assert kernel_bytes(copied, x) == {"copy": 2 * 4 * 8 * 128}
+    looped = kernel_bytes(lambda x: jax.lax.scan(lambda x, _: (copied(x), None), x, length=5), x)
+    assert looped == {"copy": 5 * 2 * 4 * 8 * 128}
+    with pytest.raises(ValueError, match="while loop"):
+        kernel_bytes(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, copied, x), x)
 
 
 HLO = """HloModule m, entry_computation_layout={()->()}
