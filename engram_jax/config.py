@@ -172,7 +172,8 @@ class EngramConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """kernels: "auto" runs Pallas kernels where they pay and can (kernels_pallas/dispatch.py),
-    "reference" plain jax.numpy, "pallas" the kernels or an error (interpreted on a CPU: slow).
+    "reference" plain jax.numpy, "pallas" the kernels or an error (interpreted on a CPU: slow; on a
+    GPU it trains, and decoding is the error: that kernel takes no history).
     """
 
     d_model: int = 128
