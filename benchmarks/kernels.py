@@ -37,13 +37,16 @@ SIZE = 8192  # of the square product
 
 
 def inputs(arguments: Any, seed: int) -> Any:
-    """Random arrays of these shapes: normal numbers, ones for integers, scales about one."""
+    """Random arrays of these shapes: normal numbers, ones for integers, masks with holes, scales
+    about one."""
     leaves, tree = jax.tree.flatten(arguments)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
     def make(like: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         if like.dtype == jnp.uint8:  # exponents of powers of two
             return jax.random.randint(key, like.shape, 120, 128).astype(jnp.uint8)
+        if like.dtype == jnp.bool_:  # masks
+            return jax.random.bernoulli(key, 0.9, like.shape)
         if jnp.issubdtype(like.dtype, jnp.integer):
             return jnp.ones(like.shape, like.dtype)
         return (jax.random.normal(key, like.shape, jnp.float32) * 0.1).astype(like.dtype)
