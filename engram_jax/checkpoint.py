@@ -163,6 +163,8 @@ class Checkpointer:
         shapes = stored_shapes(arrays, true_rows)
         stored = {k: v for k, v in arrays.items() if math.prod(shapes[k])}
         self._arrays.stored_shapes = {k: shapes[k] for k in stored if shapes[k] != stored[k].shape}
+        # All processes meet here: none still waits in the save before, whose keys `begin` deletes.
+        iterators = gather_iterators(iterator)
         self._barrier.begin()
         meta = seal(
             {
@@ -171,7 +173,7 @@ class Checkpointer:
                 "addressing": self._fingerprint,
                 "metrics": {k: _finite(v) for k, v in (metrics or {}).items()},
                 "metadata": metadata or {},
-                "iterators": gather_iterators(iterator),
+                "iterators": iterators,
                 "arrays": {k: [list(shapes[k]), v.dtype.name] for k, v in arrays.items()},
             }
         )
