@@ -159,12 +159,9 @@ class Projection:
         if self.recipe == CHANNEL:
             return scales
         shape = scales.shape[1], columns
-        of_column = (refs["first_column"] + lax.broadcasted_iota(jnp.int32, shape, 1)) // WIDTH[
-            self.recipe
-        ]
-        return dot(
-            scales, (lax.broadcasted_iota(jnp.int32, shape, 0) == of_column).astype(scales.dtype)
-        )
+        group, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        inside = group == (refs["first_column"] + column) // WIDTH[str(self.recipe)]
+        return dot(scales, inside.astype(scales.dtype))
 
     def product(
         self, refs: dict[str, Any], weights: tuple[Any, jax.Array | None], tokens: Any

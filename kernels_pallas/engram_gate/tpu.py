@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,20 +72,23 @@ def blocks_for(p: Projection, tokens: int, streams: int, d: int, out_bytes: int)
     found = tuning.tuned("engram_gate", key)
     if found:
         return fitted(Blocks(**found), tokens)
-    columns, chunk = math.gcd(d, MAX_COLUMNS), chunk_for(tokens, CHUNK)
-    limit = tuning.vmem_limit()
 
-    def bytes_of(block: int) -> int:
-        moving = 2 * block * columns * out_bytes * (1 + streams)  # streams in, out blocks
+    def bytes_of(b: Blocks) -> int:
+        moving = 2 * b.tokens * b.columns * out_bytes * (1 + streams)  # streams in, out blocks
         # Sums; statistics and the mask, of which two blocks each are held.
-        return p.vmem(block, chunk, columns) + moving + 5 * block * LANES * 4
+        return p.vmem(b.tokens, b.chunk, b.columns) + moving + 5 * b.tokens * LANES * 4
 
-    longest = MAX_TOKENS
-    while (
-        longest > chunk and bytes_of(fitted(Blocks(longest, columns, chunk), tokens).tokens) > limit
-    ):
-        longest -= chunk
-    return fitted(Blocks(longest, columns, chunk), tokens)
+    return longest(tokens, d, MAX_TOKENS, bytes_of)
+
+
+def longest(tokens: int, d: int, most: int, bytes_of: Callable[[Blocks], int]) -> Blocks:
+    """The longest blocks of at most `most` tokens that fit VMEM; one chunk if none does."""
+    columns, chunk = math.gcd(d, MAX_COLUMNS), chunk_for(tokens, CHUNK)
+    for length in range(most, chunk, -chunk):
+        blocks = fitted(Blocks(length, columns, chunk), tokens)
+        if bytes_of(blocks) <= tuning.vmem_limit():
+            return blocks
+    return fitted(Blocks(chunk, columns, chunk), tokens)
 
 
 def fitted(blocks: Blocks, tokens: int) -> Blocks:

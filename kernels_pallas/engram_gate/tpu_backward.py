@@ -31,17 +31,17 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import tuning
 from kernels_pallas.engram_gate.fp8_tpu import dot
 from kernels_pallas.engram_gate.reference import slope_of_gate
-from kernels_pallas.engram_gate.tpu import CHUNK, LANES, MAX_COLUMNS, Blocks, chunk_for, fitted
+from kernels_pallas.engram_gate.tpu import CHUNK, LANES, MAX_COLUMNS, Blocks, fitted, longest
 
 MAX_TOKENS = 2048
 
 
-def vmem(block: int, chunk: int, columns: int, c: int, m: int, sizes: tuple[int, int]) -> int:
-    """Bytes of VMEM for a block of tokens; sizes: bytes of a row's and of a stream's number."""
-    of_rows = block * c + c * columns + block * columns
-    of_streams = block * columns * (m + 2)
+def vmem(b: Blocks, c: int, m: int, sizes: tuple[int, int]) -> int:
+    """Bytes of VMEM that blocks take; sizes: bytes of a row's and of a stream's number."""
+    of_rows = b.tokens * c + c * b.columns + b.tokens * b.columns
+    of_streams = b.tokens * b.columns * (m + 2)
     moving = 2 * (of_rows * sizes[0] + of_streams * sizes[1])
-    return moving + 5 * block * LANES * 4 + 12 * chunk * columns * 4
+    return moving + 5 * b.tokens * LANES * 4 + 12 * b.chunk * b.columns * 4
 
 
 def blocks_for(tokens: int, c: int, m: int, d: int, sizes: tuple[int, int]) -> Blocks:
@@ -49,19 +49,12 @@ def blocks_for(tokens: int, c: int, m: int, d: int, sizes: tuple[int, int]) -> B
     found = tuning.tuned("engram_gate", f"backward_C{c}_d{d}_M{m}_{sizes[0]}_{sizes[1]}")
     if found:
         return fitted(Blocks(**found), tokens)
-    columns, chunk = math.gcd(d, MAX_COLUMNS), chunk_for(tokens, CHUNK)
-    longest, limit = MAX_TOKENS, tuning.vmem_limit()
-    while longest > chunk:
-        blocks = fitted(Blocks(longest, columns, chunk), tokens)
-        if vmem(blocks.tokens, chunk, columns, c, m, sizes) <= limit:
-            break
-        longest -= chunk
-    return fitted(Blocks(longest, columns, chunk), tokens)
+    return longest(tokens, d, MAX_TOKENS, lambda b: vmem(b, c, m, sizes))
 
 
 def too_large(c: int, d: int, m: int, sizes: tuple[int, int]) -> str | None:
     """Why not even one chunk of tokens fits VMEM, None if it does; forward needs less."""
-    needed = vmem(CHUNK, CHUNK, math.gcd(d, MAX_COLUMNS), c, m, sizes)
+    needed = vmem(Blocks(CHUNK, math.gcd(d, MAX_COLUMNS)), c, m, sizes)
     if needed <= tuning.vmem_limit():
         return None
     limit = tuning.vmem_limit() >> 20
