@@ -154,3 +154,17 @@ def run_process(*arguments: str) -> Outcome:
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def refused(outcome: Outcome, *words: str, out: str = "") -> str:
+    """The program ended as it must on a user's mistake; returns the line.
+
+    out: how standard output began, if there was something to tell before.
+    """
+    assert outcome.code == 2, outcome
+    assert outcome.out == "" if not out else outcome.out.startswith(out)
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1 and outcome.err.endswith("\n"), outcome.err
+    for word in words:
+        assert word in outcome.err
+    return outcome.err
