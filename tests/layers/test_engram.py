@@ -12,6 +12,8 @@ from engram_jax.config import PAPER, QWEN, V41, EngramConfig
 from engram_jax.layers.engram import Engram
 from engram_jax.memory.formats import dequantise_blocks, dequantise_rows
 from engram_jax.memory.row_gradients import deduplicate
+from tests.oracle import engram_gate as gate_oracle
+from tests.oracle import fp8
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -316,3 +318,38 @@ def test_masked_tokens_get_no_memory_in_chunks(form):
     found = np.concatenate(pieces, axis=1)
     assert not np.any(found[:, ::5])
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rounded"),
+    [
+        ({"precision": "fp8", "fp8_recipe": "channel"}, "channel"),
+        ({"precision": "fp8", "fp8_recipe": "block"}, "block"),
+        ({"precision": "fp8", "fp8_recipe": "mx"}, "mx"),
+        ({"precision": "bf16"}, None),
+    ],
+)
+def test_the_configured_precision_is_computed_in(keys, rounded):
+    """Against NumPy with rows and weights rounded so, and further from NumPy without rounding."""
+    config = EngramConfig(layers=(1,), heads_per_order=2, d_mem=128, form=V41, **keys)
+    module = build(config, 128, 2, 1e-6, "float32")
+    rng = np.random.default_rng(0)
+    e, h = (rng.normal(size=s).astype(np.float32) for s in ((1, 20, 128), (1, 20, 2, 128)))
+    out, _ = module(jnp.asarray(e).reshape(1, 20, 4, 32), jnp.asarray(h), jnp.ones((1, 20), int))
+    weights = np.float64(module.projection[...])
+
+    def expected(rows, weights):
+        ones, zeros = np.ones((2, 128)), np.zeros((3, 128))
+        everywhere = np.ones(20, bool)
+        return gate_oracle.forward(rows, weights, np.float64(h[0]), ones, zeros, everywhere, 1e-6)
+
+    def distance(values):
+        return np.linalg.norm(out[0] - values[0]) / np.linalg.norm(values[0])
+
+    if rounded is None:
+        as_configured = [np.float64(jnp.asarray(x, jnp.bfloat16)) for x in (e[0], weights)]
+    else:
+        as_configured = [fp8.rows(np.float64(e[0]), rounded), fp8.weights(weights, rounded)]
+    # The plain form rounds keys and value to bfloat16, too.
+    assert distance(expected(*as_configured)) < (5e-3 if rounded is None else 1e-3)
+    assert distance(expected(np.float64(e[0]), weights)) > (1e-3 if rounded is None else 1e-2)
