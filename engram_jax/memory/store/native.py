@@ -1,0 +1,79 @@
+"""What the compiled loops share: how they are compiled, and machine operations without a name.
+
+`native` compiles without the interpreter's lock, so that threads run at once, and keeps the machine
+code on disk. The kept code of a file is made again when that file changes, not when this one does:
+delete `__pycache__` after a change here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+native = njit(nogil=True, cache=True, error_model="numpy")
+
+LINE = 64  # bytes of a cache line
+_BYTE_POINTER = ir.IntType(8).as_pointer()
+
+
+@intrinsic
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address (uintp); nothing waits, and any address is allowed."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE_POINTER, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        pointer = builder.inttoptr(args[0], _BYTE_POINTER)
+        builder.call(function, [pointer, i32(0), i32(3), i32(1)])  # to read; keep; data
+        return context.get_dummy_value()
+
+    return types.void(types.uintp), generate
+
+
+prefetch: Any = _prefetch  # to a type checker an intrinsic has one argument more
+
+
+def _mover(element: Any, count: int) -> Any:
+    """An intrinsic (to, from: uintp) that copies a vector of `count` integers, at any alignment."""
+
+    @intrinsic
+    def move(typing: Any, to: Any, source: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = (ir.VectorType(element, count) if count > 1 else element).as_pointer()
+            value = builder.load(builder.inttoptr(args[1], kind), align=1)
+            builder.store(value, builder.inttoptr(args[0], kind), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.uintp, types.uintp), generate
+
+    return move
+
+
+move_32 = _mover(ir.IntType(64), 4)
+move_8 = _mover(ir.IntType(64), 1)
+move_1 = _mover(ir.IntType(8), 1)
+
+
+def _loader(bits: int, kind: Any) -> Any:
+    """An intrinsic (address: uintp) -> the little-endian integer there, at any alignment."""
+
+    @intrinsic
+    def load(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(bits).as_pointer())
+            value = builder.load(pointer, align=1)
+            return builder.zext(value, ir.IntType(64)) if bits < 64 else value
+
+        return kind(types.uintp), generate
+
+    return load
+
+
+load_8 = _loader(64, types.uint64)
+load_4 = _loader(32, types.uint64)
+load_1 = _loader(8, types.uint64)

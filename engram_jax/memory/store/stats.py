@@ -1,0 +1,52 @@
+"""What a source of rows has done: counters that several threads add to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Totals since the source was made.
+
+    calls: of `gather`. lookups: rows that were asked for. hits: of them, those that this tier had
+      itself (all of them, where nothing lies behind it). rows_read, bytes_read: rows that were
+      read from this tier's own storage and the bytes that took, whole blocks for a file.
+    seconds: in `gather`, summed over threads, the tiers behind included.
+    """
+
+    calls: int = 0
+    lookups: int = 0
+    hits: int = 0
+    rows_read: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+
+class Counters:
+    """Adds up `Stats`; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._total = Stats()
+
+    def add(
+        self, began: float, *, lookups: int, hits: int, rows_read: int, bytes_read: int
+    ) -> None:
+        """One call of `gather` that began at `time.perf_counter()` = began."""
+        with self._lock:
+            t = self._total
+            self._total = Stats(
+                t.calls + 1,
+                t.lookups + lookups,
+                t.hits + hits,
+                t.rows_read + rows_read,
+                t.bytes_read + bytes_read,
+                t.seconds + time.perf_counter() - began,
+            )
+
+    def snapshot(self) -> Stats:
+        """The totals at this moment, all of the same one."""
+        return replace(self._total)
