@@ -108,12 +108,13 @@ def gather_rows(table: np.ndarray, ids: np.ndarray, out: np.ndarray, ahead: int 
         split(ids.size, lambda a, b: _gather(table, ids[a:b], out[a:b], ahead))
 
 
-def split(count: int, work: Callable[[int, int], None]) -> None:
+def split(count: int, work: Callable[[int, int], None], pool: str = "memory") -> None:
     """work(begin, end) over [0, count) in a piece per core, the first in the calling thread. The
-    pieces run in a pool of threads: `work` must not call `split` again."""
+    others run in the threads of a pool: `work` must not call `split` with the same one again, and
+    what may wait for a disk has a pool of its own."""
     pieces = max(1, min(cores(), count))
     edges = [count * i // pieces for i in range(pieces + 1)]
-    waiting = [_pool().submit(work, edges[i], edges[i + 1]) for i in range(1, pieces)]
+    waiting = [_pool(pool).submit(work, edges[i], edges[i + 1]) for i in range(1, pieces)]
     try:
         work(edges[0], edges[1])
     finally:
@@ -131,8 +132,8 @@ def cores() -> int:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="engram-rows")
+def _pool(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix=f"engram-{name}")
 
 
 if hasattr(os, "register_at_fork"):  # a child has the pool's object and none of its threads
