@@ -28,6 +28,8 @@ from engram_jax.errors import UserError
 
 PAPER, V41, QWEN = "paper", "v41", "qwen"
 MODEL, BF16, FP8 = "model", "bf16", "fp8"
+DEVICE, HOST, DISK = "device", "host", "disk"
+ALL_LAYERS = -1
 LOCAL_BPE = "local-bpe"
 
 # An address is an int32, and the 32-bit hash (address/hashing_jnp) needs 4 * head size <= 2**32.
@@ -293,6 +295,46 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Inference: what the engine keeps, and where the memory lies.
+
+    sequences: decoded together. capacity: most tokens of one, prompt and answer.
+    page: tokens of a page of the key-value cache. pages: of all sequences together; 0 = room for
+      `sequences` of full length, fewer = long ones wait, or are moved to host memory and back.
+    prefill_chunk: tokens of a prompt that are computed at a time, of `prefill_sequences` at once.
+    queue: requests that may wait.
+    memory: where the tables lie: "device", "host" (DRAM) or "disk" (memory-mapped).
+    memory_file: what --mode=export-memory wrote; "" = the checkpoint's own tables.
+    frequency_file: what --mode=count-memory wrote: which rows are read most.
+    device_cache, host_cache: share of the rows, the most frequent ones, kept on the device, and
+      kept in DRAM in front of a disk.
+    off_layers, off_orders: Engram layers that add nothing and n-gram orders whose rows read as
+      zero, for analysis; off_layers (-1,) = all.
+    host, port: where HTTP is served; port 0 = any free one.
+    max_body: bytes of a request. drain_seconds: for running requests, after SIGTERM.
+    """
+
+    sequences: int = 8
+    capacity: int = 1024
+    page: int = 64
+    pages: int = 0
+    prefill_chunk: int = 128
+    prefill_sequences: int = 2
+    queue: int = 256
+    memory: str = DEVICE
+    memory_file: str = ""
+    frequency_file: str = ""
+    device_cache: float = 0.0
+    host_cache: float = 0.0
+    off_layers: tuple[int, ...] = ()
+    off_orders: tuple[int, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body: int = 1 << 20
+    drain_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "unnamed"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -302,6 +344,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
 
 def default_config_dict() -> ml_collections.ConfigDict:

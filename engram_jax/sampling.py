@@ -27,3 +27,54 @@ def sample(
         scaled = jnp.where(before < top_p, scaled, -jnp.inf)
     choice = jax.random.categorical(key, scaled, axis=-1)
     return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def sample_rows(
+    logits: jax.Array,
+    seed: jax.Array,
+    step: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    top_k: jax.Array,
+) -> jax.Array:
+    """`sample` with a setting of its own for every row: logits [B, V] -> int32 [B].
+
+    A row's draw depends on its logits, seed (uint32 [B]) and step (int32 [B], tokens drawn before)
+    alone: it is `sample`'s for that row, with key fold_in(key(seed), step). Nothing is sorted or
+    drawn while all rows are greedy.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn = temperature >= jnp.finfo(jnp.float32).tiny
+
+    def draw() -> jax.Array:
+        scaled = logits.astype(jnp.float32)
+        scaled = scaled - jnp.max(scaled, axis=-1, keepdims=True)
+        scaled = scaled / jnp.where(drawn, temperature, 1)[:, None]
+        scaled, order = jax.lax.top_k(scaled, scaled.shape[-1])
+        rank = jnp.arange(scaled.shape[-1])
+        limit = jnp.where(top_k > 0, top_k, scaled.shape[-1])[:, None]
+        scaled = jnp.where(rank < limit, scaled, -jnp.inf)
+        probabilities = jax.nn.softmax(scaled, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+        scaled = jnp.where(inside, scaled, -jnp.inf)
+        keys = jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(seed, step)
+        choice = jax.vmap(jax.random.categorical)(keys, scaled)
+        chosen = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        return jnp.where(drawn, chosen, greedy)
+
+    return jax.lax.cond(jnp.any(drawn), draw, lambda: greedy)
+
+
+def log_probabilities(
+    logits: jax.Array, chosen: jax.Array, alternatives: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the chosen tokens int32 [...] under logits [..., V], and of the likeliest ones.
+
+    Returns (float32 [...], float32 [..., alternatives], their ids int32), best first.
+    """
+    logits = logits.astype(jnp.float32)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top, ids = jax.lax.top_k(logits, alternatives)
+    own = jnp.take_along_axis(logits, chosen[..., None], axis=-1)
+    return (own - total)[..., 0], top - total, ids.astype(jnp.int32)

@@ -13,8 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engram_jax.config import (
+    ALL_LAYERS,
     BF16,
+    DEVICE,
+    DISK,
     FP8,
+    HOST,
     MAX_HEAD_SIZE,
     MAX_LOOKUPS,
     MAX_TABLE_ROWS,
@@ -29,6 +33,7 @@ from engram_jax.config import (
     GenerateConfig,
     ModelConfig,
     OptimizerConfig,
+    ServeConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -50,6 +55,7 @@ _POSITIVE = {
     "train": "steps accumulation log_every eval_every eval_batches checkpoint_every keep"
     " sample_tokens",
     "generate": "max_tokens",
+    "serve": "sequences capacity page prefill_chunk prefill_sequences queue max_body host",
 }
 _NOT_NEGATIVE = {
     "model.ffn": "routed_experts shared_experts bias_update_rate",
@@ -60,6 +66,7 @@ _NOT_NEGATIVE = {
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
     "train": "keep_best hang_seconds",
     "generate": "temperature",
+    "serve": "pages device_cache host_cache drain_seconds",
 }
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float64"),
@@ -73,6 +80,7 @@ _CHOICES = {
     "model.engram.precision": (MODEL, BF16, FP8),
     "model.engram.fp8_recipe": RECIPES,
     "model.kernels": IMPLEMENTATIONS,
+    "serve.memory": (DEVICE, HOST, DISK),
     "data.source": ("local", "folder", "tfds"),
     "optimizer.memory_optimizer": ("rowwise_adam", "dense_adam"),
 }
@@ -126,6 +134,7 @@ def validate(config: Config) -> None:
         _require(dtype == "float32", "model.engram.table_dtype", dtype, "'float32' for dense_adam")
     _train(config.train, config.data.batch_size)
     _generate(config.generate, config.tokenizer.vocab_size)
+    _serve(config.serve, config.model.engram)
 
 
 def _feed_forward(ffn: FeedForwardConfig, layers: int) -> None:
@@ -289,6 +298,40 @@ def _generate(generate: GenerateConfig, vocab: int) -> None:
     _require(0 < generate.top_p <= 1, "generate.top_p", generate.top_p, "in (0, 1]")
     whole = f"in [0, {vocab}] (tokenizer.vocab_size; 0 = all)"
     _require(0 <= generate.top_k <= vocab, "generate.top_k", generate.top_k, whole)
+
+
+def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
+    page, capacity = serve.page, serve.capacity
+    multiple = f"a multiple of serve.page = {page}"
+    _require(capacity % page == 0, "serve.capacity", capacity, multiple)
+    one = capacity // page
+    room = f"0, or at least the {one} of one sequence (serve.capacity / serve.page)"
+    _require(serve.pages == 0 or serve.pages >= one, "serve.pages", serve.pages, room)
+    several = serve.prefill_sequences <= serve.sequences
+    at_most = f"at most serve.sequences = {serve.sequences}"
+    _require(several, "serve.prefill_sequences", serve.prefill_sequences, at_most)
+    _require(serve.port < 2**16, "serve.port", serve.port, "from 0 to 65535")
+    for key in ("device_cache", "host_cache"):
+        share = getattr(serve, key)
+        _require(share <= 1, f"serve.{key}", share, "a share of the rows, from 0 to 1")
+        off_device = share == 0 or serve.memory != DEVICE
+        _require(off_device, f"serve.{key}", share, "0 with serve.memory = 'device'")
+    on_disk = serve.host_cache == 0 or serve.memory == DISK
+    _require(on_disk, "serve.host_cache", serve.host_cache, "0 unless serve.memory = 'disk'")
+    needs_file = serve.memory != DISK or serve.memory_file
+    _require(
+        bool(needs_file), "serve.memory_file", "", "the file of --mode=export-memory for 'disk'"
+    )
+    counted = serve.device_cache == 0 or serve.frequency_file
+    _require(
+        bool(counted), "serve.frequency_file", "", "what --mode=count-memory wrote for device_cache"
+    )
+    layers = (*engram.layers, ALL_LAYERS)
+    for layer in serve.off_layers:
+        _require(layer in layers, "serve.off_layers", layer, f"among {layers} (-1 = all)")
+    for order in serve.off_orders:
+        allowed = f"among model.engram.orders = {engram.orders}"
+        _require(order in engram.orders, "serve.off_orders", order, allowed)
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

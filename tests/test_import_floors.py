@@ -40,6 +40,7 @@ FLOORS: tuple[tuple[str, str], ...] = (
         "describe train_step sampling generate run_data planning restore evaluate compile_step",
     ),
     ("7 studies", "analysis/"),
+    ("7 serving", "serve/"),
     ("7 the loop and the command", "finish instruments train command_line"),
 )
 FLOOR_OF = {name: n for n, (_, names) in enumerate(FLOORS) for name in names.split()}

@@ -15,6 +15,7 @@ L = capacity of the cache, S = new tokens of a step.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -34,6 +35,7 @@ MASKED = -1e30  # finite: a row without any visible key still gives numbers, not
 # attention computes (Q + 1) / 2Q of the square of scores (5/8 at 4) and holds less of it at a time.
 # Short sequences are not worth the code: one part per 128 tokens.
 QUERY_PARTS, PART = 4, 128
+PAGED_BLOCK = 256  # tokens of a paged cache that attention takes at a time
 
 
 @jax.tree_util.register_dataclass
@@ -159,6 +161,90 @@ class MLA(nnx.Module):
         mixed = jnp.einsum("bshl,blr->bshr", weights, cache.latent)
         heads = jnp.einsum("bshr,rhv->bshv", mixed, value_weights)
         return self._output(heads, local), cache
+
+    def paged(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        pages: jax.Array,
+        layer: jax.Array,
+        pool: jax.Array,
+        local: Local = ALONE,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `cached`, with what is kept in pages of a pool that all sequences and layers share.
+
+        The softmax is taken page block by page block. Blocks behind a query's own position change
+        nothing of its result, not even its rounding: so it does not depend on how long the
+        batch's other sequences are.
+
+        Args:
+          x: [B, S, d].
+          positions: int32 [B, S] >= 0, as in `cached`; padding is at n * page or beyond.
+          pages: int32 [B, n], the sequences' pages in order; entries beyond a sequence's end are
+            any number. n * page tokens are a sequence's most.
+          layer: int32 [], which of the pool's layers this is.
+          pool: [layers, pages, page, r + p], latents (normalised) beside rotated keys.
+
+        Returns:
+          ([B, S, d] in `dtype`, the pool with the new tokens).
+        """
+        query, latent, key_rope = self._project(x, positions)
+        count, page = pool.shape[1:3]
+        end = pages.shape[1] * page
+        inside = jnp.minimum(positions, end - 1)
+        place = jnp.take_along_axis(pages, inside // page, axis=1)
+        place = jnp.where(positions < end, place, count)  # out of range: dropped
+        entry = jnp.concatenate([latent, key_rope], axis=-1).astype(pool.dtype)
+        pool = pool.at[layer, place, inside % page].set(entry, mode="drop")
+        key_weights, value_weights = self._kv_b()
+        nope, rope = jnp.split(query, [self.config.nope_dim], axis=-1)
+        absorbed = jnp.einsum("bshn,rhn->bshr", nope, key_weights)
+        query = jnp.concatenate([absorbed, rope], axis=-1)
+        mixed = self._paged_attention(query, positions, pages, layer, pool)
+        heads = jnp.einsum("bshr,rhv->bshv", mixed, value_weights)
+        return self._output(heads, local), pool
+
+    def _paged_attention(
+        self,
+        query: jax.Array,
+        positions: jax.Array,
+        pages: jax.Array,
+        layer: jax.Array,
+        pool: jax.Array,
+    ) -> jax.Array:
+        """query [B, S, h, r + p] -> mixed latents [B, S, h, r] in `dtype`."""
+        rank, page = self.config.kv_lora_rank, pool.shape[2]
+        group = math.gcd(pages.shape[1], max(1, PAGED_BLOCK // page))
+        width = group * page
+        last = jnp.max(jnp.where(positions < pages.shape[1] * page, positions, 0))
+        wide = compute_dtype(query)
+
+        def block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            highest, total, mixed = carry
+            these = jax.lax.dynamic_slice_in_dim(pages, j * group, group, axis=1)
+            keys = pool.at[layer, these].get(mode="clip")
+            keys = keys.reshape(keys.shape[0], width, -1)
+            visible = (j * width + jnp.arange(width) <= positions[..., None])[:, :, None]
+            scores = self._dot("bshc,blc->bshl", query, keys) * self.scale
+            scores = jnp.where(visible, scores, MASKED)
+            top = jnp.maximum(highest, jnp.max(scores, axis=-1))
+            weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0)
+            kept = jnp.exp(highest - top)
+            new = self._dot("bshl,blr->bshr", weights.astype(self.dtype), keys[..., :rank])
+            return (
+                top,
+                total * kept + jnp.sum(weights, axis=-1),
+                mixed * kept[..., None] + new,
+            )
+
+        shape = query.shape[:3]
+        start = (
+            jnp.full(shape, MASKED, wide),
+            jnp.zeros(shape, wide),
+            jnp.zeros((*shape, rank), wide),
+        )
+        _, total, mixed = jax.lax.fori_loop(0, last // width + 1, block, start)
+        return (mixed / total[..., None]).astype(self.dtype)
 
     def _project(
         self, x: jax.Array, positions: jax.Array

@@ -85,6 +85,23 @@ class Block(nnx.Module):
         x = self.attention_hyper.merge(x, y, post, res)
         return self._feed_forward(x, valid, local)[0], cache
 
+    def paged(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        pages: jax.Array,
+        layer: jax.Array,
+        pool: jax.Array,
+        local: Local = ALONE,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `cached`, with a shared pool of pages (MLA.paged)."""
+        h, post, res = self.attention_hyper.pre(x)
+        h = self.attention_norm(h)
+        y, pool = self.attention.paged(h, positions, pages, layer, pool, local)
+        x = self.attention_hyper.merge(x, y, post, res)
+        return self._feed_forward(x, valid, local)[0], pool
+
 
 class Stack(nnx.Module):
     """`count` blocks of one kind from layer `first` on.
@@ -94,7 +111,7 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, kind: str, first: int, count: int, *, rngs: nnx.Rngs):
-        self.count, self.remat = count, config.remat
+        self.first, self.count, self.remat = first, count, config.remat
 
         @nnx.split_rngs(splits=count)
         @nnx.vmap(in_axes=(0, 0))
@@ -145,3 +162,23 @@ class Stack(nnx.Module):
             return block.cached(x, positions, valid, cache, local)
 
         return jax.lax.scan(body, x, (state, cache))
+
+    def paged(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        pages: jax.Array,
+        pool: jax.Array,
+        local: Local = ALONE,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As Block.paged. The pool is carried, not cut by layers, so that it is changed in place."""
+        graphdef, state = self._split()
+
+        def body(carry: tuple[jax.Array, jax.Array], inputs: tuple[Any, jax.Array]) -> Any:
+            state, layer = inputs
+            block = nnx.merge(graphdef, local.collect(state, layer=True))
+            return block.paged(carry[0], positions, valid, pages, layer, carry[1], local), None
+
+        layers = jnp.arange(self.first, self.first + self.count, dtype=jnp.int32)
+        return jax.lax.scan(body, (x, pool), (state, layers))[0]

@@ -53,6 +53,17 @@ def stages(config: ModelConfig) -> tuple[Stage, ...]:
     return tuple(Stage(a, b - a, kinds[a]) for a, b in zip(cuts, ends, strict=True))
 
 
+def pieces(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
+    """The stages in runs that begin with an Engram module, behind one that has none (and may be
+    empty). A piece can run while the rows of the next one are on their way."""
+    found: list[list[Stage]] = [[]]
+    for stage in stages(config):
+        if stage.first in config.engram.layers:
+            found.append([])
+        found[-1].append(stage)
+    return tuple(map(tuple, found))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
@@ -106,6 +117,10 @@ class Transformer(nnx.Module):
         x = self.embedding[...].astype(self.dtype)[jnp.maximum(tokens, 0)]
         return expand(x, self.streams)
 
+    def finish(self, x: jax.Array) -> jax.Array:
+        """streams [..., M, d] -> what the logits are made of, [..., d]."""
+        return self.norm(collapse(x))
+
     def unembedding(self) -> jax.Array:
         """[V, d]: the head's matrix, which is the embedding where the two are tied."""
         return self.embedding[...] if self.head is None else self.head[...]
@@ -145,7 +160,7 @@ class Transformer(nnx.Module):
             x, load = self.blocks[stage.name](x, positions, segments, local)
             if stage.kind == MOE:
                 loads.append(load)
-        hidden = self.norm(collapse(x))
+        hidden = self.finish(x)
         return Output(hidden, gates, jnp.concatenate(loads) if loads else jnp.zeros((0, 0)))
 
     def init_decode(self, batch: int, capacity: int) -> DecodeState:
@@ -194,5 +209,44 @@ class Transformer(nnx.Module):
             x, caches[stage.name] = self.blocks[stage.name].cached(
                 x, positions, real.astype(jnp.int32), state.caches[stage.name], local
             )
-        hidden = self.norm(collapse(x))
+        hidden = self.finish(x)
         return hidden, DecodeState(state.lengths + valid, caches, tails)
+
+    def paged(
+        self,
+        piece: tuple[Stage, ...],
+        x: jax.Array,
+        rows: jax.Array | None,
+        start: jax.Array,
+        valid: jax.Array,
+        mask: jax.Array | None,
+        tail: jax.Array | None,
+        pages: jax.Array,
+        pool: jax.Array,
+        local: Local = ALONE,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """One of `pieces` over S more tokens of each sequence, caches in shared pages.
+
+        Args:
+          x: streams [B, S, M, d].
+          rows: [B, S, H, dim] of the piece's Engram layer; None = it adds nothing, or has none.
+          start: int32 [B], tokens before these. valid: int32 [B], how many of the S are real.
+          mask: bool [B, S] or None, as in `__call__`.
+          tail: of the Engram module's convolution, [B, L, M, d], or None.
+          pages, pool: see MLA.paged.
+
+        Returns:
+          (streams, tail, pool).
+        """
+        steps = jnp.arange(x.shape[1])
+        real = steps < valid[:, None]
+        beyond = pages.shape[1] * pool.shape[2]
+        positions = jnp.where(real, start[:, None] + steps, beyond)
+        for stage in piece:
+            if stage.name in self.engrams and rows is not None:
+                out, tail = self.engrams[stage.name].cached(rows, x, tail, valid, mask)
+                x = x + out
+            x, pool = self.blocks[stage.name].paged(
+                x, positions, real.astype(jnp.int32), pages, pool, local
+            )
+        return x, tail, pool

@@ -1,0 +1,374 @@
+"""The inference engine: continuous batching, with the memory's rows fetched ahead.
+
+One iteration (`step`):
+
+    device                                host
+    blocks before the first Engram layer  read the tokens sampled by the last iteration, end what
+                                          ends, hash, ask for the rows of all Engram layers
+    Engram layer, blocks behind it, ...   rows of the next Engram layer
+    sample
+    a chunk of prompts, likewise          (its rows were asked for before all this)
+
+The tokens of an iteration are read while the next one's first blocks run: these need nothing that
+the host knows. Tokens do not depend on what else runs (serve/steps.py), nor on where rows lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from engram_jax.config import ServeConfig
+from engram_jax.errors import UserError
+from engram_jax.generate import Weights
+from engram_jax.serve.memory import Memory
+from engram_jax.serve.pages import Pages
+from engram_jax.serve.prefetch import Prefetch
+from engram_jax.serve.request import Completion, Delta, Finish, Logprob, SamplingParams
+from engram_jax.serve.schedule import Schedule
+from engram_jax.serve.schedule import Sequence as Running
+from engram_jax.serve.steps import PAGES_FROM, Batch, Logprobs, Sampled, Steps
+from engram_jax.serve.text import TextStream
+from engram_jax.sharding.rules import P
+from engram_jax.train_state import Program
+
+
+@dataclasses.dataclass
+class _Flight:
+    """What has been dispatched and not been read.
+
+    rows: (row of the batch, sequence, tokens before, tokens computed, whether what was sampled is
+      the sequence's next token).
+    """
+
+    sampled: Sampled
+    rows: list[tuple[int, Running, int, int, bool]]
+
+
+class Engine:
+    """One model, served. Only one thread may call it.
+
+    weights.rows are not used. memory: by Engram layer id; layers that are off need none.
+    tokenizer: None = texts stay empty. eos_id: ends a sequence; None or negative = nothing does.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights,
+        memory: Mapping[str, Memory],
+        serve: ServeConfig | None = None,
+        tokenizer: Any = None,
+        eos_id: int | None = None,
+    ):
+        self.serve = program.config.serve if serve is None else serve
+        self.program, self.tokenizer, self.eos_id = program, tokenizer, eos_id
+        self.name, self.capacity = program.config.name, self.serve.capacity
+        self._weights = dataclasses.replace(weights, rows={})
+        self._steps = Steps(program, self.serve)
+        self._prefetch = Prefetch(program, memory, self._steps)
+        pages = Pages(self._steps.page_count, self.serve.page)
+        self._schedule = Schedule(self.serve.sequences, pages, self.serve.queue)
+        self._everywhere = NamedSharding(program.mesh, P())
+        self._cache = self._steps.fresh(self._weights)
+        self._numbers = itertools.count()
+        self._open: dict[int, Running] = {}
+        self._flights: list[_Flight] = []
+        self._deltas: list[Delta] = []
+        self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
+
+    # Requests
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queue a request; returns its number.
+
+        Raises UserError for one that can never be served and QueueFullError while too many wait.
+        """
+        self.check(prompt, params)
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
+        number = next(self._numbers)
+        tokens = np.asarray(prompt, np.int32)
+        sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)
+        self._schedule.submit(sequence)
+        self._open[number] = sequence
+        return number
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raises UserError for a request that can never be served."""
+        vocab = self.program.config.tokenizer.vocab_size
+        if not len(prompt):
+            raise UserError("prompt: must have at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            bad = next(t for t in prompt if not 0 <= t < vocab)
+            raise UserError(f"prompt: token id {bad}: must be from 0 to {vocab - 1}")
+        if len(prompt) + params.max_tokens > self.capacity:
+            raise UserError(
+                f"prompt of {len(prompt)} tokens and max_tokens = {params.max_tokens}: must be at"
+                f" most {self.capacity} together"
+            )
+        if params.top_k > vocab:
+            raise UserError(f"top_k = {params.top_k}: must be at most {vocab}, 0 = all")
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop: must be empty where there is no tokenizer; use stop_ids")
+
+    def cancel(self, request: int) -> None:
+        """End a request now; one that is unknown or has ended is left alone."""
+        if request in self._open:
+            self._end(self._open[request], Finish.CANCELLED)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._open or self._deltas)
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start, and what there is now."""
+        schedule = self._schedule
+        return {
+            "running": len(schedule.running),
+            "waiting": len(schedule.waiting),
+            "moved_out": len(schedule.moved_out),
+            "free_pages": schedule.pages.free,
+            "pages": schedule.pages.total,
+            "evictions": schedule.evictions,
+            **self._counts,
+            **self._prefetch.stats(),
+        }
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """The completion of every prompt; params: for all, or one each. Nothing else may run."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        for prompt, own in zip(prompts, each, strict=True):
+            self.check(prompt, own)
+        deltas: dict[int, list[Delta]] = {}
+        rest = list(zip(prompts, each, strict=True))[::-1]
+        while rest or self.busy:
+            while rest and len(self._schedule.waiting) < self.serve.queue:
+                prompt, own = rest.pop()
+                deltas[self.submit(prompt, own)] = []
+            for delta in self.step():
+                deltas[delta.request].append(delta)
+        return [Completion.of(d) for d in deltas.values()]
+
+    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Delta]:
+        """The deltas of one prompt. Nothing else may run; stopping early cancels it."""
+        number = self.submit(prompt, params)
+        try:
+            while self.busy:
+                yield from (delta for delta in self.step() if delta.request == number)
+        finally:
+            self.cancel(number)
+
+    # One iteration
+
+    def step(self) -> list[Delta]:
+        """Run one iteration; returns what it added to the requests."""
+        schedule = self._schedule
+        self._counts["steps"] += 1
+        chunk = [s for s in schedule.running if s.prefilling][: self.serve.prefill_sequences]
+        ahead = self._ask_for_prompts(chunk)
+        ready, leaving = schedule.room_for_next()
+        for sequence in leaving:
+            self._move_out(sequence)
+        batch, flow = self._begin_decoding(ready)
+        self._read()
+        self._decode(ready, batch, flow)
+        self._prefill([s for s in chunk if s.slot >= 0], chunk, ahead)
+        for sequence in schedule.come_back():
+            self._put_back(sequence)
+        schedule.admit()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _begin_decoding(self, ready: list[Running]) -> tuple[Any, Any]:
+        """The first piece, whose tokens the device knows already."""
+        if not ready:
+            return None, None
+        for sequence in ready:
+            self._schedule.grow(sequence)
+        batch = self._batch(self.serve.sequences, [(s.slot, s, 1) for s in ready])
+        flow, self._cache = self._steps.first(self._weights, self._cache, batch, None)
+        for sequence in ready:
+            sequence.computed += 1
+        return batch, flow
+
+    def _decode(self, ready: list[Running], batch: Any, flow: Any) -> None:
+        """The other pieces, for the tokens that the host knows now."""
+        rows = [(s.slot, s, 1) for s in ready if s.finish is None]
+        if not rows:
+            return
+        tokens = np.zeros((self.serve.sequences, 1), np.int32)
+        for slot, sequence, _ in rows:
+            tokens[slot, 0] = sequence.generated[-1]
+        asked = self._prefetch.ask(tokens, rows)
+        self._run(batch, flow, rows, asked)
+
+    def _ask_for_prompts(self, chunk: list[Running]) -> tuple[np.ndarray, Any]:
+        """The next tokens of prompts, int32 [B, S], and their rows on their way."""
+        shape = (self.serve.prefill_sequences, self.serve.prefill_chunk)
+        tokens = np.zeros(shape, np.int32)
+        for row, sequence in enumerate(chunk):
+            part = sequence.prompt[sequence.computed :][: shape[1]]
+            tokens[row, : len(part)] = part
+        return tokens, self._prefetch.ask(tokens, self._prompt_rows(chunk, chunk))
+
+    def _prompt_rows(self, chunk: list[Running], asked: list[Running]) -> Any:
+        size = self.serve.prefill_chunk
+        return [(asked.index(s), s, min(size, len(s.prompt) - s.computed)) for s in chunk]
+
+    def _prefill(self, chunk: list[Running], asked_for: list[Running], ahead: Any) -> None:
+        """A further part of these prompts, through all pieces."""
+        rows = self._prompt_rows(chunk, asked_for)
+        if not rows:
+            return
+        tokens, asked = ahead
+        targets = None
+        if any(s.params.prompt_logprobs for s in chunk):
+            targets = np.zeros_like(tokens)
+            for row, sequence, _ in rows:
+                part = sequence.prompt[sequence.computed + 1 :][: tokens.shape[1]]
+                targets[row, : len(part)] = part
+        batch = self._batch(len(tokens), rows)
+        device_tokens = jax.device_put(tokens, self._everywhere)
+        flow, self._cache = self._steps.first(self._weights, self._cache, batch, device_tokens)
+        for _, sequence, count in rows:
+            sequence.computed += count
+            self._counts["prompt_tokens"] += count
+        self._run(batch, flow, rows, asked, targets)
+
+    def _run(self, batch: Batch, flow: Any, rows: Any, asked: Any, targets: Any = None) -> None:
+        """All pieces behind the first, and the sampler."""
+        steps, weights = self._steps, self._weights
+        self._prefetch.advance(asked, rows)
+        for i, layer in enumerate(steps.layers, 1):
+            got, errors = self._prefetch.rows(asked, layer, rows, flow.x)
+            for row, sequence, _ in rows:
+                if row in errors and sequence.finish is None:
+                    self._end(sequence, Finish.ERROR, errors[row])
+            flow, self._cache = steps.piece(i, weights, self._cache, batch, flow, got)
+        alive = [(row, s, count) for row, s, count in rows if s.finish is None]
+        logprobs = any(s.params.logprobs is not None for _, s, _ in alive)
+        sampled, self._cache = steps.sample(
+            weights, self._cache, batch, flow, targets, logprobs=logprobs
+        )
+        flight = _Flight(sampled, [])
+        for row, sequence, count in alive:
+            done = not sequence.prefilling
+            sequence.pending = done and sequence.params.max_tokens > 0
+            flight.rows.append((row, sequence, sequence.computed - count, count, done))
+        self._flights.append(flight)
+
+    def _batch(self, size: int, rows: Any) -> Batch:
+        """(row of the batch, sequence, tokens now) as what the compiled steps take."""
+        steps = self._steps
+        numbers = np.zeros((size, PAGES_FROM + steps.pages_each), np.int32)
+        numbers[:, 0] = self.serve.sequences  # nobody's
+        seed, levels = np.zeros(size, np.uint32), np.zeros((size, 2), np.float32)
+        for row, s, count in rows:
+            drawn = len(s.generated) + s.pending
+            numbers[row, :PAGES_FROM] = s.slot, s.computed, count, drawn, s.params.top_k
+            numbers[row, PAGES_FROM : PAGES_FROM + len(s.pages)] = s.pages
+            seed[row], levels[row] = s.params.seed, (s.params.temperature, s.params.top_p)
+        return jax.device_put(Batch(numbers, seed, levels), self._everywhere)
+
+    # What came of it
+
+    def _read(self) -> None:
+        """Wait for the tokens of the last iteration and tell what became of every request."""
+        flights, self._flights = self._flights, []
+        for flight in flights:
+            sampled = flight.sampled
+            tokens = np.asarray(sampled.tokens)
+            own, fed = jax.device_get((sampled.logprobs, sampled.prompt))
+            for row, sequence, start, count, last in flight.rows:
+                if sequence.finish is not None:
+                    continue
+                if fed is not None and sequence.params.prompt_logprobs:
+                    self._prompt_logprobs(sequence, fed, row, start, count)
+                if last:
+                    self._token(sequence, int(tokens[row]), own, row)
+
+    def _prompt_logprobs(self, s: Running, fed: Any, row: int, start: int, count: int) -> None:
+        following = s.prompt[start + 1 : start + 1 + count]
+        s.prompt_logprobs += [
+            _logprob(int(token), fed, (row, at), s.params.logprobs)
+            for at, token in enumerate(following)
+        ]
+
+    def _token(self, s: Running, token: int, own: Any, row: int) -> None:
+        """A new token of a sequence: keep it, or end."""
+        params = s.params
+        if not s.pending:  # nothing but the prompt was asked for
+            self._end(s, Finish.LENGTH)
+            return
+        s.pending = False
+        ends = token == self.eos_id and not params.ignore_eos
+        if ends or token in params.stop_ids:
+            self._end(s, Finish.STOP)
+            return
+        s.generated.append(token)
+        self._counts["generated_tokens"] += 1
+        logprobs: tuple[Logprob, ...] = ()
+        if own is not None and params.logprobs is not None:
+            logprobs = (_logprob(token, own, (row,), params.logprobs),)
+        text, stopped = ("", False) if s.text is None else s.text.push(token)
+        self._tell(s, tokens=(token,), text=text, logprobs=logprobs)
+        if stopped:
+            self._end(s, Finish.STOP)
+        elif len(s.generated) >= params.max_tokens:
+            self._end(s, Finish.LENGTH)
+
+    def _tell(self, s: Running, **what: Any) -> None:
+        prompt, s.prompt_logprobs = tuple(s.prompt_logprobs), []
+        self._deltas.append(Delta(s.number, prompt_logprobs=prompt, **what))
+
+    def _end(self, s: Running, finish: Finish, error: str = "") -> None:
+        text, stopped = ("", False) if s.text is None else s.text.flush()
+        if stopped and finish == Finish.LENGTH:
+            finish = Finish.STOP
+        s.finish = finish
+        self._schedule.end(s)
+        del self._open[s.number]
+        self._tell(s, text=text, finish=finish, error=error)
+
+    # Out of the device's memory and back
+
+    def _pages_of(self, s: Running) -> np.ndarray:
+        """int32 [n], behind the sequence's own a page that does not exist."""
+        pages = np.full(self._steps.pages_each, self._steps.page_count, np.int32)
+        pages[: len(s.pages)] = s.pages
+        return pages
+
+    def _move_out(self, s: Running) -> None:
+        used = self._schedule.pages.needed(s.computed)
+        kept, tails = self._steps.take_out(self._cache, np.int32(s.slot), self._pages_of(s))
+        s.saved = np.asarray(kept)[:, :used].copy(), jax.device_get(tails)
+        self._schedule.vacate(s)
+
+    def _put_back(self, s: Running) -> None:
+        (used, tails), s.saved = s.saved, None
+        shape = (used.shape[0], self._steps.pages_each, *used.shape[2:])
+        kept = np.zeros(shape, used.dtype)
+        kept[:, : used.shape[1]] = used
+        token = np.int32(s.generated[-1] if s.generated else 0)
+        self._cache = self._steps.put_back(
+            self._cache, np.int32(s.slot), self._pages_of(s), (kept, tails), token
+        )
+
+    def close(self) -> None:
+        """End the threads that fetch rows."""
+        self._prefetch.close()
+
+
+def _logprob(token: int, found: Logprobs, at: tuple[int, ...], alternatives: int | None) -> Logprob:
+    count = alternatives or 0
+    top = zip(found.ids[at][:count].tolist(), found.top[at][:count].tolist(), strict=True)
+    return Logprob(token, float(found.chosen[at]), dict(top))

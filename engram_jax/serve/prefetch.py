@@ -1,0 +1,149 @@
+"""Rows ahead of their use: tokens are hashed as soon as they are known, rows are on their way while
+the device computes what comes before their Engram layer.
+
+Layers are asked for in the order in which they are needed. Waiting is counted, and so is what
+matters of it: how often the device had nothing left to do when rows arrived.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.address.hashing_native import Hasher
+from engram_jax.errors import UserError
+from engram_jax.serve.memory import DeviceMemory, Memory
+from engram_jax.serve.schedule import Sequence as Running
+from engram_jax.serve.steps import Steps
+from engram_jax.train_state import Program
+
+# Row of the batch, the sequence, and how many of the row's tokens are real.
+Rows = Sequence[tuple[int, Running, int]]
+THREADS = 2
+
+
+@dataclass
+class Asked:
+    """Rows on their way for one batch.
+
+    canonical: int32 [B, N - 1 + S], histories and new ids. futures: by Engram layer id; a table on
+    the device answers at once.
+    """
+
+    canonical: np.ndarray
+    addresses: dict[str, np.ndarray] = field(default_factory=dict)
+    futures: dict[str, Future | jax.Array] = field(default_factory=dict)
+
+
+class Prefetch:
+    """All tables of a model. memory: by Engram layer id, of the layers that are on."""
+
+    def __init__(self, program: Program, memory: Mapping[str, Memory], steps: Steps):
+        layers = program.addressing.layers if program.addressing is not None else {}
+        on = [str(layer) for layer in layers if not steps.is_off(str(layer))]
+        if missing := [layer for layer in on if layer not in memory]:
+            raise ValueError(f"no memory for Engram layers {', '.join(missing)}")
+        self.memory = {layer: memory[layer] for layer in on}
+        self._hasher = Hasher(program.addressing) if program.addressing and layers else None
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
+        self._waits = {"waits": 0, "wait_seconds": 0.0, "late": 0, "late_seconds": 0.0}
+
+    def empty_history(self) -> np.ndarray:
+        """The n-gram history of a sequence that has not begun, int32 [N - 1]."""
+        return np.zeros(0, np.int32) if self._hasher is None else self._hasher.empty()
+
+    def ask(self, tokens: np.ndarray, rows: Rows) -> Asked:
+        """Begin to fetch. tokens: int32 [B, S], of which `rows` are real."""
+        hasher, past = self._hasher, len(self.empty_history())
+        canonical = np.zeros((len(tokens), past + tokens.shape[1]), np.int32)
+        asked = Asked(canonical)
+        if hasher is None or not rows:
+            return asked
+        canonical[:, past:] = hasher.canonical(tokens)
+        for row, sequence, _ in rows:
+            canonical[row, :past] = sequence.history
+        real = np.zeros(tokens.shape, bool)
+        for row, _, count in rows:
+            real[row, :count] = True
+        whole = bool(real.all())
+        for layer, memory in self.memory.items():
+            addresses = hasher.addresses(layer, canonical)
+            if not whole:  # padding repeats a row that is read anyway
+                addresses[~real] = addresses[rows[0][0], 0]
+            asked.addresses[layer] = addresses
+            if isinstance(memory, DeviceMemory):
+                asked.futures[layer] = memory.fetch(addresses)
+            else:
+                asked.futures[layer] = self._pool.submit(memory.fetch, addresses)
+        return asked
+
+    def advance(self, asked: Asked, rows: Rows) -> None:
+        """The asked tokens are computed now: they become part of the sequences' histories."""
+        past = len(self.empty_history())
+        for row, sequence, count in rows:
+            sequence.history = asked.canonical[row, count : count + past].copy()
+
+    def rows(
+        self, asked: Asked, layer: str, rows: Rows, before: jax.Array
+    ) -> tuple[jax.Array | None, dict[int, str]]:
+        """([B, S, H, dim], or None for a layer that is off; row -> why its rows cannot be read).
+
+        before: what the device computes meanwhile.
+        """
+        if layer not in asked.futures:
+            return None, {}
+        found: Any = asked.futures[layer]
+        if not isinstance(found, Future):
+            return found, {}
+        try:
+            if found.done():
+                return found.result(), {}
+            began = time.perf_counter()
+            value = found.result()
+            waited = time.perf_counter() - began
+            self._waits["waits"] += 1
+            self._waits["wait_seconds"] += waited
+            if before.is_ready():
+                self._waits["late"] += 1
+                self._waits["late_seconds"] += waited
+            return value, {}
+        except UserError:
+            return self._one_by_one(asked, layer, rows)
+
+    def _one_by_one(self, asked: Asked, layer: str, rows: Rows) -> tuple[jax.Array, dict[int, str]]:
+        """Whose rows are damaged is found out by reading each sequence's alone."""
+        addresses, errors = asked.addresses[layer], {}
+        parts: dict[int, jax.Array] = {}
+        for row, _, _ in rows:
+            try:
+                parts[row] = self.memory[layer].fetch(addresses[row : row + 1])[0]
+            except UserError as error:
+                errors[row] = str(error)
+        engram_rows = next(iter(parts.values()), None)
+        if engram_rows is None:
+            return None, errors  # type: ignore[return-value]  # nobody is left to compute it for
+        nothing = jnp.zeros_like(engram_rows)
+        return jnp.stack([parts.get(row, nothing) for row in range(len(addresses))]), errors
+
+    def stats(self) -> dict[str, float]:
+        """Sums over layers, and the engine's waiting for rows.
+
+        waits, wait_seconds: how often and how long the host waited for rows. late, late_seconds:
+        of these, when the device had run out of work meanwhile; the seconds are an upper bound of
+        its idle time.
+        """
+        total: dict[str, float] = {}
+        for memory in self.memory.values():
+            for name, value in memory.stats().items():
+                total[name] = total.get(name, 0) + value
+        return {f"rows_{name}": value for name, value in total.items()} | self._waits
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,81 @@
+"""The tiny model behind an engine, and what its plain forward pass says."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache, partial
+
+import jax
+import numpy as np
+
+from engram_jax.config import ServeConfig
+from engram_jax.memory.store.rows import RowFormat
+from engram_jax.memory.store.source import HostTable
+from engram_jax.memory.table import lookup
+from engram_jax.restore import weights_of
+from engram_jax.serve.engine import Engine
+from engram_jax.serve.memory import DeviceMemory, StagedMemory
+from tests.tiny import tiny
+
+SERVE = ServeConfig(
+    sequences=3, capacity=64, page=8, prefill_chunk=8, prefill_sequences=2, queue=10_000
+)
+
+
+@lru_cache
+def model():
+    """(program, weights) of the tiny model."""
+    program, state = tiny()
+    return program, weights_of(program, state)
+
+
+def device_memory(program, weights):
+    return {k: DeviceMemory(program, rows) for k, rows in weights.rows.items()}
+
+
+def host_tables(program, weights, name="float32"):
+    """Engram layer id -> the table's rows in DRAM, as they are."""
+    stored = RowFormat(name, program.config.model.engram.dim)
+    return {k: HostTable(stored, stored.encode(np.asarray(r))) for k, r in weights.rows.items()}
+
+
+def host_memory(program, weights, hot=None):
+    sources = host_tables(program, weights)
+    return {k: StagedMemory(program, source, hot) for k, source in sources.items()}
+
+
+def make_engine(memory=None, tokenizer=None, eos_id=None, **serve):
+    """An engine; serve: keys of config.serve."""
+    program, weights = model()
+    if memory is None:
+        memory = device_memory(program, weights)
+    return Engine(program, weights, memory, dataclasses.replace(SERVE, **serve), tokenizer, eos_id)
+
+
+@lru_cache
+def _forward():
+    program, _ = model()
+
+    def run(weights, tokens, addresses):
+        rows = {k: lookup(weights.rows[k], a) for k, a in addresses.items()}
+        net = program.model(weights.params, weights.router_bias)
+        positions = jax.numpy.broadcast_to(jax.numpy.arange(tokens.shape[1]), tokens.shape)
+        segments = jax.numpy.ones_like(tokens)
+        return net.logits(net(tokens, rows, positions, segments).hidden)
+
+    return jax.jit(partial(run))
+
+
+def full_logits(tokens):
+    """float32 [T, V]: the uncached forward pass over one sequence, hashed by NumPy's authority."""
+    from engram_jax.address.hashing import addresses, canonicalise
+
+    program, weights = model()
+    padded = np.zeros((1, SERVE.capacity), np.int32)  # later tokens change nothing before them
+    padded[0, : len(tokens)] = tokens
+    canonical = canonicalise(padded, program.addressing.compression)
+    rows = {
+        str(k): addresses(canonical, layer).astype(np.int32)
+        for k, layer in program.addressing.layers.items()
+    }
+    return np.asarray(_forward()(weights, padded, rows))[0, : len(tokens)]
