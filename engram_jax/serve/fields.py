@@ -1,0 +1,161 @@
+"""JSON from a stranger, taken apart: every way it can be wrong is one clear line of status 400.
+
+Nothing here recurses into values, and messages show little of them: they may be huge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+SHOWN = 60  # characters of a wrong value in a message
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's shape; the message is one line for the user."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, dict(headers or {})
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        if status == 429:
+            kind = "rate_limit_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def parse_json(body: bytes) -> Fields:
+    """The object in a body. Raises ApiError, whatever the bytes are."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        values = json.loads(body.decode("utf-8"), parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"body: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ApiError(400, "body: JSON that is nested too deeply") from None
+    except ValueError as error:  # also whole numbers of thousands of digits
+        raise ApiError(400, f"body: not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, f"body = {shown(values)}: must be a JSON object")
+    return Fields(values)
+
+
+def shown(value: Any) -> str:
+    """A value as a message names it: short, one line, printable."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, str) and len(value) > SHOWN:
+        value = value[:SHOWN] + "..."
+    text = ascii(value)
+    return text if len(text) <= 8 * SHOWN else text[:SHOWN] + "..."
+
+
+class Fields:
+    """The fields of an object by type. null means the default. All raise ApiError."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = values
+
+    def get(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def wrong(self, name: str, allowed: str, code: str | None = None) -> NoReturn:
+        raise ApiError(400, f"{name} = {shown(self.get(name))}: must be {allowed}", name, code)
+
+    def integer(self, name: str, default: int | None, least: int, most: int) -> Any:
+        value = self.get(name)
+        if value is None:
+            return default
+        allowed = f"a whole number from {least} to {most}"
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self.wrong(name, allowed)
+        return value
+
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        value = self.get(name)
+        if value is None:
+            return default
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not (math.isfinite(value) and least <= value <= most):
+            self.wrong(name, f"a number from {least:g} to {most:g}")
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        value = self.get(name)
+        if not (value is None or isinstance(value, bool)):
+            self.wrong(name, "true or false")
+        return bool(value)
+
+    def text(self, name: str, value: Any, allowed: str) -> str:
+        """`value`, which is `name`'s or in its list, as text that can be encoded."""
+        if not isinstance(value, str):
+            self.wrong(name, allowed)
+        if not _encodes(value):
+            raise ApiError(400, f"{name} has a lone surrogate: must be Unicode text", name)
+        return value
+
+    def texts(self, name: str, most: int) -> tuple[str, ...]:
+        """A text or a list of them."""
+        value = self.get(name)
+        if value is None:
+            return ()
+        values = value if isinstance(value, list) else [value]
+        allowed = f"a text or a list of at most {most} texts, none of them empty"
+        if len(values) > most or not all(values):
+            self.wrong(name, allowed)
+        return tuple(self.text(name, item, allowed) for item in values)
+
+    def integers(self, name: str, most: int) -> tuple[int, ...]:
+        value = self.get(name)
+        if value is None:
+            return ()
+        good = isinstance(value, list) and len(value) <= most and all(map(is_id, value))
+        if not good:
+            self.wrong(name, f"a list of at most {most} token ids")
+        return tuple(value)
+
+    def inner(self, name: str) -> Fields:
+        """An object within the object."""
+        value = self.get(name)
+        if not (value is None or isinstance(value, dict)):
+            self.wrong(name, "an object")
+        return Fields({f"{name}.{key}": item for key, item in (value or {}).items()})
+
+    def unsupported(self, name: str, neutral: tuple[Any, ...]) -> None:
+        """A field that is known but not served: only values that change nothing are accepted."""
+        value = self.get(name)
+        if value is None or any(
+            value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral
+        ):
+            return
+        raise ApiError(
+            400, f"{name} = {shown(value)}: {name} is not supported", name, "unsupported_parameter"
+        )
+
+
+def is_id(value: Any) -> bool:
+    """Whether it may be a token id; the engine knows the vocabulary."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
