@@ -1,7 +1,8 @@
-"""One program for everything: train, evaluate, generate from, describe or compile a model.
+"""One program for everything: train, evaluate, generate from, serve, describe or compile a model.
 
     python launch.py --config=configs/engram_tiny.py
     python launch.py --config=configs/engram_tiny.py --mode=generate --prompt="def main("
+    python launch.py --config=configs/engram_tiny.py --mode=serve --config.serve.port=8000
     python launch.py --config=configs/engram27b.py --mode=describe --json
     python launch.py --config=configs/engram27b.py --mode=compile --topology=v5p:4x4x8
 
@@ -26,7 +27,16 @@ from ml_collections import config_flags
 from engram_jax import command_line
 from engram_jax.errors import UserError
 
-MODES = ("train", "evaluate", "generate", "describe", "compile")
+MODES = (
+    "train",
+    "evaluate",
+    "generate",
+    "serve",
+    "export-memory",
+    "count-memory",
+    "describe",
+    "compile",
+)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
@@ -46,7 +56,14 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-_STEP = flags.DEFINE_string("step", "latest", "evaluate, generate: latest, best or a step number.")
+_STEP = flags.DEFINE_string(
+    "step", "latest", "evaluate, generate, serve, export-memory: latest, best or a step number."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "export-memory, count-memory: the file to write.")
+_FORMAT = flags.DEFINE_string(
+    "format", "", "export-memory: float32, bfloat16 or fp8; default: as the tables are."
+)
+_TOKENS = flags.DEFINE_integer("tokens", 10_000_000, "count-memory: how many training tokens.")
 
 
 @command_line.reported
@@ -63,6 +80,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"--prompt={_PROMPT.value!r}: must be UTF-8 text") from None
     if mode == "compile" and _TOPOLOGY.value is None:
         raise UserError("--topology: missing; for example --topology=v5p:4x4x8")
+    if mode in ("export-memory", "count-memory") and not _OUTPUT.value:
+        raise UserError("--output: missing; the file to write")
+    if _FORMAT.value not in ("", "float32", "bfloat16", "fp8"):
+        raise UserError(f"--format={_FORMAT.value}: must be float32, bfloat16 or fp8")
+    if _TOKENS.value < 1:
+        raise UserError(f"--tokens={_TOKENS.value}: must be at least 1")
     if _PROGRAM.value not in ("train", "decode"):
         raise UserError(f"--program={_PROGRAM.value}: must be train or decode")
     if _PROFILE.value is not None and mode != "train":
@@ -116,9 +139,22 @@ def main(argv: Sequence[str]) -> None:
         result = evaluate.evaluate(config, workdir, _STEP.value)
         distributed.log(json.dumps(result) if _JSON.value else evaluate.table(result))
     elif _MODE.value == "generate":
-        from engram_jax import restore
+        from engram_jax.serve import assemble
 
-        restore.print_continuation(config, workdir, _STEP.value, _PROMPT.value)
+        assemble.print_continuation(config, workdir, _STEP.value, _PROMPT.value)
+    elif _MODE.value == "serve":
+        from engram_jax.serve import assemble
+
+        assemble.serve(config, workdir, _STEP.value)
+    elif _MODE.value == "export-memory":
+        from engram_jax.serve import export
+
+        where = Path(_OUTPUT.value)
+        export.export_memory(config, workdir, _STEP.value, where, _FORMAT.value, distributed.log)
+    elif _MODE.value == "count-memory":
+        from engram_jax.serve import export
+
+        export.count_memory(config, Path(_OUTPUT.value), _TOKENS.value, distributed.log)
 
 
 if __name__ == "__main__":

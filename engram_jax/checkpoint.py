@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,6 +197,7 @@ class Checkpointer:
         abstract_state: Any,
         *,
         true_rows: Mapping[str, int] | None = None,
+        only: Callable[[str], bool] | None = None,
     ) -> Restored:
         """Read a checkpoint, bit for bit, onto the shardings asked for.
 
@@ -204,6 +205,8 @@ class Checkpointer:
         abstract_state: the tree to fill, of jax.ShapeDtypeStruct (with a sharding or a Format;
           without: onto the default device) or of arrays (likewise; np.ndarray: onto the host).
         true_rows: path -> R, for arrays that have more rows than are stored; those become zeros.
+        only: which paths to read, such as "params/embedding"; the other leaves stay as they were
+          given. The whole tree is compared with the checkpoint nevertheless.
 
         Raises UserError, one line with the path and the reason, if there is no such checkpoint; if
         a file of it is missing, truncated or altered; if it belongs to another model, another
@@ -220,12 +223,16 @@ class Checkpointer:
                 f"checkpoints {self.directory}: processes see different latest steps,"
                 f" {' and '.join(sorted(seen))}; all need the same directory"
             )
-        targets = {k: v for k, v in wanted.items() if math.prod(shapes[k])}
-        found = agree(lambda: self._read(path, targets, shapes))
-        leaves = [
-            pad_host(found[k], v) if k in targets else without_elements(v)
-            for k, v in wanted.items()
-        ]
+        read = {k for k in wanted if only is None or only(k)}
+        targets = {k: v for k, v in wanted.items() if k in read and math.prod(shapes[k])}
+        found = agree(lambda: self._read(path, targets, shapes, partial=len(read) < len(wanted)))
+
+        def leaf(name: str, given: Any) -> Any:
+            if name not in read:
+                return given
+            return pad_host(found[name], given) if name in targets else without_elements(given)
+
+        leaves = [leaf(k, v) for k, v in wanted.items()]
         return Restored(
             step=number,
             state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
@@ -249,13 +256,18 @@ class Checkpointer:
         return number, content
 
     def _read(
-        self, path: epath.Path, targets: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+        self,
+        path: epath.Path,
+        targets: dict[str, Any],
+        shapes: dict[str, tuple[int, ...]],
+        partial: bool,
     ) -> dict[str, Any]:
         # Not by the manager: after reading it waits for processes that may have failed.
         args = {k: restore_args(v, shapes[k]) for k, v in targets.items()}
         with OneLine(f"checkpoint {path}: cannot be read"):
             return self._arrays.restore(
-                path / "state", args=ocp.args.PyTreeRestore(targets, restore_args=args)
+                path / "state",
+                args=ocp.args.PyTreeRestore(targets, restore_args=args, partial_restore=partial),
             )
 
     def steps(self) -> list[int]:

@@ -191,20 +191,6 @@ class Generator:
         return out
 
 
-def stream_text(
-    generator: Generator, tokenizer: Any, prompt: str, config: GenerateConfig, eos_id: int | None
-) -> Iterator[str]:
-    """Text pieces as they become complete characters (a token may end inside one)."""
-    from tokenizers.decoders import DecodeStream
-
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    decoder = DecodeStream(skip_special_tokens=True)
-    for (token,) in generator.stream([ids], config, eos_id):
-        piece = decoder.step(tokenizer, token)
-        if piece:
-            yield piece
-
-
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 

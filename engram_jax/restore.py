@@ -5,7 +5,6 @@ workdir/tokenizer.json   the tokenizer        workdir/text.json   its end-of-seq
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from engram_jax import saved_state
 from engram_jax.address import artifact, load_tokenizer
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
-from engram_jax.config import Config
+from engram_jax.config import DEVICE, Config
 from engram_jax.data import PreparedData
 from engram_jax.errors import UserError
-from engram_jax.generate import Generator, Weights, stream_text
+from engram_jax.generate import Weights
 from engram_jax.memory.exchange import natural_order
 from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import check_trained
@@ -61,18 +60,23 @@ def weights_of(program: Program, state: TrainState) -> Weights:
 def restore_state(
     program: Program, checkpointer: Checkpointer, step: str
 ) -> tuple[int, TrainState]:
-    """step: "latest", "best" or a number. Returns (the step, the state)."""
-    if step not in ("latest", "best") and not step.isdigit():
-        raise UserError(f"--step={step}: must be latest, best or a step number")
-    which: int | str | None = {"latest": None, "best": "best"}.get(step, step)
-    if which not in (None, "best"):
-        which = int(step)
-    restored = saved_state.restore(program, checkpointer, which)
+    """step: as in `which`. Returns (the step, the state)."""
+    restored = saved_state.restore(program, checkpointer, which(step))
     return restored.step, restored.state
 
 
-def load(config: Config, workdir: Path, step: str = "latest") -> Trained:
-    """The model of a run. Raises UserError if the workdir holds none, or another one."""
+def which(step: str) -> int | str | None:
+    """ "latest", "best" or a number, as `Checkpointer.restore` takes it."""
+    if step not in ("latest", "best") and not step.isdigit():
+        raise UserError(f"--step={step}: must be latest, best or a step number")
+    return {"latest": None, "best": "best"}[step] if step in ("latest", "best") else int(step)
+
+
+def load(config: Config, workdir: Path, step: str = "latest", rows: str | None = DEVICE) -> Trained:
+    """The model of a run. Raises UserError if the workdir holds none, or another one.
+
+    rows: where to read the tables to: DEVICE, HOST (np.ndarray) or None = not at all.
+    """
 
     def read() -> tuple[Any, int]:
         check_trained(workdir)
@@ -84,15 +88,8 @@ def load(config: Config, workdir: Path, step: str = "latest") -> Trained:
     addressing = artifact.build(config, tokenizer) if config.model.engram.layers else None
     program = build_program(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
-        number, state = restore_state(program, checkpointer, step)
-    return Trained(program, weights_of(program, state), tokenizer, eos_id, number)
-
-
-def print_continuation(config: Config, workdir: Path, step: str, prompt: str) -> None:
-    """Stream a prompt's continuation to standard output."""
-    trained = load(config, workdir, step)
-    generator = Generator(trained.program, trained.weights)
-    stream = stream_text(generator, trained.tokenizer, prompt, config.generate, trained.eos_id)
-    for piece in itertools.chain([prompt], stream, ["\n"]):  # every process decodes, one prints
-        if jax.process_index() == 0:
-            print(piece, end="", flush=True)
+        found = saved_state.restore_weights(program, checkpointer, which(step), rows)
+    state = found.state
+    tables = {} if rows is None else {k: t.rows for k, t in state.memory.items()}
+    weights = Weights(state.params, state.router_bias, tables)
+    return Trained(program, weights, tokenizer, eos_id, found.step)

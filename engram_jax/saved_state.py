@@ -12,9 +12,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from engram_jax.checkpoint import Checkpointer, Restored
+from engram_jax.config import HOST
 from engram_jax.memory.exchange import natural_order, stored_order
 from engram_jax.memory.table import Table, TableLayout
 from engram_jax.train_state import Program, TrainState, abstract_state, table_format
@@ -38,6 +41,35 @@ def restore(program: Program, checkpointer: Checkpointer, step: int | str | None
     found = checkpointer.restore(step, abstract_state(program), true_rows=rows)
     memory = _reordered(program, stored_order, found.state, donate=True)
     return dataclasses.replace(found, state=dataclasses.replace(found.state, memory=memory))
+
+
+def restore_weights(
+    program: Program, checkpointer: Checkpointer, step: int | str | None, rows: str | None
+) -> Restored:
+    """The part of a state that inference uses: params, router_bias and, of each table, the rows, in
+    their natural order. The other leaves of the state are shapes.
+
+    rows: DEVICE, HOST (np.ndarray) or None = not read either.
+    """
+    abstract = abstract_state(program)
+    if rows == HOST:
+        dim, engram = program.config.model.engram.dim, program.config.model.engram
+        dtype = jnp.dtype(engram.table_dtype)
+        memory = {
+            layer: dataclasses.replace(
+                table, rows=np.empty((program.table_rows[layer], dim), dtype)
+            )
+            for layer, table in abstract.memory.items()
+        }
+        abstract = dataclasses.replace(abstract, memory=memory)
+
+    def read(name: str) -> bool:
+        part, _, rest = name.partition("/")
+        if part == "memory":
+            return rows is not None and rest.endswith("/rows")
+        return part in ("params", "router_bias")
+
+    return checkpointer.restore(step, abstract, true_rows=true_rows(program), only=read)
 
 
 def true_rows(program: Program) -> dict[str, int]:

@@ -310,7 +310,7 @@ def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
     several = serve.prefill_sequences <= serve.sequences
     at_most = f"at most serve.sequences = {serve.sequences}"
     _require(several, "serve.prefill_sequences", serve.prefill_sequences, at_most)
-    _require(serve.port < 2**16, "serve.port", serve.port, "from 0 to 65535")
+    _require(0 <= serve.port < 2**16, "serve.port", serve.port, "from 0 to 65535")
     for key in ("device_cache", "host_cache"):
         share = getattr(serve, key)
         _require(share <= 1, f"serve.{key}", share, "a share of the rows, from 0 to 1")
@@ -319,13 +319,11 @@ def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
     on_disk = serve.host_cache == 0 or serve.memory == DISK
     _require(on_disk, "serve.host_cache", serve.host_cache, "0 unless serve.memory = 'disk'")
     needs_file = serve.memory != DISK or serve.memory_file
-    _require(
-        bool(needs_file), "serve.memory_file", "", "the file of --mode=export-memory for 'disk'"
-    )
+    a_file = "what --mode=export-memory wrote, for serve.memory = 'disk'"
+    _require(bool(needs_file), "serve.memory_file", "", a_file)
     counted = serve.device_cache == 0 or serve.frequency_file
-    _require(
-        bool(counted), "serve.frequency_file", "", "what --mode=count-memory wrote for device_cache"
-    )
+    a_file = "what --mode=count-memory wrote, for serve.device_cache"
+    _require(bool(counted), "serve.frequency_file", "", a_file)
     layers = (*engram.layers, ALL_LAYERS)
     for layer in serve.off_layers:
         _require(layer in layers, "serve.off_layers", layer, f"among {layers} (-1 = all)")

@@ -177,6 +177,27 @@ IMPOSSIBLE = [
     ("trian.steps=5", "unknown key 'trian'", "train"),
     ("train.step=5", "unknown key 'step'", "config.train has steps"),
     ("train.steps.many=5", "unknown key 'many'", "config.train.steps is a value"),
+    ("serve.sequences=0", "0", "positive"),
+    ("serve.capacity=0", "0", "positive"),
+    ("serve.capacity=1000", "1000", "a multiple of serve.page = 64"),
+    ("serve.page=0", "0", "positive"),
+    ("serve.pages=15", "15", "the 16 of one sequence"),
+    ("serve.pages=-1", "-1", "0 or more"),
+    ("serve.prefill_chunk=0", "0", "positive"),
+    ("serve.prefill_sequences=9", "9", "at most serve.sequences = 8"),
+    ("serve.queue=0", "0", "positive"),
+    ("serve.memory=tape", "'tape'", "'host', 'disk'"),
+    ("serve.memory=disk", "config.serve.memory_file", "--mode=export-memory"),
+    ("serve.device_cache=0.5", "0.5", "0 with serve.memory = 'device'"),
+    ("serve.device_cache=1.5", "1.5", "from 0 to 1"),
+    ("serve.host_cache=0.1", "0.1", "0 with serve.memory = 'device'"),
+    ("serve.off_layers=(0,)", "0", "among (1, -1)"),
+    ("serve.off_orders=(4,)", "4", "among model.engram.orders = (2, 3)"),
+    ("serve.host=", "''", "not empty"),
+    ("serve.port=65536", "65536", "from 0 to 65535"),
+    ("serve.port=-1", "-1", "from 0 to 65535"),
+    ("serve.max_body=0", "0", "positive"),
+    ("serve.drain_seconds=-1", "-1", "0 or more"),
     ("model=3", "a section", "d_model"),
     ("model.engram={'layers': (1,)}", "a section", "rows_per_head"),
 ]
@@ -255,6 +276,7 @@ def test_the_table_knows_every_key():
     """A key that is added without a thought about its values fails here."""
     any_value = {"model.tie_embeddings", "model.hyper.transpose", "model.hyper.norm_gain"}
     any_value |= {"model.hyper.scale_init", "model.ffn.normalise_top_k", "train.count_models"}
+    any_value |= {"serve.memory_file", "serve.frequency_file"}
     any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "train.hang_exit"}
     refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}
     keys = set(keys_of(config_lib.Config))

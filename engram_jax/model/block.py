@@ -172,7 +172,7 @@ class Stack(nnx.Module):
         pool: jax.Array,
         local: Local = ALONE,
     ) -> tuple[jax.Array, jax.Array]:
-        """As Block.paged. The pool is carried, not cut by layers, so that it is changed in place."""
+        """As Block.paged. The pool is carried, not cut by layers: it is changed in place."""
         graphdef, state = self._split()
 
         def body(carry: tuple[jax.Array, jax.Array], inputs: tuple[Any, jax.Array]) -> Any:

@@ -167,6 +167,13 @@ class Engine:
         finally:
             self.cancel(number)
 
+    def warm_up(self) -> None:
+        """Compile what ordinary requests need, so that the first one does not wait for it."""
+        for logprobs in (None, 0):
+            params = SamplingParams(max_tokens=2, logprobs=logprobs, ignore_eos=True)
+            self.generate([[0]], params)
+        self.generate([[0]], SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True))
+
     # One iteration
 
     def step(self) -> list[Delta]:

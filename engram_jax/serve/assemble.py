@@ -1,0 +1,158 @@
+"""A trained run as an engine: the weights from its workdir, the memory from where it is to lie."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from engram_jax.config import ALL_LAYERS, DEVICE, DISK, HOST, Config, ServeConfig
+from engram_jax.errors import UserError
+from engram_jax.memory.store.cache import CachedTable
+from engram_jax.memory.store.file import MemoryFile, open_memory
+from engram_jax.memory.store.frequency import Frequency, load_frequency
+from engram_jax.memory.store.host import HostTable
+from engram_jax.memory.store.rows import RowFormat
+from engram_jax.memory.store.source import Source
+from engram_jax.restore import Trained, load
+from engram_jax.serve import server
+from engram_jax.serve.engine import Engine
+from engram_jax.serve.memory import DeviceMemory, Memory, StagedMemory
+from engram_jax.serve.request import SamplingParams
+from engram_jax.serve.wire import Limits
+from engram_jax.train_state import Program
+
+
+def open_engine(config: Config, workdir: Path, step: str) -> Engine:
+    """The engine of a run's checkpoint; config.serve says where its memory lies.
+
+    Raises UserError for what does not fit together: no checkpoint, another model's memory file.
+    """
+    return make_engine(load_for(config, workdir, step), config.serve)
+
+
+def load_for(config: Config, workdir: Path, step: str) -> Trained:
+    """The weights, and the tables unless they come from a memory file, where config.serve wants
+    them."""
+    where = None if config.serve.memory_file else DEVICE
+    if where and config.serve.memory != DEVICE:
+        where = HOST
+    return load(config, workdir, step, rows=where)
+
+
+def make_engine(trained: Trained, serve: ServeConfig) -> Engine:
+    """An engine over weights and tables of `load_for`."""
+    program, weights = trained.program, trained.weights
+    memory = open_memories(program, serve, weights.rows)
+    return Engine(program, weights, memory, serve, trained.tokenizer, trained.eos_id)
+
+
+def open_memories(program: Program, serve: ServeConfig, rows: Any = None) -> dict[str, Memory]:
+    """Every Engram layer's table where `serve` wants it.
+
+    rows: tables [R, dim] by layer id (on the device for memory = "device"), or None or empty = they
+    come from serve.memory_file.
+    """
+    if program.addressing is None:
+        return {}
+    off = serve.off_layers
+    layers = [k for k in program.table_rows if ALL_LAYERS not in off and int(k) not in off]
+    fingerprint = program.addressing.fingerprint
+    file = open_memory(serve.memory_file, fingerprint) if serve.memory_file else None
+    counts: dict[str, Frequency] = {}
+    if serve.frequency_file:
+        counts = load_frequency(serve.frequency_file, fingerprint).layers
+    made: dict[str, Memory] = {}
+    for layer in layers:
+        if file is not None:
+            _check_file(program, serve, file, layer)
+        if serve.memory == DEVICE:
+            made[layer] = _on_device(program, file, layer, rows)
+            continue
+        source = _source(serve, file, layer, rows, counts.get(layer))
+        hot = None
+        if serve.device_cache:
+            hot = counts[layer].ids[: int(serve.device_cache * source.rows)]
+        made[layer] = StagedMemory(program, source, hot)
+    return made
+
+
+def _on_device(program: Program, file: MemoryFile | None, layer: str, rows: Any) -> DeviceMemory:
+    if file is None:
+        return DeviceMemory(program, rows[layer])
+    stored = file.host(layer)
+    parts = tuple(jax.device_put(part) for part in stored.parts)
+    return DeviceMemory(program, parts, stored.format)
+
+
+def _source(
+    serve: ServeConfig,
+    file: MemoryFile | None,
+    layer: str,
+    rows: Any,
+    counts: Frequency | None,
+) -> Source:
+    if serve.memory == DISK:
+        assert file is not None  # validation.py
+        table: Source = file.disk(layer)
+        if serve.host_cache:
+            table = CachedTable(table, max(1, int(serve.host_cache * table.rows)))
+            if counts is not None:
+                table.warm(counts)
+        return table
+    if file is not None:
+        return file.host(layer)
+    values = np.asarray(rows[layer])
+    stored = RowFormat(values.dtype.name, values.shape[1])
+    return HostTable(stored, stored.encode(values))
+
+
+def _check_file(program: Program, serve: ServeConfig, file: MemoryFile, layer: str) -> None:
+    if layer not in file.layers:
+        have = ", ".join(file.layers)
+        raise UserError(f"{serve.memory_file}: has no Engram layer {layer}; it has {have}")
+    rows, stored = file.layers[layer]
+    mine = program.table_rows[layer], program.config.model.engram.dim
+    if (rows, stored.dim) != mine:
+        raise UserError(
+            f"{serve.memory_file}: layer {layer} has {rows} rows of {stored.dim}, this model"
+            f" {mine[0]} of {mine[1]}"
+        )
+
+
+def print_continuation(config: Config, workdir: Path, step: str, prompt: str) -> None:
+    """Stream a prompt's continuation to standard output."""
+    trained = load_for(config, workdir, step)
+    ids = trained.tokenizer.encode(prompt, add_special_tokens=False).ids
+    serve, page = config.serve, config.serve.page
+    room = -(-(len(ids) + config.generate.max_tokens) // page) * page
+    serve = replace(serve, sequences=1, prefill_sequences=1, pages=0, capacity=room)
+    engine = make_engine(trained, serve)
+    texts = (delta.text for delta in engine.stream(ids, SamplingParams.of(config.generate)))
+    for piece in itertools.chain([prompt], texts, ["\n"]):  # every process decodes, one prints
+        if jax.process_index() == 0:
+            print(piece, end="", flush=True)
+    engine.close()
+
+
+def serve(config: Config, workdir: Path, step: str) -> None:
+    """Serve a checkpoint over HTTP until SIGTERM."""
+    where = config.serve
+    bound = server.bind(where.host, where.port)  # before the model: a port in use is known at once
+    try:
+        if jax.process_count() > 1:
+            raise UserError("--mode=serve: must run as one process; this is one of several")
+        engine = open_engine(config, workdir, step)
+        engine.warm_up()
+    except BaseException:
+        bound.close()
+        raise
+    limits = Limits(body=where.max_body, sequences=where.queue)
+    try:
+        server.serve(engine, bound=bound, limits=limits, drain_seconds=where.drain_seconds)
+    finally:
+        engine.close()
