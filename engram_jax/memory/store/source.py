@@ -6,13 +6,14 @@ from typing import Protocol
 
 import numpy as np
 
+from engram_jax.memory.store.cache import CachedTable
 from engram_jax.memory.store.disk import DiskTable
 from engram_jax.memory.store.distinct import distinct
 from engram_jax.memory.store.host import HostTable
 from engram_jax.memory.store.rows import RowFormat
 from engram_jax.memory.store.stats import Counters, Stats
 
-__all__ = ["Counters", "DiskTable", "HostTable", "Source", "Stats", "distinct"]
+__all__ = ["CachedTable", "Counters", "DiskTable", "HostTable", "Source", "Stats", "distinct"]
 
 
 class Source(Protocol):
