@@ -6,7 +6,6 @@ Nothing here recurses into values, and messages show little of them: they may be
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -59,10 +58,8 @@ def shown(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
-    if isinstance(value, str) and len(value) > SHOWN:
-        value = value[:SHOWN] + "..."
-    text = ascii(value)
-    return text if len(text) <= 8 * SHOWN else text[:SHOWN] + "..."
+    text = ascii(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN + 2 else f"{text[:SHOWN]}..."
 
 
 class Fields:
@@ -91,7 +88,7 @@ class Fields:
         if value is None:
             return default
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not (math.isfinite(value) and least <= value <= most):
+        if not good or not least <= value <= most:  # neither is infinity nor NaN
             self.wrong(name, f"a number from {least:g} to {most:g}")
         return float(value)
 

@@ -44,16 +44,18 @@ def bind(host: str, port: int) -> socket.socket:
 
     port: 0 = any free one. Raises UserError.
     """
+    if not 0 <= port <= 65535:
+        raise UserError(f"port {port}: must be from 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         made = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"host {host!r}, port {port}: {_reason(error)}") from None
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         made.close()
         raise _not_bound(host, port, error) from None
     return made

@@ -1,0 +1,495 @@
+"""OpenAI's completions route over real sockets, with the real engine behind it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import socket
+
+import pytest
+
+from engram_jax.errors import UserError
+from engram_jax.serve import server
+from engram_jax.serve.request import SamplingParams
+from engram_jax.serve.wire import Limits
+from tests.serve.served import SERVE, make_engine
+from tests.serve.web import EOS, NAME, QUEUE, Running, head, read_all, tokenizer
+from tests.tiny import VOCAB
+
+LONG = {"n": QUEUE, "max_tokens": 60, "ignore_eos": True}  # seconds of work
+CASES = [
+    (prompt, {"max_tokens": tokens, "temperature": temperature, "seed": seed})
+    for seed, (prompt, tokens) in enumerate(
+        [("abc", 12), ("the €uro", 20), ("x", 40), ("(hello) 123", 16), ("äöü", 5), ("q" * 40, 20)]
+    )
+    for temperature in (0.0, 1.0)
+]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = make_engine(tokenizer=tokenizer(), eos_id=EOS, queue=QUEUE)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    """What the engine gives each case with nothing beside it."""
+    out = []
+    for prompt, fields in CASES:
+        ids = engine.tokenizer.encode(prompt).ids
+        params = SamplingParams(logprobs=3, prompt_logprobs=True, **fields)
+        out += engine.generate([ids], params)
+    return out
+
+
+@pytest.fixture(scope="module")
+def web(engine, alone):
+    with Running(engine) as running:
+        yield running
+
+
+def test_an_answer_is_the_engines(web, alone):
+    for (prompt, fields), expected in zip(CASES, alone, strict=True):
+        answer = web.complete(prompt, **fields, return_token_ids=True)
+        assert answer.status == 200 and answer.headers["content-type"] == "application/json"
+        got = answer.json
+        assert sorted(got) == ["choices", "created", "id", "model", "object", "usage"]
+        assert got["object"] == "text_completion" and got["model"] == NAME
+        ids = web.engine.tokenizer.encode(prompt).ids
+        assert got["choices"] == [
+            {
+                "text": expected.text,
+                "index": 0,
+                "logprobs": None,
+                "finish_reason": expected.finish,
+                "token_ids": list(expected.tokens),
+                "prompt_token_ids": ids,
+            }
+        ]
+        n, m = len(ids), len(expected.tokens)
+        usage = {"prompt_tokens": n, "completion_tokens": m, "total_tokens": n + m}
+        assert got["usage"] == usage
+        given_as_ids = web.complete(ids, **fields).json["choices"][0]["text"]
+        assert given_as_ids == expected.text
+
+
+def test_a_stream_is_the_same_in_parts(web, alone):
+    for (prompt, fields), expected in zip(CASES, alone, strict=True):
+        options = {"include_usage": True}
+        answer = web.complete(prompt, **fields, stream=True, stream_options=options, logprobs=3)
+        *events, last = answer.events
+        assert len(events) > 1 or len(expected.tokens) < 2
+        choices = [event["choices"][0] for event in events]
+        assert "".join(c["text"] for c in choices) == expected.text
+        assert [c["finish_reason"] for c in choices] == [None] * (len(events) - 1) + [
+            expected.finish
+        ]
+        assert all(event["usage"] is None and event["id"] == last["id"] for event in events)
+        whole = web.complete(prompt, **fields, logprobs=3).json
+        assert last["choices"] == [] and last["usage"] == whole["usage"]
+        listed = whole["choices"][0]["logprobs"]
+        for key, values in listed.items():
+            assert [v for c in choices for v in c["logprobs"][key]] == values
+
+
+def test_log_probabilities_and_echo(web, alone):
+    texts = {i: t for t, i in web.engine.tokenizer.get_vocab().items()}
+    for (prompt, fields), expected in zip(CASES, alone, strict=True):
+        answer = web.complete(prompt, **fields, logprobs=3, echo=True).json["choices"][0]
+        assert answer["text"] == prompt + expected.text
+        listed = answer["logprobs"]
+        ids = [*web.engine.tokenizer.encode(prompt).ids, *expected.tokens]
+        entries = [*expected.prompt_logprobs, *expected.logprobs]
+        assert listed["token_logprobs"] == [None, *(e.logprob for e in entries)]
+        assert listed["top_logprobs"][0] is None
+        for token, top, entry in zip(ids[1:], listed["top_logprobs"][1:], entries, strict=True):
+            assert entry.token == token
+            assert max(top.values()) == max(entry.top.values())
+            assert len(top) == 3 + (token not in entry.top)  # the token itself is always there
+        for token, text in zip(ids, listed["tokens"], strict=True):
+            plain = text.removeprefix("bytes:")
+            assert plain in (texts[token].replace("Ġ", " "), text) or plain.startswith("\\x")
+        offsets = listed["text_offset"]
+        assert offsets[0] == 0 and offsets == sorted(offsets)
+        for at, text in zip(offsets, listed["tokens"], strict=True):
+            if not text.startswith("bytes:") and text != "<eos>" and "\ufffd" not in answer["text"]:
+                assert answer["text"][at : at + len(text)] == text
+        only = web.complete(prompt, max_tokens=0, logprobs=3, echo=True).json
+        n = len(web.engine.tokenizer.encode(prompt).ids)
+        assert only["usage"]["completion_tokens"] == 0
+        assert only["choices"][0]["logprobs"] == {k: v[:n] for k, v in listed.items()}
+        plain = web.complete(prompt, **fields, logprobs=0).json["choices"][0]
+        assert plain["text"] == expected.text
+        assert all(len(top) == 1 for top in plain["logprobs"]["top_logprobs"])
+
+
+def test_several_prompts_and_choices(web):
+    prompts = ["abc", "xyz", "abc"]
+    answer = web.complete(prompts, n=2, seed=5, max_tokens=9, best_of=2, temperature=1.5)
+    texts = [c["text"] for c in answer.json["choices"]]
+    assert [c["index"] for c in answer.json["choices"]] == list(range(6))
+    assert texts[:2] == texts[4:] and texts[0] != texts[1]
+    one = web.complete("xyz", seed=6, max_tokens=9, temperature=1.5).json["choices"][0]["text"]
+    assert texts[3] == one
+    ids = [web.engine.tokenizer.encode(p).ids for p in prompts]
+    again = web.complete(ids, n=2, seed=5, max_tokens=9, temperature=1.5, stream=True)
+    streamed = [""] * 6
+    for event in again.events:
+        streamed[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert streamed == texts
+    unseeded = {web.complete("abc", max_tokens=12).json["choices"][0]["text"] for _ in range(4)}
+    assert len(unseeded) > 1
+
+
+def test_stops(web):
+    fields = {"seed": 3, "max_tokens": 40, "ignore_eos": True}
+    whole = web.complete("ab", **fields).json["choices"][0]["text"]
+    stop = whole[8:10]
+    for given in (stop, [stop], ["\u2603", stop]):
+        choice = web.complete("ab", stop=given, **fields).json["choices"][0]
+        assert choice["text"] == whole[: whole.index(stop)]
+        assert choice["finish_reason"] == "stop"
+    events = web.complete("ab", stop=stop, stream=True, **fields).events
+    assert "".join(e["choices"][0]["text"] for e in events) == whole[: whole.index(stop)]
+    ids = web.complete("ab", return_token_ids=True, **fields).json["choices"][0]["token_ids"]
+    choice = web.complete("ab", stop_token_ids=[ids[5]], return_token_ids=True, **fields).json
+    assert choice["choices"][0]["token_ids"] == ids[: ids.index(ids[5])]
+
+
+def test_concurrent_clients(web, alone):
+    def ask(i: int) -> tuple[int, str]:
+        prompt, fields = CASES[i % len(CASES)]
+        answer = web.complete(prompt, **fields, stream=i % 3 == 0)
+        if i % 3 == 0:
+            return i, "".join(e["choices"][0]["text"] for e in answer.events)
+        return i, answer.json["choices"][0]["text"]
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        for i, text in pool.map(ask, range(96)):
+            assert text == alone[i % len(CASES)].text
+
+
+WRONG = [
+    # fields, the parameter that is named, words of the message
+    ({"prompt": None}, "prompt", "a text, a list"),
+    ({"prompt": []}, "prompt", "a list of 0"),
+    ({"prompt": ""}, "prompt", "empty"),
+    ({"prompt": ["a", ""]}, "prompt", "empty"),
+    ({"prompt": [[]]}, "prompt", "empty"),
+    ({"prompt": 3}, "prompt", "= 3"),
+    ({"prompt": {"a": 1}}, "prompt", "an object"),
+    ({"prompt": ["a", 1]}, "prompt", "must be"),
+    ({"prompt": [1, "a"]}, "prompt", "must be"),
+    ({"prompt": [True]}, "prompt", "must be"),
+    ({"prompt": [1.0]}, "prompt", "must be"),
+    ({"prompt": [[1, -1]]}, "prompt", "must be"),
+    ({"prompt": [10**30]}, "prompt", "must be"),
+    ({"prompt": [VOCAB]}, None, f"must be from 0 to {VOCAB - 1}"),
+    ({"prompt": ["a"] * (QUEUE + 1)}, "prompt", f"at most {QUEUE}"),
+    ({"prompt": ["a"] * 5, "n": QUEUE // 4}, "prompt", "at most 4 prompts"),
+    ({"prompt": "a\ud800"}, "prompt", "surrogate"),
+    ({"prompt": "a" * 65}, "prompt", "has 65 tokens; must be from 1 to 63"),
+    ({"prompt": "a" * 64}, "prompt", "has 64 tokens"),
+    ({"prompt": "a" * 1000}, "prompt", "has 1000 tokens"),
+    ({"max_tokens": 0}, "max_tokens", "from 1 to"),
+    ({"max_tokens": -1}, "max_tokens", "from 1 to"),
+    ({"max_tokens": 62}, "max_tokens", "must be from 1 to 61"),
+    ({"max_tokens": 10**400}, "max_tokens", "must be"),
+    ({"max_tokens": True}, "max_tokens", "= true: must be"),
+    ({"max_tokens": 3.5}, "max_tokens", "= 3.5: must be"),
+    ({"max_tokens": "3"}, "max_tokens", "= '3': must be"),
+    ({"temperature": -0.1}, "temperature", "from 0 to 2"),
+    ({"temperature": 2.1}, "temperature", "from 0 to 2"),
+    ({"temperature": True}, "temperature", "a number"),
+    ({"temperature": "hot"}, "temperature", "'hot'"),
+    ({"temperature": 10**400}, "temperature", "a number"),
+    ({"top_p": 0}, "top_p", "a number"),
+    ({"top_p": 1.1}, "top_p", "a number"),
+    ({"top_k": -2}, "top_k", "from -1"),
+    ({"top_k": 10**12}, "top_k", "must be"),
+    ({"seed": 0.5}, "seed", "a whole number"),
+    ({"seed": 2**63}, "seed", "a whole number"),
+    ({"n": 0}, "n", f"from 1 to {QUEUE}"),
+    ({"n": QUEUE + 1}, "n", f"from 1 to {QUEUE}"),
+    ({"n": 2, "best_of": 3}, "best_of", "1 or n = 2"),
+    ({"logprobs": 21}, "logprobs", "from 0 to 20"),
+    ({"logprobs": True}, "logprobs", "from 0 to 20"),
+    ({"echo": 1}, "echo", "true or false"),
+    ({"stream": "yes"}, "stream", "true or false"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream = true"),
+    ({"stream": True, "stream_options": 3}, "stream_options", "an object"),
+    (
+        {"stream": True, "stream_options": {"include_usage": 3}},
+        "stream_options.include_usage",
+        "true or false",
+    ),
+    ({"stop": ""}, "stop", "none of them empty"),
+    ({"stop": ["a", ""]}, "stop", "none of them empty"),
+    ({"stop": [3]}, "stop", "a text or a list"),
+    ({"stop": ["a"] * 17}, "stop", "at most 16"),
+    ({"stop": "\udc00"}, "stop", "surrogate"),
+    ({"stop_token_ids": ["a"]}, "stop_token_ids", "token ids"),
+    ({"user": 3}, "user", "a text"),
+    ({"suffix": "b"}, "suffix", "not supported"),
+    ({"logit_bias": {"3": 1}}, "logit_bias", "not supported"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+    ({"frequency_penalty": -1}, "frequency_penalty", "not supported"),
+    ({"repetition_penalty": 1.2}, "repetition_penalty", "not supported"),
+    ({"model": 3}, "model", "a text"),
+    ({"model": None}, "model", "a text"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), WRONG)
+def test_a_wrong_field(web, fields, param, words):
+    answer = web.complete(**fields)
+    assert answer.status == 400
+    assert answer.error["param"] == param and words in answer.error["message"]
+    assert answer.error["type"] == "invalid_request_error"
+
+
+def test_fields_that_change_nothing(web):
+    expected = web.complete(seed=1, max_tokens=8).json["choices"]
+    for fields in (
+        {"user": "me", "suffix": None, "logit_bias": {}, "presence_penalty": 0.0, "stop": None},
+        {"frequency_penalty": 0, "best_of": 1, "top_k": -1, "top_p": 1, "logprobs": None, "n": 1},
+        {"temperature": 1, "echo": False, "stop": [], "stream": False, "stream_options": None},
+        {"never_heard_of": [1, {"a": None}], "top_k": None, "min_p": 0, "repetition_penalty": 1.0},
+    ):
+        assert web.complete(**{"seed": 1, "max_tokens": 8, **fields}).json["choices"] == expected
+
+
+BODIES = {
+    "nothing": b"",
+    "half": b'{"model": "tiny',
+    "not an object": b"[1, 2]",
+    "a text": b'"model"',
+    "NaN": b'{"model": "unnamed", "prompt": "a", "temperature": NaN}',
+    "Infinity": b'{"model": "unnamed", "prompt": "a", "top_p": -Infinity}',
+    "1e999": b'{"model": "unnamed", "prompt": "a", "temperature": 1e999}',
+    "nested": b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "nested objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "huge integer": b'{"model": "unnamed", "prompt": "a", "seed": ' + b"9" * 10_000 + b"}",
+    "not UTF-8": b'{"model": "unnamed", "prompt": "\xff"}',
+    "UTF-16": '{"model": "unnamed", "prompt": "a"}'.encode("utf-16"),
+    "byte order mark": b'\xef\xbb\xbf{"model": "unnamed", "prompt": "a"}',
+    "gzip": b"\x1f\x8b\x08\x00",
+    "control character": b'{"model": "unnamed", "prompt": "a\x00"}',
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_body_that_is_no_request(web, body):
+    answer = web.send("POST", "/v1/completions", body)
+    assert answer.status == 400
+    assert answer.error["message"].startswith(("body: ", "body = ", "temperature = inf"))
+
+
+def test_nesting_that_json_reads_but_nothing_else_does(web):
+    for depth in range(850, 1000, 7):  # around the interpreter's limit
+        deep = b"[" * depth + b"]" * depth
+        for name in (b"prompt", b"stop", b"logit_bias", b"unknown", b"model"):
+            body = b'{"model": "unnamed", "prompt": "a", "' + name + b'": ' + deep + b"}"
+            answer = web.send("POST", "/v1/completions", body)
+            assert answer.status == (200 if name == b"unknown" and answer.status == 200 else 400)
+
+
+def test_routes(web):
+    models = web.get("/v1/models").json
+    assert models["object"] == "list" and [m["id"] for m in models["data"]] == [NAME]
+    assert web.get(f"/v1/models/{NAME}").json == models["data"][0]
+    assert models["data"][0]["max_model_len"] == SERVE.capacity
+    for answer in (
+        web.get("/v1/models/other"),
+        web.send("POST", "/v1/completions", json.dumps({"model": "ot\ud800her", "prompt": "a"})),
+    ):
+        assert answer.status == 404 and answer.error["code"] == "model_not_found"
+        assert NAME in answer.error["message"]
+    assert web.get("/health").json == {"status": "ok"}
+    for path in ("/", "/v1", "/v1/completions/", "/v1/embeddings", "/%ff%00", "/" + "x" * 5000):
+        answer = web.get(path)
+        assert answer.status == 404 and "no such route" in answer.json["error"]["message"]
+    chat = web.send("POST", "/v1/chat/completions", "{}")
+    assert chat.status == 404 and "chat template" in chat.error["message"]
+    for method, path, allowed in [
+        ("GET", "/v1/completions", "POST"),
+        ("DELETE", "/v1/models", "GET"),
+        ("POST", "/health", "GET"),
+    ]:
+        answer = web.send(method, path)
+        assert answer.status == 405 and allowed in answer.headers["allow"]
+        assert "must be" in answer.error["message"]
+
+
+def test_metrics(web):
+    before = web.idle()
+    assert web.complete(max_tokens=7, ignore_eos=True).status == 200
+    assert web.complete(max_tokens=-7).status == 400
+    after = web.idle()
+    assert after["engram_generated_tokens"] - before["engram_generated_tokens"] == 7
+    assert after["engram_prompt_tokens"] - before["engram_prompt_tokens"] == 3
+    name = 'engram_http_responses_total{status="400"}'
+    assert after[name] - before.get(name, 0) == 1
+    assert after["engram_free_pages"] == after["engram_pages"]
+
+
+class TestBodies:
+    """Large, slow and broken ones; the limit is `web`'s: 1 MiB, 1 s."""
+
+    def test_the_limit(self, web):
+        spare = (1 << 20) - len(json.dumps({"model": NAME, "prompt": "abc", "user": ""}))
+        assert web.complete(user="u" * spare).status == 200
+        answer = web.complete(user="u" * (spare + 1))
+        assert answer.status == 413 and "1048576 bytes" in answer.error["message"]
+
+    def test_without_a_content_length(self, web):
+        def chunks(count):
+            yield from [b" " * 65536] * count
+
+        assert web.send("POST", "/v1/completions", chunks(32)).status == 413  # chunked
+        small = web.send("POST", "/v1/completions", chunks(2))
+        assert small.status == 400 and "not JSON" in small.error["message"]
+
+    def test_without_an_end(self, web):
+        connection = web.raw(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            connection.sendall((b"10000\r\n" + b" " * 65536 + b"\r\n") * 1000)  # 64 MiB
+        connection.close()
+
+    def test_asked_for_before_it_is_sent(self, web):
+        text = head(10**9).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+        assert read_all(web.raw(text)).startswith(b"HTTP/1.1 413 ")
+
+    @pytest.mark.parametrize("sent", [head(100), head(100) + b'{"model"'])
+    def test_one_that_does_not_come(self, web, sent):
+        got = read_all(web.raw(sent))
+        assert got.startswith(b"HTTP/1.1 408 ") and b"within 1 s" in got
+
+    @pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nA: b"])
+    def test_a_head_that_does_not_come(self, web, sent):
+        got = read_all(web.raw(sent))
+        assert got == b"" if not sent else got.startswith(b"HTTP/1.1 408 ")
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            b"nonsense\r\n\r\n",
+            b"GET / HTTP/1.1\r\n\r\n",  # no Host
+            b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 1_000_000,
+            head(3).replace(b"3", b"-3"),
+            head(3).replace(b"3", b"3\r\nContent-Length: 4"),
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        ],
+    )
+    def test_what_is_not_http(self, web, sent):
+        try:
+            got = read_all(web.raw(sent))
+        except OSError:  # it did not read all of what was sent, and so the answer may be lost
+            assert len(sent) > 65536
+        else:
+            assert got.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in got
+        assert web.get("/health").status == 200
+
+
+class TestDisconnects:
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_cancels(self, web, stream):
+        web.idle()
+        connection = web.begin(**LONG, stream=stream)
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        else:
+            while not web.stats()["engram_waiting"]:
+                pass
+        before = web.stats()["engram_generated_tokens"]
+        connection.close()
+        after = web.idle()
+        assert after["engram_generated_tokens"] - before < QUEUE * 60 / 2
+        assert after["engram_free_pages"] == after["engram_pages"]
+
+    def test_before_the_body(self, web):
+        web.raw(head(100) + b"{").close()
+        connection = web.raw(head(100) + b"{")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.close()  # with a reset
+        assert web.complete().status == 200
+
+
+def test_a_full_queue(web):
+    """All sequences of a request get in, or none of them."""
+    web.idle()
+    connection = web.begin(**LONG)
+    while not web.stats()["engram_waiting"]:
+        pass
+    before = web.stats()["engram_waiting"]
+    answer = web.complete(n=40, max_tokens=1)
+    assert answer.status == 429 and int(answer.headers["retry-after"]) >= 1
+    assert answer.error["type"] == "rate_limit_error" and answer.error["code"] == "queue_full"
+    assert web.stats()["engram_waiting"] <= before
+    connection.close()
+    web.idle()
+    assert web.complete(n=40, max_tokens=1).status == 200
+
+
+def test_more_requests_than_may_be_read_at_once(engine):
+    """A fresh server: few may be under way."""
+    limits = Limits(requests=2, seconds=5)
+    with Running(make_engine(), limits) as web:
+        slow = [web.raw(head(10)) for _ in range(2)]
+        while web.complete([1]).status != 429:
+            pass
+        for connection in slow:
+            connection.sendall(b" " * 10)
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        assert web.complete([1]).status == 200
+
+
+def test_without_a_tokenizer():
+    with Running(make_engine()) as web:
+        choice = web.complete([1, 2], max_tokens=3, logprobs=1, return_token_ids=True)
+        choice = choice.json["choices"][0]
+        assert choice["text"] == "" and len(choice["token_ids"]) == 3
+        assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in choice["token_ids"]]
+        assert "no tokenizer" in web.complete("a").error["message"]
+        assert "no tokenizer" in web.complete([1], stop="a").error["message"]
+
+
+def test_an_engine_that_fails(caplog):
+    """Those who wait are told, and so is whoever looks at its health."""
+    made = make_engine(tokenizer=tokenizer())
+    with Running(made) as web:
+        stream = web.begin(max_tokens=60, n=30, stream=True)
+        assert b"200" in stream.recv(20)
+        made._steps = None  # what a lost device does: every further step raises
+        assert b'data: {"error":' in read_or_close(stream)
+        assert web.get("/health").status == 503
+        answer = web.complete()
+        assert answer.status == 503 and answer.error["type"] == "server_error"
+    failures = [r for r in caplog.records if r.exc_info]
+    assert len(failures) == 1 and "NoneType" in str(failures[0].exc_info[1])
+
+
+def read_or_close(connection: socket.socket) -> bytes:
+    got = b""
+    while b"[DONE]" not in got:
+        got += connection.recv(65536)
+    connection.close()
+    return got
+
+
+def test_ports():
+    first = server.bind("127.0.0.1", 0)
+    first.listen()
+    port = first.getsockname()[1]
+    with pytest.raises(UserError, match=f"port {port} on 127.0.0.1: is in use"):
+        server.bind("127.0.0.1", port)
+    first.close()
+    server.bind("127.0.0.1", port).close()
+    for host, wrong in [("127.0.0.1", 65536), ("127.0.0.1", -1), ("no.such.host.invalid", 80)]:
+        with pytest.raises(UserError, match="port"):
+            server.bind(host, wrong)

@@ -1,0 +1,173 @@
+"""The tiny model behind HTTP, and a client that sees everything a server sends.
+
+python -m tests.serve.web DRAIN_SECONDS    # as a process of its own, on a free port
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import string
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from engram_jax.serve import server
+from engram_jax.serve.http import App
+from engram_jax.serve.runner import Runner
+from engram_jax.serve.wire import Limits
+from tests.tiny import VOCAB
+
+NAME = "unnamed"  # the tiny model's
+EOS = VOCAB - 1
+QUEUE = 64
+# GPT-2's stand-ins of the bytes c3, a9, a4, bc (é, ä, ü), e2, 82, ac (the euro sign).
+PIECES = string.ascii_lowercase + "Ġ" + string.digits + ".,;:!?()'\"-+*/=<" + "Ã©¤¼âĤ¬"
+
+
+def tokenizer() -> Tokenizer:
+    """Byte-level, one token per byte, and `<eos>`: some tokens are parts of characters."""
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(PIECES)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken("<eos>", special=True)])
+    assert made.get_vocab_size() == VOCAB
+    return made
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error in OpenAI's shape, one line for the user."""
+        found = self.json["error"]
+        assert list(found) == ["message", "type", "param", "code"]
+        assert found["message"] and "\n" not in found["message"] and len(found["message"]) < 400
+        assert "Traceback" not in found["message"]
+        return found
+
+    @property
+    def events(self) -> list[Any]:
+        """Of a stream that ended as it must."""
+        assert self.headers["content-type"].startswith("text/event-stream")
+        lines = self.body.decode().split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+class Client:
+    def __init__(self, port: int):
+        self.port = port
+
+    def send(self, method: str, path: str, body: Any = None, headers: Any = None) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            lowered = {k.lower(): v for k, v in answer.getheaders()}
+            return Answer(answer.status, lowered, answer.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Answer:
+        return self.send("GET", path)
+
+    def complete(self, prompt: Any = "abc", **fields: Any) -> Answer:
+        body = json.dumps({"model": NAME, "prompt": prompt, **fields})
+        return self.send("POST", "/v1/completions", body)
+
+    def begin(self, prompt: Any = "abc", **fields: Any) -> socket.socket:
+        """Send a request and read nothing."""
+        body = json.dumps({"model": NAME, "prompt": prompt, **fields}).encode()
+        return self.raw(head(len(body)) + body)
+
+    def raw(self, sent: bytes) -> socket.socket:
+        made = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        made.sendall(sent)
+        return made
+
+    def stats(self) -> dict[str, float]:
+        lines = self.get("/metrics").body.decode().splitlines()
+        return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    def idle(self, seconds: float = 20.0) -> dict[str, float]:
+        """Wait until nothing runs or waits; the statistics then."""
+        deadline = time.monotonic() + seconds
+        while True:
+            stats = self.stats()
+            if not (stats["engram_running"] or stats["engram_waiting"]):
+                return stats
+            assert time.monotonic() < deadline, stats
+            time.sleep(0.02)
+
+
+def head(length: int) -> bytes:
+    return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    got = b""
+    while part := connection.recv(65536):
+        got += part
+    connection.close()
+    return got
+
+
+class Running(Client):
+    """A server in a thread; ends with the block."""
+
+    def __init__(self, engine: Any, limits: Limits | None = None):
+        self.engine, self.limits = engine, limits or Limits(seconds=1.0, sequences=QUEUE)
+
+    def __enter__(self) -> Running:
+        engine = self.engine
+        sock = server.bind("127.0.0.1", 0)
+        sock.listen()
+        super().__init__(sock.getsockname()[1])
+        self.runner = Runner(engine)
+        app = App(
+            self.runner,
+            name=engine.name,
+            tokenizer=engine.tokenizer,
+            capacity=engine.capacity,
+            limits=self.limits,
+        )
+        ready = threading.Event()
+        self._server = server.Server(app, self.limits, ready.set)
+        run = self._server.serve
+        self._thread = threading.Thread(target=lambda: asyncio.run(run([sock])))
+        self._thread.start()
+        assert ready.wait(30)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+        self.runner.close()
+        assert not self._thread.is_alive()
+
+
+if __name__ == "__main__":
+    from tests.serve.served import make_engine
+
+    server.serve(
+        make_engine(tokenizer=tokenizer(), eos_id=EOS, queue=QUEUE),
+        port=0,
+        limits=Limits(sequences=QUEUE),
+        drain_seconds=float(sys.argv[1]),
+    )
+    print("ended")
