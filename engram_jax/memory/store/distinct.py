@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
+from engram_jax.memory.store.gather import cores, split
 from engram_jax.memory.store.native import native
 
+_SHARED = 1 << 15  # ids from which the cores share the work, each a range of ids
 _SMALL = (
     4096  # ids; fewer are sorted by 8 bits at a time, because clearing 2,048 counters costs more
 )
@@ -17,14 +19,22 @@ _BITS = 11
 
 
 @native
-def _pack(ids, keys, shift):  # type: ignore[no-untyped-def]
-    """keys = id << shift | position; the bits that any id has, -1 for a negative one."""
-    any_bits = np.int64(0)
+def _all_bits(ids):  # type: ignore[no-untyped-def]
+    """The bits that any id has; negative if one is."""
+    found = np.int64(0)
     for i in range(ids.size):
-        one = np.int64(ids[i])
-        any_bits |= one
-        keys[i] = (uint64(one) << uint64(shift)) | uint64(i)
-    return np.int64(-1) if any_bits < 0 else any_bits
+        found |= np.int64(ids[i])
+    return found
+
+
+@native
+def _pack(ids, low, high, keys, shift):  # type: ignore[no-untyped-def]
+    """keys = id << shift | position of every id in [low, high); how many."""
+    count = 0
+    for i in range(ids.size):  # no branch: which way it goes cannot be guessed
+        keys[count] = (uint64(ids[i]) << uint64(shift)) | uint64(i)
+        count += (ids[i] >= low) & (ids[i] < high)
+    return count
 
 
 @native
@@ -55,18 +65,35 @@ def _sort(keys, spare, low, high, digit_bits):  # type: ignore[no-untyped-def]
 
 
 @native
-def _unique(keys, shift, unique, inverse):  # type: ignore[no-untyped-def]
+def _count(keys, shift):  # type: ignore[no-untyped-def]
+    count = min(1, keys.size)
+    for i in range(1, keys.size):
+        count += (keys[i] >> uint64(shift)) != (keys[i - 1] >> uint64(shift))
+    return count
+
+
+@native
+def _unique(keys, shift, number, unique, inverse):  # type: ignore[no-untyped-def]
+    """From sorted keys: the distinct ids to unique[number:], their numbers to `inverse`."""
     mask = (uint64(1) << uint64(shift)) - uint64(1)
-    count = -1
-    last = uint64(0)
+    at = number - 1
     for i in range(keys.size):
         one = keys[i] >> uint64(shift)
-        if count < 0 or one != last:
-            count += 1
-            unique[count] = one
-            last = one
-        inverse[keys[i] & mask] = count
-    return count + 1
+        if i == 0 or one != keys[i - 1] >> uint64(shift):
+            at += 1
+            unique[at] = one
+        inverse[keys[i] & mask] = at
+
+
+def _sorted(ids: np.ndarray, low: int, high: int, shift: int, bits: int) -> np.ndarray:
+    """The keys of the ids in [low, high), rising."""
+    keys = np.empty(ids.size + 1, np.uint64)  # one more: written before it is known to count
+    keys = keys[: _pack(ids, low, high, keys, shift)]
+    spare = np.empty_like(keys)
+    passes = -(-bits // (8 if keys.size < _SMALL else _BITS))
+    if not passes:
+        return keys
+    return spare if _sort(keys, spare, shift, shift + bits, -(-bits // passes)) else keys
 
 
 def distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,17 +109,28 @@ def distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     unique, inverse = np.empty(count, ids.dtype), np.empty(count, np.int32)
     if count == 0:
         return unique, inverse
-    shift = max(1, (count - 1).bit_length())
-    keys, spare = np.empty(count, np.uint64), np.empty(count, np.uint64)
-    any_bits = int(_pack(np.ascontiguousarray(ids), keys, shift))
-    if any_bits < 0:
+    ids = np.ascontiguousarray(ids)
+    bits = int(_all_bits(ids))
+    if bits < 0:
         raise IndexError(f"row {int(ids.min())}: must be at least 0")
-    bits = any_bits.bit_length()
-    if bits + shift > 64 or count > 1 << 31:
+    shift, bits = (count - 1).bit_length() or 1, bits.bit_length()
+    if bits + shift > 64 or bits > 62 or count > 1 << 31:
         raise ValueError(f"{count} ids of {bits} bits: too many for one call")
-    digit = 8 if count < _SMALL else _BITS
-    passes = -(-bits // digit)
-    digit = -(-bits // max(1, passes))
-    swapped = _sort(keys, spare, shift, shift + bits, digit) if bits else False
-    found = _unique(spare if swapped else keys, shift, unique, inverse)
-    return unique[:found], inverse
+    pieces = cores() if count >= _SHARED else 1
+    top = int(ids.max()) + 1 if pieces > 1 else 1 << bits
+    edges = [top * i // pieces for i in range(pieces + 1)]
+    keys: list[np.ndarray] = [unique] * pieces
+    found = [0] * pieces
+
+    def sort(begin: int, end: int) -> None:
+        for i in range(begin, end):
+            keys[i] = _sorted(ids, edges[i], edges[i + 1], shift, bits)
+            found[i] = int(_count(keys[i], shift))
+
+    def number(begin: int, end: int) -> None:
+        for i in range(begin, end):
+            _unique(keys[i], shift, sum(found[:i]), unique, inverse)
+
+    for work in (sort, number):
+        work(0, 1) if pieces == 1 else split(pieces, work)
+    return unique[: sum(found)], inverse

@@ -1,8 +1,8 @@
 """What the compiled loops share: how they are compiled, and machine operations without a name.
 
 `native` compiles without the interpreter's lock, so that threads run at once, and keeps the machine
-code on disk. The kept code of a file is made again when that file changes, not when this one does:
-delete `__pycache__` after a change here.
+code on disk. The kept code of a file is made again when that file changes, but not when a compiled
+function that it imports does: delete `__pycache__` after a change to such a one.
 """
 
 from __future__ import annotations

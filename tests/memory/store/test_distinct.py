@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -42,3 +44,17 @@ def test_wrong_ids_are_refused():
         distinct(np.array([3.0]))
     with pytest.raises(ValueError, match="too many for one call"):
         distinct(np.full(5, 2**62, np.int64))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 7])
+@pytest.mark.parametrize("highest", [0, 5, 10_000, 2**31 - 1])
+def test_shared_by_the_cores(pieces, highest, monkeypatch):
+    module = importlib.import_module("engram_jax.memory.store.distinct")
+    monkeypatch.setattr(module, "_SHARED", 10)
+    monkeypatch.setattr(module, "cores", lambda: pieces)
+    ids = np.minimum(np.random.default_rng(pieces).zipf(1.2, 9_000), highest + 1).astype(np.int64)
+    ids = (ids - 1).astype(np.int32)
+    unique, inverse = distinct(ids)
+    want, positions = np.unique(ids, return_inverse=True)
+    np.testing.assert_array_equal(unique, want)
+    np.testing.assert_array_equal(inverse, positions)
