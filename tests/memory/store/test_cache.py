@@ -234,3 +234,12 @@ def test_the_books_hold_no_row_twice_and_none_elsewhere():
         where |= {int(s): int(r) for s, r in zip(given, missed, strict=True) if s >= 0}
         assert len(set(where.values())) == len(where) <= 64
         assert all(r % 4 == s // 16 for s, r in where.items())
+
+
+def test_a_row_that_two_threads_missed_comes_in_once():
+    book, ids = Sets.empty(64, 10_000), np.array([5, 9], np.int32)
+    first, second, found = (np.empty(2, np.int32) for _ in range(3))
+    book.admit(ids, first)
+    book.admit(ids, second)
+    assert (first >= 0).all() and list(second) == [-1, -1]
+    assert book.look(ids, found) == 2 and list(found) == list(first)

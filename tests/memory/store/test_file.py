@@ -171,6 +171,12 @@ def test_truncated_files_are_refused(path, left):
         open_memory(path)
 
 
+def test_a_file_with_more_at_its_end_is_refused(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"too long: .* bytes of data, the header says"):
+        open_memory(path)
+
+
 def test_a_file_that_shrinks_while_open_is_refused(path):
     source = open_memory(path).disk("0")
     os.truncate(path, path.stat().st_size - 1)
