@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,7 +25,7 @@ from engram_jax.serve import openai_api
 from engram_jax.serve.fields import ApiError, Fields, parse_json, shown
 from engram_jax.serve.openai_answers import Answer
 from engram_jax.serve.request import Delta, Finish, QueueFullError
-from engram_jax.serve.runner import FAILED, ClosedError, Group, Runner
+from engram_jax.serve.runner import FAILED, ClosedError, Group, Runner, Steps
 from engram_jax.serve.wire import (
     DisconnectedError,
     Limits,
@@ -46,12 +46,22 @@ EVENT_STREAM = [
 ]
 
 
+class Served(Steps, Protocol):
+    """What is needed of the engine (serve/engine.py), constants of it among them."""
+
+    name: str
+    capacity: int
+    tokenizer: Any
+    eos_id: int | None
+
+
 class App:
     """The routes of one engine. `asgi` is the application."""
 
-    def __init__(self, runner: Runner, *, name: str, tokenizer: Any, capacity: int, limits: Limits):
+    def __init__(self, runner: Runner, engine: Served, limits: Limits):
         self._runner, self._limits = runner, limits
-        self._name, self._tokenizer, self._capacity = name, tokenizer, capacity
+        self._name, self._capacity = engine.name, engine.capacity
+        self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
         self._created = int(time.time())
         self._responses: Counter[int] = Counter()
         self._active = 0
@@ -111,7 +121,7 @@ class App:
         group = self._runner.submit(request.sequences, listen)
         try:
             await self._accepted(group)
-            answer = Answer(request, self._name, self._tokenizer)
+            answer = Answer(request, self._name, self._tokenizer, self._eos)
             arriving = _until_all_end(deltas, len(request.params))
             if request.stream:
                 await _stream(answer, arriving, send)

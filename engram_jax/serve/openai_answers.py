@@ -12,34 +12,34 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from engram_jax.serve.openai_api import CompletionRequest
-from engram_jax.serve.request import Completion, Delta, Logprob
+from engram_jax.serve.request import Completion, Delta, Finish, Logprob
 
 
 class TokenTexts:
     """Token ids as the texts that log-probabilities are listed by."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._byte_level = tokenizer is not None and "ByteLevel" in repr(tokenizer.decoder)
 
     def text(self, token: int) -> str:
         """A part of a character is "bytes:" and its bytes, as with OpenAI; without a tokenizer,
         "token_id:" and the id."""
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             return f"token_id:{token}"
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        text = self.tokenizer.decode([token], skip_special_tokens=False)
         if "\ufffd" not in text:
             return text
-        piece = self._tokenizer.id_to_token(token) or ""
+        piece = self.tokenizer.id_to_token(token) or ""
         if self._byte_level and all(c in byte_of() for c in piece):
             return "bytes:" + "".join(f"\\x{byte_of()[c]:02x}" for c in piece)
         return text
 
     def join(self, ids: Sequence[int]) -> str:
         """The text of a prompt that was given as ids."""
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             return ""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 @lru_cache
@@ -53,17 +53,21 @@ def byte_of() -> dict[str, int]:
 class Choice:
     """One choice of the answer, delta by delta."""
 
-    def __init__(self, request: CompletionRequest, index: int, texts: TokenTexts, tokenizer: Any):
-        self._request, self._texts, self._tokenizer = request, texts, tokenizer
+    def __init__(self, request: CompletionRequest, index: int, texts: TokenTexts, eos: int | None):
+        self._request, self._texts, self._eos = request, texts, eos
         self._prompt = request.prompts[index // request.n]
         self._index = index
         self._begun = False
-        self._stream = None if tokenizer is None else DecodeStream(skip_special_tokens=False)
+        self._stream = None if texts.tokenizer is None else DecodeStream(skip_special_tokens=False)
         self._offset = 0  # characters of the text before the next token
         self.generated = 0
 
     def add(self, delta: Delta) -> dict[str, Any] | None:
-        """What it adds to the choice, in the form of a chunk; None if that is nothing."""
+        """What it adds to the choice, in the form of a chunk; None if that is nothing.
+
+        Clients that score a continuation (lm-eval) echo it, ask for one more token and drop the
+        last entry: of such a request that token is listed even where it is the end of sequence.
+        """
         request = self._request
         first, self._begun = not self._begun, True
         text = delta.text
@@ -87,6 +91,8 @@ class Choice:
         if not (text or ids or delta.finish or echoed):
             return None
         reason = delta.finish.value if delta.finish else None
+        if reason and self._eos in delta.tokens[-1:] and not request.ignore_eos:
+            reason = Finish.STOP.value
         return {
             "text": text,
             "index": self._index,
@@ -114,17 +120,19 @@ class Choice:
     def _offset_of(self, token: int) -> int:
         offset = self._offset
         if self._stream is not None:
-            self._offset += len(self._stream.step(self._tokenizer, token) or "")
+            self._offset += len(self._stream.step(self._texts.tokenizer, token) or "")
         return offset
 
 
 class Answer:
     """The whole answer to a request: objects to send."""
 
-    def __init__(self, request: CompletionRequest, model: str, tokenizer: Any):
+    def __init__(
+        self, request: CompletionRequest, model: str, tokenizer: Any, eos: int | None = None
+    ):
         texts = TokenTexts(tokenizer)
         self._request = request
-        self.choices = [Choice(request, i, texts, tokenizer) for i in range(len(request.params))]
+        self.choices = [Choice(request, i, texts, eos) for i in range(len(request.params))]
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",

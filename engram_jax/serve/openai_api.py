@@ -48,6 +48,7 @@ class CompletionRequest:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    ignore_eos: bool
 
     @property
     def sequences(self) -> list[tuple[tuple[int, ...], SamplingParams]]:
@@ -80,6 +81,7 @@ def parse(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> Comple
     seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
     if fields.texts("stop", MAX_STOPS) and tokenizer is None:
         fields.wrong("stop", "left out: the server has no tokenizer")
+    ignore_eos = fields.boolean("ignore_eos")
     common: dict[str, Any] = {
         "max_tokens": tokens,
         "temperature": fields.number("temperature", 1.0, 0.0, 2.0),
@@ -87,7 +89,7 @@ def parse(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> Comple
         "top_k": max(fields.integer("top_k", 0, -1, LARGEST), 0),  # vLLM: -1 = all
         "stop": fields.texts("stop", MAX_STOPS),
         "stop_ids": fields.integers("stop_token_ids", MAX_STOPS),
-        "ignore_eos": fields.boolean("ignore_eos"),
+        "ignore_eos": ignore_eos or (tokens == 1 and logprobs is not None),  # Choice.add says why
         "logprobs": 0 if logprobs is None and tokens == 0 else logprobs,
         "prompt_logprobs": echo and (logprobs is not None or tokens == 0),
     }
@@ -106,6 +108,7 @@ def parse(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> Comple
         stream=stream,
         include_usage=options.boolean("stream_options.include_usage"),
         return_token_ids=fields.boolean("return_token_ids"),
+        ignore_eos=ignore_eos,
     )
 
 

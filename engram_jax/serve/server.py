@@ -15,7 +15,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import h11
 import uvicorn
@@ -23,20 +23,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engram_jax.errors import UserError
 from engram_jax.serve.fields import ApiError
-from engram_jax.serve.http import App
-from engram_jax.serve.runner import Runner, Steps
+from engram_jax.serve.http import App, Served
+from engram_jax.serve.runner import Runner
 from engram_jax.serve.wire import Limits
 
 BACKLOG = 128
 WRITE_SECONDS = 5  # at the end, for clients that do not read their answer
-
-
-class Engine(Steps, Protocol):
-    """What the server needs of serve/engine.py."""
-
-    name: str
-    capacity: int
-    tokenizer: Any
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -76,7 +68,7 @@ def tell(line: str) -> None:
 
 
 def serve(
-    engine: Engine,
+    engine: Served,
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
@@ -98,13 +90,7 @@ def serve(
         sock.close()
         raise _not_bound(host, port, error) from None
     runner = Runner(engine)
-    app = App(
-        runner,
-        name=engine.name,
-        tokenizer=engine.tokenizer,
-        capacity=engine.capacity,
-        limits=limits,
-    )
+    app = App(runner, engine, limits)
     line = f"serving {engine.name} at {_url(sock)}/v1"
     server = Server(app, limits, lambda: ready(line))
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import random
 import socket
 
 import pytest
@@ -12,7 +13,7 @@ from engram_jax.errors import UserError
 from engram_jax.serve import server
 from engram_jax.serve.request import SamplingParams
 from engram_jax.serve.wire import Limits
-from tests.serve.served import SERVE, make_engine
+from tests.serve.served import SERVE, full_logits, make_engine
 from tests.serve.web import EOS, NAME, QUEUE, Running, head, read_all, tokenizer
 from tests.tiny import VOCAB
 
@@ -123,6 +124,22 @@ def test_log_probabilities_and_echo(web, alone):
         plain = web.complete(prompt, **fields, logprobs=0).json["choices"][0]
         assert plain["text"] == expected.text
         assert all(len(top) == 1 for top in plain["logprobs"]["top_logprobs"])
+
+
+def test_scoring_as_lm_eval_does_it(web):
+    """One further token is listed always, also where it ends the sequence."""
+    engine, rng = web.engine, random.Random(0)
+    ends = 0
+    for _ in range(80):
+        ids = [rng.randrange(VOCAB) for _ in range(rng.randint(2, 30))]
+        answer = web.complete(ids, max_tokens=1, temperature=0, logprobs=1, echo=True).json
+        choice = answer["choices"][0]
+        assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1
+        likeliest = full_logits(ids)[-1].argmax() == EOS
+        assert (choice["logprobs"]["tokens"][-1] == "<eos>") == likeliest
+        assert choice["finish_reason"] == ("stop" if likeliest else "length")
+        ends += likeliest
+    assert ends, engine
 
 
 def test_several_prompts_and_choices(web):

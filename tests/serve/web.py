@@ -139,13 +139,7 @@ class Running(Client):
         sock.listen()
         super().__init__(sock.getsockname()[1])
         self.runner = Runner(engine)
-        app = App(
-            self.runner,
-            name=engine.name,
-            tokenizer=engine.tokenizer,
-            capacity=engine.capacity,
-            limits=self.limits,
-        )
+        app = App(self.runner, engine, self.limits)
         ready = threading.Event()
         self._server = server.Server(app, self.limits, ready.set)
         run = self._server.serve
