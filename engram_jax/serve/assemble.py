@@ -23,6 +23,7 @@ from engram_jax.serve import server
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import DeviceMemory, Memory, StagedMemory
 from engram_jax.serve.request import SamplingParams
+from engram_jax.serve.steps import Steps
 from engram_jax.serve.wire import Limits
 from engram_jax.train_state import Program
 
@@ -48,7 +49,8 @@ def make_engine(trained: Trained, serve: ServeConfig) -> Engine:
     """An engine over weights and tables of `load_for`."""
     program, weights = trained.program, trained.weights
     memory = open_memories(program, serve, weights.rows)
-    return Engine(program, weights, memory, serve, trained.tokenizer, trained.eos_id)
+    steps = Steps(program, serve)
+    return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
 
 
 def open_memories(program: Program, serve: ServeConfig, rows: Any = None) -> dict[str, Memory]:

@@ -24,7 +24,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from engram_jax.config import ServeConfig
 from engram_jax.errors import UserError
 from engram_jax.generate import Weights
 from engram_jax.serve.memory import Memory
@@ -54,6 +53,7 @@ class _Flight:
 class Engine:
     """One model, served. Only one thread may call it.
 
+    steps: the compiled model, which engines may share; its `serve` is this engine's configuration.
     weights.rows are not used. memory: by Engram layer id; layers that are off need none.
     tokenizer: None = texts stay empty. eos_id: ends a sequence; None or negative = nothing does.
     """
@@ -63,15 +63,15 @@ class Engine:
         program: Program,
         weights: Weights,
         memory: Mapping[str, Memory],
-        serve: ServeConfig | None = None,
+        steps: Steps | None = None,
         tokenizer: Any = None,
         eos_id: int | None = None,
     ):
-        self.serve = program.config.serve if serve is None else serve
+        self._steps = Steps(program, program.config.serve) if steps is None else steps
+        self.serve = self._steps.serve
         self.program, self.tokenizer, self.eos_id = program, tokenizer, eos_id
         self.name, self.capacity = program.config.name, self.serve.capacity
         self._weights = dataclasses.replace(weights, rows={})
-        self._steps = Steps(program, self.serve)
         self._prefetch = Prefetch(program, memory, self._steps)
         pages = Pages(self._steps.page_count, self.serve.page)
         self._schedule = Schedule(self.serve.sequences, pages, self.serve.queue)

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 import jax
 import numpy as np
 
+from engram_jax.address.hashing import addresses, canonicalise
 from engram_jax.config import ServeConfig
 from engram_jax.memory.store.rows import RowFormat
 from engram_jax.memory.store.source import HostTable
@@ -15,6 +16,7 @@ from engram_jax.memory.table import lookup
 from engram_jax.restore import weights_of
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import DeviceMemory, StagedMemory
+from engram_jax.serve.steps import Steps
 from tests.tiny import tiny
 
 SERVE = ServeConfig(
@@ -49,7 +51,14 @@ def make_engine(memory=None, tokenizer=None, eos_id=None, **serve):
     program, weights = model()
     if memory is None:
         memory = device_memory(program, weights)
-    return Engine(program, weights, memory, dataclasses.replace(SERVE, **serve), tokenizer, eos_id)
+    steps = compiled(dataclasses.replace(SERVE, **serve))
+    return Engine(program, weights, memory, steps, tokenizer, eos_id)
+
+
+@lru_cache
+def compiled(serve):
+    """One compilation for all engines of a configuration."""
+    return Steps(model()[0], serve)
 
 
 @lru_cache
@@ -68,8 +77,6 @@ def _forward():
 
 def full_logits(tokens):
     """float32 [T, V]: the uncached forward pass over one sequence, hashed by NumPy's authority."""
-    from engram_jax.address.hashing import addresses, canonicalise
-
     program, weights = model()
     padded = np.zeros((1, SERVE.capacity), np.int32)  # later tokens change nothing before them
     padded[0, : len(tokens)] = tokens
