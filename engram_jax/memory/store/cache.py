@@ -22,6 +22,7 @@ from engram_jax.memory.store.gather import (
 )
 from engram_jax.memory.store.host import host_array
 from engram_jax.memory.store.native import native
+from engram_jax.memory.store.scratch import Scratch
 from engram_jax.memory.store.sets import Sets
 from engram_jax.memory.store.stats import Counters
 
@@ -57,7 +58,7 @@ class CachedTable:
         )
         self.counters = Counters()
         self._sets = Sets.empty(capacity, source.rows)
-        self._lock = threading.Lock()
+        self._lock, self._scratch = threading.Lock(), Scratch()
         self._data = tuple(host_array(self.capacity, size) for _, size in self.format.parts)
 
     @property
@@ -115,7 +116,9 @@ class CachedTable:
     def _read(self, ids: np.ndarray, missing: np.ndarray, out: tuple[np.ndarray, ...]) -> None:
         """Rows at the positions `missing` from the source, and into the cache as it sees fit."""
         wanted, inverse = distinct(ids[missing])
-        rows = self.format.empty(wanted.size)
+        rows = tuple(
+            self._scratch.get(name, wanted.size, size, np.uint8) for name, size in self.format.parts
+        )
         self.source.gather(wanted, rows)
         _copy_parts(rows, inverse, missing, out)
         if self.policy == "static":

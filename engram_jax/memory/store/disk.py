@@ -88,7 +88,7 @@ def _read(data, checksums, block_rows, ids, order, out, ahead, found):  # type: 
                 found[2] = block
                 return
             last_read = block
-            pending -= 1
+            pending -= ahead > 0
             found[0] += 1
             found[1] += length
         move_row(to + uint64(order[i]) * size, start + uint64(row) * size, size)

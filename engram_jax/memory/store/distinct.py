@@ -10,12 +10,12 @@ from numba import uint64
 
 from engram_jax.memory.store.gather import cores, split
 from engram_jax.memory.store.native import native
+from engram_jax.memory.store.scratch import Scratch
 
-_SHARED = 1 << 15  # ids from which the cores share the work, each a range of ids
-_SMALL = (
-    4096  # ids; fewer are sorted by 8 bits at a time, because clearing 2,048 counters costs more
-)
-_BITS = 11
+_SHARED = 1 << 18  # ids from which the cores share the work, each a range of ids
+# Bits sorted by in one pass, for up to so many ids: 2 ** bits counters are cleared and added up.
+_DIGITS = ((1 << 12, 8), (1 << 15, 11), (1 << 62, 15))
+_scratch = Scratch()
 
 
 @native
@@ -30,6 +30,10 @@ def _all_bits(ids):  # type: ignore[no-untyped-def]
 @native
 def _pack(ids, low, high, keys, shift):  # type: ignore[no-untyped-def]
     """keys = id << shift | position of every id in [low, high); how many."""
+    if low == 0 and high > ids.max():  # all of them: this loop is vectorised
+        for i in range(ids.size):
+            keys[i] = (uint64(ids[i]) << uint64(shift)) | uint64(i)
+        return ids.size
     count = 0
     for i in range(ids.size):  # no branch: which way it goes cannot be guessed
         keys[count] = (uint64(ids[i]) << uint64(shift)) | uint64(i)
@@ -41,7 +45,7 @@ def _pack(ids, low, high, keys, shift):  # type: ignore[no-untyped-def]
 def _sort(keys, spare, low, high, digit_bits):  # type: ignore[no-untyped-def]
     """Radix sort of uint64 keys by their bits [low, high); True: the result is in `spare`."""
     buckets = 1 << digit_bits
-    ends = np.empty(buckets, np.int64)
+    ends = np.empty(buckets, np.int32)
     mask = uint64(buckets - 1)
     swapped = False
     while low < high:
@@ -86,11 +90,12 @@ def _unique(keys, shift, number, unique, inverse):  # type: ignore[no-untyped-de
 
 
 def _sorted(ids: np.ndarray, low: int, high: int, shift: int, bits: int) -> np.ndarray:
-    """The keys of the ids in [low, high), rising."""
-    keys = np.empty(ids.size + 1, np.uint64)  # one more: written before it is known to count
+    """The keys of the ids in [low, high), rising; in a buffer of this thread's."""
+    # One more than there are: a key is written before it is known to count.
+    keys = _scratch.get("keys", 1, ids.size + 1, np.uint64)[0]
     keys = keys[: _pack(ids, low, high, keys, shift)]
-    spare = np.empty_like(keys)
-    passes = -(-bits // (8 if keys.size < _SMALL else _BITS))
+    spare = _scratch.get("spare", 1, keys.size, np.uint64)[0]
+    passes = -(-bits // next(digit for most, digit in _DIGITS if keys.size < most))
     if not passes:
         return keys
     return spare if _sort(keys, spare, shift, shift + bits, -(-bits // passes)) else keys
@@ -125,6 +130,8 @@ def distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     def sort(begin: int, end: int) -> None:
         for i in range(begin, end):
             keys[i] = _sorted(ids, edges[i], edges[i + 1], shift, bits)
+            if pieces > 1:  # a thread may get several
+                keys[i] = keys[i].copy()
             found[i] = int(_count(keys[i], shift))
 
     def number(begin: int, end: int) -> None:
