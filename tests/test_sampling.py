@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.sampling import sample
+from engram_jax.sampling import log_probabilities, sample, sample_rows
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.05, 0.05, 0.1, 0.8]]))
 
@@ -51,3 +51,31 @@ def test_rows_are_independent_and_seeds_repeat():
     one = sample(LOGITS, jax.random.key(3), temperature=1.0)
     two = sample(LOGITS, jax.random.key(3), temperature=1.0)
     assert one.tolist() == two.tolist() and one.shape == (2,) and one.dtype == jnp.int32
+
+
+def test_rows_with_settings_of_their_own_draw_as_they_would_alone():
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 3, (64, 40)).astype(np.float32)
+    seed = rng.integers(0, 2**32, 64).astype(np.uint32)
+    step = rng.integers(0, 1000, 64).astype(np.int32)
+    temperature = rng.choice([0.0, 1e-42, 0.3, 1.0, 2.0], 64).astype(np.float32)
+    top_p = rng.choice([0.1, 0.7, 0.95, 1.0], 64).astype(np.float32)
+    top_k = rng.choice([0, 1, 3, 17, 40], 64).astype(np.int32)
+    found = np.asarray(jax.jit(sample_rows)(logits, seed, step, temperature, top_p, top_k))
+    for row in range(64):
+        key = jax.random.fold_in(jax.random.key(seed[row]), step[row])
+        how = {"temperature": float(temperature[row]), "top_p": float(top_p[row])}
+        alone = sample(logits[row : row + 1], key, **how, top_k=int(top_k[row]))
+        assert int(alone[0]) == found[row], row
+    assert len(set(found.tolist())) > 15
+
+
+def test_log_probabilities_against_float64():
+    logits = np.random.default_rng(0).normal(0, 5, (3, 2, 50)).astype(np.float32)
+    chosen = np.array([[0, 49], [7, 7], [3, 1]], np.int32)
+    own, top, ids = log_probabilities(logits, chosen, 4)
+    wide = logits.astype(np.float64)
+    wanted = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    np.testing.assert_allclose(own, np.take_along_axis(wanted, chosen[..., None], -1)[..., 0], 1e-5)
+    np.testing.assert_array_equal(ids, np.argsort(-wanted, axis=-1)[..., :4])
+    np.testing.assert_allclose(top, -np.sort(-wanted, axis=-1)[..., :4], 1e-5)

@@ -1,0 +1,104 @@
+"""The rules of admission and eviction, without a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engram_jax.serve.pages import Pages
+from engram_jax.serve.request import QueueFullError, SamplingParams
+from engram_jax.serve.schedule import Schedule, Sequence
+
+PAGE = 4
+
+
+def sequence(number, prompt, tokens):
+    history = np.zeros(2, np.int32)
+    return Sequence(number, np.zeros(prompt, np.int32), SamplingParams(tokens), history)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_load_is_served_in_bounded_memory(seed):
+    """A device that is imitated: what it is asked to hold is checked, and everything ends."""
+    rng = np.random.default_rng(seed)
+    longest = int(rng.integers(8, 40))
+    total = -(-longest // PAGE) + int(rng.integers(0, 8))
+    slots = int(rng.integers(1, 6))
+    schedule = Schedule(slots, Pages(total, PAGE), queue=5)
+    todo = []
+    for number in range(40):
+        prompt = int(rng.integers(1, longest))
+        todo.append(sequence(number, prompt, int(rng.integers(1, longest - prompt + 1))))
+    arriving, ended, begun = todo[::-1], [], []
+    for _turn in range(20_000):
+        while arriving and rng.random() < 0.5:
+            if len(schedule.waiting) == 5:
+                with pytest.raises(QueueFullError):
+                    schedule.submit(arriving[-1])
+                break
+            schedule.submit(arriving.pop())
+        ready, leaving = schedule.room_for_next()
+        for one in leaving:
+            schedule.vacate(one)
+            assert one.slot == -1 and one.pages == []
+        for one in ready:
+            schedule.grow(one)
+            assert len(one.pages) * PAGE > one.computed
+            one.computed += 1
+            one.generated.append(0)
+        for one in [s for s in schedule.running if s.prefilling][:2]:
+            one.computed = min(len(one.prompt), one.computed + 3)
+            if not one.prefilling:
+                one.generated.append(0)
+        for one in [*schedule.running, *schedule.moved_out]:
+            if len(one.generated) == one.params.max_tokens or rng.random() < 0.002:
+                schedule.end(one)
+                ended.append(one)
+        schedule.come_back()
+        begun += schedule.admit()
+        held = [page for one in schedule.running for page in one.pages]
+        assert len(set(held)) == len(held) and set(held) <= set(range(total))
+        assert len(held) + schedule.pages.free == total
+        assert len({one.slot for one in schedule.running}) == len(schedule.running) <= slots
+        assert len(schedule.running) + len(schedule.moved_out) <= slots
+        assert len(begun) - len(ended) == len(schedule.running) + len(schedule.moved_out)
+        if not arriving and not schedule.busy:
+            break
+    assert len(ended) == 40
+    assert [one.number for one in begun] == list(range(40))  # first come, first served
+    assert schedule.pages.free == total
+
+
+def test_the_youngest_makes_room_for_the_oldest():
+    schedule = Schedule(3, Pages(4, PAGE), queue=9)
+    old, middle, young = (sequence(n, 3, 20) for n in range(3))
+    for one in (old, middle, young):
+        schedule.submit(one)
+    assert schedule.admit() == [old, middle, young]
+    for one in (old, middle, young):
+        one.computed, one.generated = 3, [0]
+    middle.computed = 4  # one page is free and both of the others want one
+    old.computed = 4
+    ready, leaving = schedule.room_for_next()
+    assert (ready, leaving) == ([old, middle], [young])
+    schedule.vacate(young)
+    assert schedule.grow(old) and schedule.grow(middle)
+    assert schedule.come_back() == [] and schedule.pages.free == 0
+    waiting = sequence(3, 4, 1)  # two pages
+    schedule.submit(waiting)
+    schedule.end(middle)
+    assert schedule.come_back() == [young]  # before anything new
+    assert schedule.admit() == [] and list(schedule.waiting) == [waiting]
+    schedule.end(old)
+    assert schedule.admit() == [waiting]
+    assert schedule.evictions == 1
+
+
+def test_pages_are_not_invented():
+    pages = Pages(2, PAGE)
+    taken = pages.take(2)
+    with pytest.raises(ValueError, match="1 pages wanted, 0 free"):
+        pages.take(1)
+    pages.give(taken)
+    assert sorted(pages.take(2)) == [0, 1]
+    assert [pages.needed(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]

@@ -1,0 +1,74 @@
+"""Tokens to text: whole characters, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from engram_jax.serve.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level: ids 0 to 255 are the bytes, so that characters span tokens; 256 is special."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    made.decoder = decoders.ByteLevel()
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<end>"])
+    return made
+
+
+def run(tokenizer, ids, stop=()):
+    """(pieces, whether it stopped, tokens it took)."""
+    stream, pieces = TextStream(tokenizer, stop), []
+    for count, token in enumerate(ids, 1):
+        text, stopped = stream.push(token)
+        pieces.append(text)
+        if stopped:
+            return pieces, True, count
+    text, stopped = stream.flush()
+    return [*pieces, text], stopped, len(ids)
+
+
+@pytest.mark.parametrize("text", ["abc", "naïve – 日本語 🎉🎉", " a  b\n", "é" * 20])
+def test_pieces_are_characters_and_make_the_text(tokenizer, text):
+    pieces, stopped, _ = run(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(pieces) == text and not stopped
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+def test_a_broken_character_comes_at_the_end(tokenizer):
+    ids = tokenizer.encode("aé").ids[:-1]
+    assert run(tokenizer, ids)[0] == ["a", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_special_tokens_have_no_text(tokenizer):
+    ids = [*tokenizer.encode("ab").ids, 256, *tokenizer.encode("c").ids]
+    assert "".join(run(tokenizer, ids)[0]) == "abc"
+
+
+@pytest.mark.parametrize("text", ["aabaabaaac", "xaaay", "aaaa", "abab", "aé日b"])
+@pytest.mark.parametrize("stop", [("aaa",), ("ab", "ba"), ("c",), ("日",), ("é日", "y"), ("zz",)])
+def test_text_ends_before_the_first_stop_string(tokenizer, text, stop):
+    """Against the text as a whole: the stop string that is complete first, and its first place."""
+    pieces, stopped, count = run(tokenizer, tokenizer.encode(text).ids, stop)
+    done = [text[:n] for n in range(len(text) + 1) if any(s in text[:n] for s in stop)]
+    if not done:
+        assert not stopped and "".join(pieces) == text
+        return
+    first = done[0]
+    end = min(first.find(s) for s in stop if s in first)
+    assert stopped and "".join(pieces) == text[:end]
+    assert count == len(first.encode())
+
+
+def test_nothing_of_a_stop_string_is_sent_early(tokenizer):
+    pieces = run(tokenizer, tokenizer.encode("one STOX two STOP three").ids, ("STOP",))[0]
+    sent = list(itertools.accumulate(pieces))
+    assert sent[-1] == "one STOX two "
+    assert all(not s.endswith(("S", "ST", "STO")) for s in sent if s != "")
