@@ -55,7 +55,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _not_bound(host: str, port: int, error: Exception) -> UserError:
     if getattr(error, "errno", None) == errno.EADDRINUSE:
-        return UserError(f"port {port} on {host}: is in use; another one is given by --port")
+        return UserError(f"port {port} on {host}: is in use; config.serve.port gives another")
     return UserError(f"port {port} on {host}: cannot be served: {_reason(error)}")
 
 
