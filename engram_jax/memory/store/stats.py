@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,25 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._total = Stats()
+        self._total = [0, 0, 0, 0, 0]
+        self._seconds = 0.0
 
     def add(
         self, began: float, *, lookups: int, hits: int, rows_read: int, bytes_read: int
     ) -> None:
         """One call of `gather` that began at `time.perf_counter()` = began."""
+        seconds = time.perf_counter() - began
+        total = self._total
         with self._lock:
-            t = self._total
-            self._total = Stats(
-                t.calls + 1,
-                t.lookups + lookups,
-                t.hits + hits,
-                t.rows_read + rows_read,
-                t.bytes_read + bytes_read,
-                t.seconds + time.perf_counter() - began,
-            )
+            total[0] += 1
+            total[1] += lookups
+            total[2] += hits
+            total[3] += rows_read
+            total[4] += bytes_read
+            self._seconds += seconds
 
     def snapshot(self) -> Stats:
         """The totals at this moment, all of the same one."""
-        return replace(self._total)
+        with self._lock:
+            calls, lookups, hits, rows_read, bytes_read = self._total
+            return Stats(calls, lookups, hits, rows_read, bytes_read, self._seconds)
