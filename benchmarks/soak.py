@@ -5,7 +5,8 @@
 The tiny model of the tests on an engine with few pages, so that sequences are moved out and back.
 Prompts and answers of mixed lengths, greedy and sampled, log-probabilities, stop ids, requests that
 are cancelled at some moment, bad ones, a queue that is full most of the time. benchmarks/
-soak_reference.py judges. Without --http one thread calls the engine; with it, clients do by HTTP.
+soak_reference.py judges. One thread calls the engine, with the table on the device and with it in
+host memory; with --http, clients in threads do so by HTTP, too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks import harness
 from benchmarks.harness import Figure, Result
 
 SERVE = {"sequences": 6, "capacity": 64, "page": 8, "pages": 24, "queue": 12}
+HOT = 40  # rows on the device, if the table is not
 CLIENTS = 24  # more than the engine takes at once
 WARM = 0.3  # share of the requests before which memory may grow
 
@@ -47,13 +49,19 @@ class Resident:
         return float(np.polyfit(x[warm], y[warm], 1)[0] * 1000)
 
 
-def measure(requests: int = 10_000, over_http: bool = False, seed: int = 0) -> Result:
+def measure(
+    requests: int = 10_000, over_http: bool = False, host: bool = False, seed: int = 0
+) -> Result:
+    """host: the table lies in DRAM, a part of it on the device."""
+    import numpy as np
+
     from benchmarks.soak_reference import Reference
-    from tests.serve.served import make_engine, model
+    from tests.serve.served import host_memory, make_engine, model
     from tests.serve.web import EOS, tokenizer
 
     program, weights = model()
-    engine = make_engine(tokenizer=tokenizer(), eos_id=EOS, **SERVE)
+    memory = host_memory(program, weights, hot=np.arange(HOT)) if host else None
+    engine = make_engine(memory, tokenizer=tokenizer(), eos_id=EOS, **SERVE)
     reference = Reference(program, weights, engine.capacity, EOS, engine.tokenizer)
     resident, counts = Resident(), Counter[str]()
     began = time.perf_counter()
@@ -84,9 +92,15 @@ def measure(requests: int = 10_000, over_http: bool = False, seed: int = 0) -> R
         Figure("resident memory, slope", resident.slope(), "MB per 1,000 requests", at_most=1.0),
         Figure("time, reference included", seconds, "s"),
     ]
-    name = "through HTTP" if over_http else "through the engine"
-    details = {"wrong": verdict.wrong[:10], "ties": verdict.ties, "resident_MB": resident.points}
-    return Result("soak", f"{requests:,} requests {name}, seed {seed}", figures, details)
+    name = "HTTP" if over_http else "the engine"
+    name += ", table in host memory" if host else ", table on the device"
+    details = {
+        "label": name,
+        "wrong": verdict.wrong[:10],
+        "ties": verdict.ties,
+        "resident_MB": resident.points,
+    }
+    return Result("soak", f"{requests:,} requests through {name}, seed {seed}", figures, details)
 
 
 def through_engine(
@@ -251,7 +265,7 @@ def plot(results: list[Result], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
     for result in results:
         slope = next(f.value for f in result.figures if "slope" in f.name)
-        label = f"{result.setting.split(',')[1].split(' ', 2)[-1]}: {slope:+.2f} MB per 1,000"
+        label = f"{result.details['label']}: {slope:+.2f} MB per 1,000"
         axes.plot(*zip(*result.details["resident_MB"], strict=True), label=label, linewidth=1)
     axes.set(xlabel="requests ended", ylabel="resident memory, MB")
     axes.set_ylim(bottom=0)
@@ -268,8 +282,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=harness.ROOT / "benchmarks/results/soak.png")
     options = parser.parse_args()
     results = []
-    for over_http in (False, True) if options.http else (False,):
-        results.append(measure(options.requests, over_http, options.seed))
+    for over_http, host in [(False, False), (False, True), (True, True)][
+        : 3 if options.http else 2
+    ]:
+        results.append(measure(options.requests, over_http, host, options.seed))
         print(harness.table(results[-1]), flush=True)
         for line in results[-1].details["wrong"]:
             print("wrong:", line, flush=True)

@@ -16,9 +16,9 @@ from tests.tiny import VOCAB
 
 @pytest.mark.slow
 @pytest.mark.proof
-@pytest.mark.parametrize("over_http", [False, True])
-def test_random_requests(over_http):
-    result = soak.measure(requests=250, over_http=over_http, seed=100_000)
+@pytest.mark.parametrize(("over_http", "host"), [(False, False), (False, True), (True, True)])
+def test_random_requests(over_http, host):
+    result = soak.measure(requests=200, over_http=over_http, host=host, seed=100_000)
     figures = {figure.name: figure.value for figure in result.figures}
     missed = [f.name for f in result.figures if f.met is False and "slope" not in f.name]
     assert not missed, result.details["wrong"]
