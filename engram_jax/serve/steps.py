@@ -196,12 +196,13 @@ class Steps:
     def _through(
         self, model: Transformer, i: int, cache: Cache, batch: Batch, flow: Flow, rows: Any
     ) -> tuple[Flow, Cache]:
-        tails, tail, mask = dict(cache.tails), None, None
+        tails, tail, mask, kept = dict(cache.tails), None, None, None
         layer = self.layers[i - 1] if i else ""
         if rows is not None:
             mask = self.program.memory_mask(flow.tokens)
             rows = self._switched(rows)
-            if (kept := tails[layer]) is not None:
+            kept = tails[layer]
+            if kept is not None:
                 tail = kept.at[batch.slot].get(mode="clip")
                 tail = jnp.where(batch.start[:, None, None, None] == 0, 0, tail)
         x, tail, pool = model.paged(
@@ -215,8 +216,8 @@ class Steps:
             batch.pages,
             cache.pool,
         )
-        if tail is not None:
-            tails[layer] = tails[layer].at[batch.slot].set(tail, mode="drop")
+        if kept is not None:
+            tails[layer] = kept.at[batch.slot].set(tail, mode="drop")
         return Flow(flow.tokens, x), Cache(pool, tails, cache.tokens)
 
     def _switched(self, rows: jax.Array) -> jax.Array:
@@ -239,7 +240,7 @@ class Steps:
         logprobs: bool,
         prompt: bool,
     ) -> tuple[Sampled, Cache]:
-        model, numbers = self._model(weights), batch.numbers
+        model = self._model(weights)
         last = jnp.maximum(batch.valid - 1, 0)[:, None, None, None]
         x = flow.x if prompt else jnp.take_along_axis(flow.x, last, axis=1)
         logits = model.logits(model.finish(x))
@@ -248,19 +249,22 @@ class Steps:
             fed = Logprobs(*log_probabilities(logits, targets, self.alternatives))
             logits = jnp.take_along_axis(logits, last[..., 0], axis=1)
         logits = logits[:, 0]
-        tokens = sample_rows(
-            logits,
-            batch.seed,
-            step=numbers[:, 3],
-            temperature=batch.levels[:, 0],
-            top_p=batch.levels[:, 1],
-            top_k=numbers[:, 4],
-        )
+        tokens = self._choose(logits, batch)
         own = None
         if logprobs:
             own = Logprobs(*log_probabilities(logits, tokens, self.alternatives))
         kept = cache.tokens.at[batch.slot].set(tokens, mode="drop")
         return Sampled(tokens, logits, own, fed), Cache(cache.pool, cache.tails, kept)
+
+    def _choose(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        return sample_rows(
+            logits,
+            batch.seed,
+            step=batch.numbers[:, 3],
+            temperature=batch.levels[:, 0],
+            top_p=batch.levels[:, 1],
+            top_k=batch.numbers[:, 4],
+        )
 
     def _take_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
         """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n], any number

