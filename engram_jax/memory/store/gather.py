@@ -20,6 +20,7 @@ from engram_jax.memory.store.native import LINE, move_1, move_8, move_32, native
 
 AHEAD = 24  # rows; flat between 16 and 48 (benchmarks/host_gather.py)
 INLINE_BYTES = 1 << 20  # what a hand-over to another thread, tens of microseconds, is worth
+_PIECES = 4  # per core
 
 
 @native
@@ -109,19 +110,29 @@ def gather_rows(table: np.ndarray, ids: np.ndarray, out: np.ndarray, ahead: int 
 
 
 def split(count: int, work: Callable[[int, int], None], pool: str = "memory") -> None:
-    """work(begin, end) over [0, count) in a piece per core, the first in the calling thread. The
-    others run in the threads of a pool: `work` must not call `split` with the same one again, and
-    what may wait for a disk has a pool of its own."""
-    pieces = max(1, min(cores(), count))
+    """work(begin, end) over [0, count), by all cores, the calling thread among them. The others are
+    threads of a pool: `work` must not call `split` with the same one again, and what may wait for a
+    disk has a pool of its own. There are more pieces than cores, each taken by whoever is free: a
+    core that other work keeps busy does not hold up the rest."""
+    threads = min(cores(), count)
+    pieces = max(1, min(_PIECES * threads, count))
     edges = [count * i // pieces for i in range(pieces + 1)]
-    waiting = [_pool(pool).submit(work, edges[i], edges[i + 1]) for i in range(1, pieces)]
+    left = iter(range(pieces))  # one thread at a time is in `next`
+
+    def take() -> None:
+        for i in left:
+            work(edges[i], edges[i + 1])
+
+    waiting = [_pool(pool).submit(take) for _ in range(1, threads)]
     try:
-        work(edges[0], edges[1])
+        take()
     finally:
         for future in waiting:
-            future.exception()  # no piece may still write when the caller goes on
+            if not future.cancel():  # nobody had time for it, and nothing is left to do
+                future.exception()  # no piece may still write when the caller goes on
     for future in waiting:
-        future.result()
+        if not future.cancelled():
+            future.result()
 
 
 def cores() -> int:

@@ -109,18 +109,33 @@ def test_a_large_gather_is_shared_by_the_cores(monkeypatch):
     out = row_format.empty(ids.size)
     HostTable.from_rows(row_format, rows).gather(ids, out)
     same(out, stored(row_format, rows), ids)
-    assert sorted(pieces) == [(0, 3333), (3333, 6666), (6666, 10_000)]
+    assert sorted(pieces) == [(10_000 * i // 12, 10_000 * (i + 1) // 12) for i in range(12)]
 
 
 def test_an_error_in_another_thread_comes_back(monkeypatch):
     monkeypatch.setattr(gather, "cores", lambda: 2)
+    here, both = threading.current_thread(), threading.Barrier(2, timeout=20)
 
     def work(begin, end):
-        if begin:
-            raise RuntimeError("second half")
+        if begin < 20:  # the first two pieces: one for each thread
+            both.wait()
+        if threading.current_thread() is not here:
+            raise RuntimeError("elsewhere")
 
-    with pytest.raises(RuntimeError, match="second half"):
-        gather.split(10, work)
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        gather.split(80, work)
+
+
+def test_every_piece_is_done_once_and_before_the_end(monkeypatch):
+    monkeypatch.setattr(gather, "cores", lambda: 3)
+    for count in (0, 1, 2, 5, 100):
+        done = np.zeros(count, int)
+
+        def work(begin, end, done=done):
+            done[begin:end] += 1
+
+        gather.split(count, work)
+        assert (done == 1).all()
 
 
 def test_the_counters(tmp_path):
