@@ -127,8 +127,9 @@ class App:
                 await _stream(answer, arriving, send)
                 return
             whole: list[list[Delta]] = [[] for _ in request.params]
-            async for place, delta in arriving:
-                whole[place].append(delta)
+            async for arrived in arriving:
+                for place, delta in arrived:
+                    whole[place].append(delta)
             await json_response(answer.whole(whole))(scope, receive, send)
         finally:
             group.cancel()
@@ -215,34 +216,42 @@ class _Asgi:
 
 async def _until_all_end(
     deltas: asyncio.Queue[tuple[int, Delta]], sequences: int
-) -> AsyncIterator[tuple[int, Delta]]:
-    """The deltas of all sequences. Raises ApiError if one ends without its answer."""
+) -> AsyncIterator[list[tuple[int, Delta]]]:
+    """The deltas of all sequences, those together that arrived together.
+
+    Raises ApiError if a sequence ends without its answer.
+    """
     while sequences:
-        place, delta = await deltas.get()
-        if delta.finish == Finish.ERROR:
-            raise ApiError(500, delta.error)
-        if delta.finish == Finish.CANCELLED:
-            raise ApiError(503, "cancelled: the server is shutting down", code="draining")
-        sequences -= delta.finish is not None
-        yield place, delta
+        arrived = [await deltas.get()]
+        while not deltas.empty():
+            arrived.append(deltas.get_nowait())
+        for _, delta in arrived:
+            if delta.finish == Finish.ERROR:
+                raise ApiError(500, delta.error)
+            if delta.finish == Finish.CANCELLED:
+                raise ApiError(503, "cancelled: the server is shutting down", code="draining")
+            sequences -= delta.finish is not None
+        yield arrived
 
 
-async def _stream(answer: Answer, arriving: AsyncIterator[tuple[int, Delta]], send: Send) -> None:
+async def _stream(
+    answer: Answer, arriving: AsyncIterator[list[tuple[int, Delta]]], send: Send
+) -> None:
     """Server-sent events. What goes wrong after the first one is an event, too."""
     await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
 
-    async def event(value: Any) -> None:
-        body = b"data: " + dumps(value) + b"\n\n"
+    async def events(values: list[Any]) -> None:
+        body = b"".join(b"data: " + dumps(value) + b"\n\n" for value in values)
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
     try:
-        async for place, delta in arriving:
-            if (choice := answer.choices[place].add(delta)) is not None:
-                await event(answer.chunk(choice))
+        async for arrived in arriving:
+            added = (answer.choices[place].add(delta) for place, delta in arrived)
+            await events([answer.chunk(choice) for choice in added if choice is not None])
         if (usage := answer.last_chunk()) is not None:
-            await event(usage)
+            await events([usage])
     except ApiError as error:
-        await event(error.body)
+        await events([error.body])
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
