@@ -267,6 +267,29 @@ def test_a_wrong_field(web, fields, param, words):
     assert answer.error["type"] == "invalid_request_error"
 
 
+NAMES = sorted({name for fields, _, _ in WRONG for name in fields} - {"model"})
+VALUES = [
+    *(None, True, False, 0, 1, 2, -1, 0.5, 1e-320, 1e308, 2**31, 2**32, 2**64, -(10**40), "", "a"),
+    *("\x00", "\ud83d", "\U0001f600", [], [[]], [None], [1], [0.5], ["a"], [["a"]], [[1], [2]]),
+    *([1, [2]], {}, {"a": {}}, {"include_usage": True}, [2**31], [-1], "é" * 40, [{"a": 1}]),
+]
+
+
+def test_any_value_anywhere(web):
+    """Served or refused: never an error of ours."""
+    rng, statuses = random.Random(0), set()
+    for _ in range(600):
+        fields = {name: rng.choice(VALUES) for name in rng.sample(NAMES, rng.randint(1, 3))}
+        answer = web.complete(**{"max_tokens": 1, **fields})
+        assert answer.status in (200, 400), (fields, answer)
+        statuses.add(answer.status)
+        if answer.status == 400:
+            assert answer.error["type"] == "invalid_request_error"
+        elif fields.get("stream"):
+            assert answer.events and "error" not in answer.events[-1]
+    assert statuses == {200, 400}
+
+
 def test_fields_that_change_nothing(web):
     expected = web.complete(seed=1, max_tokens=8).json["choices"]
     for fields in (
