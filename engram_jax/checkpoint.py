@@ -224,7 +224,7 @@ class Checkpointer:
                 f" {' and '.join(sorted(seen))}; all need the same directory"
             )
         read = {k for k in wanted if only is None or only(k)}
-        targets = {k: v for k, v in wanted.items() if k in read and math.prod(shapes[k])}
+        targets = {k: v for k, v in wanted.items() if k in read and 0 not in shapes[k]}
         found = agree(lambda: self._read(path, targets, shapes, partial=len(read) < len(wanted)))
 
         def leaf(name: str, given: Any) -> Any:

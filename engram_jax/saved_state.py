@@ -53,14 +53,13 @@ def restore_weights(
     """
     abstract = abstract_state(program)
     if rows == HOST:
-        dim, engram = program.config.model.engram.dim, program.config.model.engram
-        dtype = jnp.dtype(engram.table_dtype)
-        memory = {
-            layer: dataclasses.replace(
-                table, rows=np.empty((program.table_rows[layer], dim), dtype)
-            )
-            for layer, table in abstract.memory.items()
+        engram = program.config.model.engram
+        empty: dict[str, Any] = {
+            layer: np.empty((count, engram.dim), jnp.dtype(engram.table_dtype))
+            for layer, count in program.table_rows.items()
         }
+        tables = abstract.memory.items()
+        memory = {layer: dataclasses.replace(table, rows=empty[layer]) for layer, table in tables}
         abstract = dataclasses.replace(abstract, memory=memory)
 
     def read(name: str) -> bool:

@@ -6,6 +6,8 @@ with `hashing`'s int64 arithmetic as it stands there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -15,7 +17,7 @@ from engram_jax.address.layout import LayerAddressing
 
 
 @numba.njit(nogil=True, cache=True)
-def _addresses(ids, past, fill, restart, multipliers, orders, per_order, sizes, offsets, out):
+def _addresses(ids, past, fill, restart, multipliers, orders, per_order, sizes, offsets, out):  # type: ignore[no-untyped-def]
     """ids int32 [B, past + S], out int32 [B, S, H]. restart: an id, or a number that is none."""
     for b in range(out.shape[0]):
         for s in range(out.shape[1]):
@@ -68,7 +70,8 @@ class Hasher:
         """ids: histories and new canonical ids side by side, int32 [B, N - 1 + S] -> [B, S, H]."""
         heads = self.layers[layer].heads
         out = np.empty((len(ids), ids.shape[1] - self.past, heads), np.int32)
-        _addresses(np.ascontiguousarray(ids), self.past, *self._numbers[layer], out)
+        given: Any = (np.ascontiguousarray(ids), self.past, *self._numbers[layer], out)
+        _addresses(*given)
         return out
 
 

@@ -284,7 +284,7 @@ class Engine:
             numbers[row, :PAGES_FROM] = s.slot, s.computed, count, drawn, s.params.top_k
             numbers[row, PAGES_FROM : PAGES_FROM + len(s.pages)] = s.pages
             seed[row], levels[row] = s.params.seed, (s.params.temperature, s.params.top_p)
-        return jax.device_put(Batch(numbers, seed, levels), self._everywhere)
+        return Batch(*jax.device_put((numbers, seed, levels), self._everywhere))
 
     # What came of it
 

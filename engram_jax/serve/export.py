@@ -35,7 +35,8 @@ def export_memory(
     addressing = trained.program.addressing
     assert addressing is not None
     layers = {
-        layer: (stored, len(rows), _chunks(rows)) for layer, rows in trained.weights.rows.items()
+        layer: (stored, len(rows), _chunks(np.asarray(rows)))
+        for layer, rows in trained.weights.rows.items()
     }
     about = {"name": config.name, "step": str(trained.step)}
     write_memory(path, layers, addressing.fingerprint, about)

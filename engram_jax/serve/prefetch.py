@@ -91,11 +91,11 @@ class Prefetch:
             sequence.history = asked.canonical[row, count : count + past].copy()
 
     def rows(
-        self, asked: Asked, layer: str, rows: Rows, before: jax.Array
+        self, asked: Asked, layer: str, rows: Rows, before: Any
     ) -> tuple[jax.Array | None, dict[int, str]]:
         """([B, S, H, dim], or None for a layer that is off; row -> why its rows cannot be read).
 
-        before: what the device computes meanwhile.
+        before: an array that the device computes meanwhile.
         """
         if layer not in asked.futures:
             return None, {}
