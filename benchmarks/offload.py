@@ -240,13 +240,12 @@ def engines(
     file: Path | None,
 ) -> tuple[dict[str, Any], int]:
     """(engine by variant, bytes of the table)."""
-    import jax
 
     from engram_jax.config import ServeConfig
     from engram_jax.memory.store.cache import CachedTable
     from engram_jax.memory.store.file import open_memory
     from engram_jax.serve.engine import Engine
-    from engram_jax.serve.memory import DeviceMemory, StagedMemory
+    from engram_jax.serve.memory import DeviceMemory, StagedMemory, on_device
 
     longest = int(chosen.prompt.split(":")[1]) + int(chosen.answer.split(":")[1])
     serve = ServeConfig(
@@ -262,8 +261,7 @@ def engines(
         if name == "alone":
             own = Replay.steps(program, replace(serve, off_layers=(-1,)), script)
         elif name == "device":
-            parts = tuple(jax.device_put(part) for part in table.parts)
-            memory[LAYER] = DeviceMemory(program, parts, table.format)
+            memory[LAYER] = DeviceMemory(program, on_device(program, table.parts), table.format)
         elif name == "host":
             memory[LAYER] = StagedMemory(program, table)
         elif name == "host_cache":

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from engram_jax.address import hashing_jnp
 from engram_jax.address.artifact import Addressing
@@ -29,7 +28,7 @@ from engram_jax.model.transformer import Transformer
 from engram_jax.optim import optimizer
 from engram_jax.optim.schedule import learning_rate
 from engram_jax.sharding.local import Local
-from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, on_tpu, shardings
+from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, on_tpu, row_major, shardings
 
 Params = dict[str, Any]
 PLANNED_DISTINCT = 0.75  # of a device's lookups, where nobody has measured it
@@ -196,12 +195,8 @@ def state_shardings(program: Program) -> TrainState:
 
 
 def table_format(mesh: Mesh) -> Any:
-    """Rows one after another. Left to itself, XLA lays a [rows, 80] table out by columns on a TPU,
-    and copies all of it for every gather and scatter."""
-    sharding = NamedSharding(mesh, EVERYWHERE)
-    if not on_tpu(mesh):
-        return sharding
-    return Format(Layout(major_to_minor=(0, 1)), sharding)
+    """Rows one after another, cut over all devices."""
+    return row_major(mesh, EVERYWHERE, 2)
 
 
 def abstract_state(program: Program) -> TrainState:

@@ -21,7 +21,7 @@ from engram_jax.memory.store.source import Source
 from engram_jax.restore import Trained, load
 from engram_jax.serve import server
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.memory import DeviceMemory, Memory, StagedMemory
+from engram_jax.serve.memory import DeviceMemory, Memory, StagedMemory, on_device
 from engram_jax.serve.request import SamplingParams
 from engram_jax.serve.steps import Steps
 from engram_jax.serve.wire import Limits
@@ -87,8 +87,7 @@ def _on_device(program: Program, file: MemoryFile | None, layer: str, rows: Any)
     if file is None:
         return DeviceMemory(program, rows[layer])
     stored = file.host(layer)
-    parts = tuple(jax.device_put(part) for part in stored.parts)
-    return DeviceMemory(program, parts, stored.format)
+    return DeviceMemory(program, on_device(program, stored.parts), stored.format)
 
 
 def _source(

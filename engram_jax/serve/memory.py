@@ -22,7 +22,7 @@ from engram_jax.memory.store.rows import RowFormat
 from engram_jax.memory.store.slots import Slots
 from engram_jax.memory.store.source import Source, distinct
 from engram_jax.memory.table import lookup
-from engram_jax.sharding.rules import P
+from engram_jax.sharding.rules import P, row_major
 from engram_jax.train_state import Program
 
 BUFFERS = 2  # one is filled while the other is moved
@@ -87,7 +87,7 @@ class StagedMemory:
             self._slots = Slots(hot)
             parts = source.format.empty(len(hot))
             source.gather(np.ascontiguousarray(hot), parts)
-            self._hot = tuple(jax.device_put(part, self._everywhere) for part in parts)
+            self._hot = on_device(program, parts)
         self._jitted: dict[bool, Callable] = {
             indexed: program.jit(
                 partial(_assemble, source.format, indexed), out_shardings=self._everywhere
@@ -136,6 +136,12 @@ class StagedMemory:
     def stats(self) -> dict[str, float]:
         with self._lock:
             return dict(self._stats)
+
+
+def on_device(program: Program, parts: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+    """Stored parts, uint8 [R, bytes_i], on the device, the bytes of a row together."""
+    where = row_major(program.mesh, P(), 2)
+    return tuple(jax.device_put(part, where) for part in parts)
 
 
 def _assemble(stored: RowFormat, indexed: bool, hot: Any, staged: Any, index: Any) -> jax.Array:

@@ -21,7 +21,7 @@ from engram_jax.generate import Weights
 from engram_jax.model.transformer import Transformer, pieces
 from engram_jax.sampling import log_probabilities, sample_rows
 from engram_jax.serve.request import MAX_LOGPROBS
-from engram_jax.sharding.rules import P
+from engram_jax.sharding.rules import P, row_major
 from engram_jax.train_state import Program
 
 
@@ -35,9 +35,9 @@ class Cache:
     tokens: int32 [slots], the token sampled last.
     """
 
-    pool: jax.Array
-    tails: dict[str, jax.Array | None]
-    tokens: jax.Array
+    pool: Any
+    tails: Any
+    tokens: Any
 
 
 @jax.tree_util.register_dataclass
@@ -112,19 +112,17 @@ class Steps:
         self.program, self.serve = program, serve
         self.pieces = pieces(program.config.model)
         everywhere = NamedSharding(program.mesh, P())
-        how = {"out_shardings": everywhere}
+        cache = Cache(row_major(program.mesh, P(), 4), everywhere, everywhere)
+        how = {"donate_argnums": 1, "out_shardings": (everywhere, cache)}
         self.layers = tuple(str(piece[0].first) for piece in self.pieces[1:])
-        self._first = program.jit(self._run_first, donate_argnums=1, **how)
+        self._first = program.jit(self._run_first, **how)
         self._middle = [
-            program.jit(partial(self._run_piece, i), donate_argnums=(1, 3), **how)
-            for i in range(1, len(self.pieces))
+            program.jit(partial(self._run_piece, i), **how) for i in range(1, len(self.pieces))
         ]
-        self._sample = program.jit(
-            self._run_sample, donate_argnums=1, static_argnames=("logprobs", "prompt"), **how
-        )
-        self.fresh = program.jit(self._fresh, **how)
-        self.take_out = program.jit(self._take_out, **how)
-        self.put_back = program.jit(self._put_back, donate_argnums=0, **how)
+        self._sample = program.jit(self._run_sample, static_argnames=("logprobs", "prompt"), **how)
+        self.fresh = program.jit(self._fresh, out_shardings=cache)
+        self.take_out = program.jit(self._take_out, out_shardings=everywhere)
+        self.put_back = program.jit(self._put_back, donate_argnums=0, out_shardings=cache)
 
     @property
     def page_count(self) -> int:
