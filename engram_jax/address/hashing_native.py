@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from engram_jax.address.artifact import Addressing
 from engram_jax.address.hashing import empty_history
 from engram_jax.address.layout import LayerAddressing
+from engram_jax.native import native
 
 
-@numba.njit(nogil=True, cache=True)
+@native
 def _addresses(ids, past, fill, restart, multipliers, orders, per_order, sizes, offsets, out):  # type: ignore[no-untyped-def]
     """ids int32 [B, past + S], out int32 [B, S, H]. restart: an id, or a number that is none."""
     for b in range(out.shape[0]):

@@ -21,10 +21,10 @@ from engram_jax.memory.store.gather import (
     split,
 )
 from engram_jax.memory.store.host import host_array
-from engram_jax.memory.store.native import native
 from engram_jax.memory.store.scratch import Scratch
 from engram_jax.memory.store.sets import Sets
 from engram_jax.memory.store.stats import Counters
+from engram_jax.native import native
 
 if TYPE_CHECKING:
     from engram_jax.memory.store.source import Source

@@ -20,10 +20,10 @@ from numba import types, uint64
 
 from engram_jax.errors import UserError
 from engram_jax.memory.store.gather import check_request, gather_rows, move_row, split
-from engram_jax.memory.store.native import native
 from engram_jax.memory.store.rows import RowFormat
 from engram_jax.memory.store.stats import Counters
 from engram_jax.memory.store.xxh64 import xxh64_at
+from engram_jax.native import native
 
 AHEAD = 64  # blocks announced ahead; more gains nothing, 16 loses a sixth
 _SPLIT = 512  # rows from which several threads share a request

@@ -9,8 +9,8 @@ import numpy as np
 from numba import uint64
 
 from engram_jax.memory.store.gather import cores, split
-from engram_jax.memory.store.native import native
 from engram_jax.memory.store.scratch import Scratch
+from engram_jax.native import native
 
 _SHARED = 1 << 18  # ids from which the cores share the work, each a range of ids
 # Bits sorted by in one pass, for up to so many ids: 2 ** bits counters are cleared and added up.

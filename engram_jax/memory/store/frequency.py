@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engram_jax.errors import UserError
-from engram_jax.memory.store.native import native
+from engram_jax.native import native
 
 _FORMAT = 1
 

@@ -16,7 +16,8 @@ from functools import cache
 import numpy as np
 from numba import uint64
 
-from engram_jax.memory.store.native import LINE, move_1, move_8, move_32, native, prefetch
+from engram_jax.memory.store.native import LINE, move_1, move_8, move_32, prefetch
+from engram_jax.native import native
 
 AHEAD = 24  # rows; flat between 16 and 48 (benchmarks/host_gather.py)
 INLINE_BYTES = 1 << 20  # what a hand-over to another thread, tens of microseconds, is worth

@@ -1,20 +1,13 @@
-"""What the compiled loops share: how they are compiled, and machine operations without a name.
-
-`native` compiles without the interpreter's lock, so that threads run at once, and keeps the machine
-code on disk. The kept code of a file is made again when that file changes, but not when a compiled
-function that it imports does: delete `__pycache__` after a change to such a one.
-"""
+"""Machine operations without a name in Python: prefetch, wide copies, unaligned loads."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-
-native = njit(nogil=True, cache=True, error_model="numpy")
 
 LINE = 64  # bytes of a cache line
 _BYTE_POINTER = ir.IntType(8).as_pointer()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engram_jax.memory.store.distinct import distinct
-from engram_jax.memory.store.native import native
 from engram_jax.memory.store.sets import Sets
+from engram_jax.native import native
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import uint8, uint32, uint64
 
-from engram_jax.memory.store.native import native, prefetch
+from engram_jax.memory.store.native import prefetch
+from engram_jax.native import native
 
 WAYS = 16  # a cache line of row numbers
 PROBATION = 2  # slots of a set beyond which the oldest newcomer has to prove itself

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram_jax.memory.store.native import native
+from engram_jax.native import native
 
 _EMPTY = -1
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
