@@ -374,12 +374,15 @@ def _figures(
         moved = spent["rows_moved_bytes"] / tokens
         waited = spent["wait_seconds"] / spent["steps"] * 1e3
         late = spent["late_seconds"] / sum(mine)
-        hit = spent["rows_hits_device"] / lookups
+        hit = f"hits on the device {spent['rows_hits_device'] / lookups:.1%} of the lookups"
+        if cached := spent["rows_hits_host_cache"]:
+            # A cache is asked once for each distinct row of a large batch.
+            hit += f", in DRAM {cached / spent['rows_moved_rows']:.1%} of the rows moved"
+        if spent["rows_disk_bytes"]:
+            hit += f"; disk {spent['rows_disk_bytes'] / tokens / 1e3:.1f} kB/token"
         host = spent["rows_seconds"] / sum(mine)
         figures += [
-            harness.Figure(
-                f"{name}: moved", moved / 1e3, "kB/token", note=f"device hits {hit:.1%}"
-            ),
+            harness.Figure(f"{name}: moved", moved / 1e3, "kB/token", note=hit),
             harness.Figure(
                 f"{name}: host waits",
                 waited,

@@ -7,7 +7,7 @@ One iteration (`step`):
                                           ends, hash, ask for the rows of all Engram layers
     Engram layer, blocks behind it, ...   rows of the next Engram layer
     sample
-    a chunk of prompts, likewise          (its rows were asked for before all this)
+    a chunk of prompts, likewise          (its rows were asked for at the end of the last iteration)
 
 The tokens of an iteration are read while the next one's first blocks run: these need nothing that
 the host knows. Tokens do not depend on what else runs (serve/steps.py), nor on where rows lie.
@@ -80,6 +80,7 @@ class Engine:
         self._numbers = itertools.count()
         self._open: dict[int, Running] = {}
         self._flights: list[_Flight] = []
+        self._ahead: tuple[np.ndarray, Any, Any] | None = None  # of prompts: tokens, rows, asked
         self._deltas: list[Delta] = []
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
 
@@ -180,18 +181,17 @@ class Engine:
         """Run one iteration; returns what it added to the requests."""
         schedule = self._schedule
         self._counts["steps"] += 1
-        chunk = [s for s in schedule.running if s.prefilling][: self.serve.prefill_sequences]
-        ahead = self._ask_for_prompts(chunk)
         ready, leaving = schedule.room_for_next()
         for sequence in leaving:
             self._move_out(sequence)
         batch, flow = self._begin_decoding(ready)
         self._read()
         self._decode(ready, batch, flow)
-        self._prefill([s for s in chunk if s.slot >= 0], chunk, ahead)
+        self._prefill()
         for sequence in schedule.come_back():
             self._put_back(sequence)
         schedule.admit()
+        self._ask_for_prompts()
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -218,27 +218,28 @@ class Engine:
         asked = self._prefetch.ask(tokens, rows)
         self._run(batch, flow, rows, asked)
 
-    def _ask_for_prompts(self, chunk: list[Running]) -> tuple[np.ndarray, Any]:
-        """The next tokens of prompts, int32 [B, S], and their rows on their way."""
+    def _ask_for_prompts(self) -> None:
+        """Ask for the rows of what `_prefill` computes in the next step."""
         shape = (self.serve.prefill_sequences, self.serve.prefill_chunk)
+        chunk = [s for s in self._schedule.running if s.prefilling][: shape[0]]
         tokens = np.zeros(shape, np.int32)
+        rows = []
         for row, sequence in enumerate(chunk):
             part = sequence.prompt[sequence.computed :][: shape[1]]
             tokens[row, : len(part)] = part
-        return tokens, self._prefetch.ask(tokens, self._prompt_rows(chunk, chunk))
+            rows.append((row, sequence, len(part)))
+        self._ahead = tokens, rows, self._prefetch.ask(tokens, rows)
 
-    def _prompt_rows(self, chunk: list[Running], asked: list[Running]) -> Any:
-        size = self.serve.prefill_chunk
-        return [(asked.index(s), s, min(size, len(s.prompt) - s.computed)) for s in chunk]
-
-    def _prefill(self, chunk: list[Running], asked_for: list[Running], ahead: Any) -> None:
-        """A further part of these prompts, through all pieces."""
-        rows = self._prompt_rows(chunk, asked_for)
+    def _prefill(self) -> None:
+        """A further part of some prompts, through all pieces."""
+        if self._ahead is None:
+            return
+        tokens, rows, asked = self._ahead
+        rows = [(row, s, count) for row, s, count in rows if s.slot >= 0]  # not ended, not moved
         if not rows:
             return
-        tokens, asked = ahead
         targets = None
-        if any(s.params.prompt_logprobs for s in chunk):
+        if any(s.params.prompt_logprobs for _, s, _ in rows):
             targets = np.zeros_like(tokens)
             for row, sequence, _ in rows:
                 part = sequence.prompt[sequence.computed + 1 :][: tokens.shape[1]]

@@ -20,12 +20,16 @@ from jax.sharding import NamedSharding
 
 from engram_jax.memory.store.rows import RowFormat
 from engram_jax.memory.store.slots import Slots
-from engram_jax.memory.store.source import Source, distinct
+from engram_jax.memory.store.source import CachedTable, DiskTable, Source, distinct
 from engram_jax.memory.table import lookup
 from engram_jax.sharding.rules import P, row_major
 from engram_jax.train_state import Program
 
 BUFFERS = 2  # one is filled while the other is moved
+STATS = (
+    *("lookups", "hits_device", "hits_host_cache"),
+    *("moved_rows", "moved_bytes", "disk_bytes", "seconds"),
+)
 MERGE_FROM = 4096  # lookups; below, finding the distinct ones takes longer than it saves
 
 
@@ -38,7 +42,9 @@ class Memory(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """lookups; hits_device; moved_rows and moved_bytes to the device; seconds of the host."""
+        """lookups; hits_device, hits_host_cache; moved_rows and moved_bytes to the device;
+        disk_bytes; seconds of the host. Of lookups, the rest of the hits comes from the table's own
+        place."""
         ...
 
 
@@ -66,8 +72,9 @@ class DeviceMemory:
         return rows
 
     def stats(self) -> dict[str, float]:
-        hits = {"lookups": self._lookups, "hits_device": self._lookups}
-        return hits | {"moved_rows": 0, "moved_bytes": 0, "seconds": self._seconds}
+        found = dict.fromkeys(STATS, 0.0)
+        found |= {"lookups": self._lookups, "hits_device": self._lookups}
+        return found | {"seconds": self._seconds}
 
 
 class StagedMemory:
@@ -94,9 +101,7 @@ class StagedMemory:
             )
             for indexed in (False, True)
         }
-        self._stats = dict.fromkeys(
-            ("lookups", "hits_device", "moved_rows", "moved_bytes", "seconds"), 0.0
-        )
+        self._stats = dict.fromkeys(STATS, 0.0)
 
     def fetch(self, addresses: np.ndarray) -> jax.Array:
         with self._lock:
@@ -135,7 +140,14 @@ class StagedMemory:
 
     def stats(self) -> dict[str, float]:
         with self._lock:
-            return dict(self._stats)
+            found = dict(self._stats)
+        source = self.source
+        if isinstance(source, CachedTable):
+            found["hits_host_cache"] = source.counters.snapshot().hits
+            source = source.source
+        if isinstance(source, DiskTable):
+            found["disk_bytes"] = source.counters.snapshot().bytes_read
+        return found
 
 
 def on_device(program: Program, parts: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
