@@ -113,8 +113,9 @@ class StagedMemory:
             self._turn = (self._turn + 1) % len(self._buffers)
             parts = buffers.of(size)
             self.source.gather(wanted, tuple(part[: len(wanted)] for part in parts))
-            staged = buffers.move(parts, self._everywhere)
+            staged = jax.device_put(parts, self._everywhere)
             rows = self._jitted[index is not None](self._hot, staged, index)
+            buffers.used_by(rows)
             stats = self._stats
             stats["lookups"] += ids.size
             stats["hits_device"] += on_device
@@ -183,19 +184,31 @@ def _bucket(rows: int, lookups: int) -> int:
 
 
 class _Buffers:
-    """Host memory that rows are staged in, used again when what was in it has been moved."""
+    """Host memory that rows are staged in, until the device has made numbers of them.
+
+    That they have been moved is not enough: JAX uses an array of the host where it lies if the
+    device is a CPU and the array is aligned (whatever `may_alias` says, for NumPy's arrays), which
+    these are, to save the copy.
+    """
 
     def __init__(self, stored: RowFormat):
-        self._format, self._parts = stored, stored.empty(0)
-        self._moving: Any = ()
+        self._sizes, self._parts = [size for _, size in stored.parts], [_aligned(0, 1)]
+        self._user: Any = ()
 
     def of(self, rows: int) -> tuple[np.ndarray, ...]:
-        jax.block_until_ready(self._moving)
+        """Buffers of so many rows, uint8 [rows, bytes_i], free to be overwritten."""
+        jax.block_until_ready(self._user)
         if len(self._parts[0]) < rows:
-            self._parts = self._format.empty(rows)
+            self._parts = [_aligned(rows, size) for size in self._sizes]
         return tuple(part[:rows] for part in self._parts)
 
-    def move(self, parts: tuple[np.ndarray, ...], where: NamedSharding) -> Any:
-        # On a CPU an array may be used where it lies; this one is overwritten soon.
-        self._moving = tuple(jax.device_put(part, where, may_alias=False) for part in parts)
-        return self._moving
+    def used_by(self, rows: jax.Array) -> None:
+        """What is computed from them."""
+        self._user = rows
+
+
+def _aligned(rows: int, size: int) -> np.ndarray:
+    """uint8 [rows, size] at a multiple of 64 bytes."""
+    memory = np.empty(rows * size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + rows * size].reshape(rows, size)
