@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from engram_jax.address.hashing import addresses, canonicalise
+from engram_jax.config import GenerateConfig
 from engram_jax.errors import UserError
+from engram_jax.generate import Generator
 from engram_jax.memory.store.cache import CachedTable
 from engram_jax.memory.store.file import open_memory, write_memory
 from engram_jax.memory.store.rows import RowFormat
+from engram_jax.restore import weights_of
 from engram_jax.sampling import sample
 from engram_jax.serve import memory as serve_memory
+from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import StagedMemory
 from engram_jax.serve.request import Completion, Finish, QueueFullError, SamplingParams
-from tests.serve.served import full_logits, host_memory, host_tables, make_engine, model
-from tests.tiny import VOCAB
+from engram_jax.serve.steps import Steps
+from tests.serve.served import SERVE, full_logits, host_memory, host_tables, make_engine, model
+from tests.tiny import VOCAB, tiny
 
 LENGTHS = (1, 7, 8, 9, 15, 16, 30, 41)  # around chunks and pages of 8
 
@@ -346,3 +353,31 @@ def test_streaming_gives_a_token_at_a_time_and_can_be_left(engine, expected):
 def test_impossible_settings(values, words):
     with pytest.raises(UserError, match=words):
         SamplingParams(**values)
+
+
+MODELS = {
+    "no memory": {"model.engram.layers": ()},
+    "layers 0 and 2": {"model.engram.layers": (0, 2)},
+    "no convolution": {"model.engram.form": "v41"},
+    "dialect qwen": {
+        "model.engram.form": "qwen",
+        "model.engram.hash_dialect": "qwen",
+        "tokenizer.canonical_vocab_size": VOCAB,
+        "tokenizer.eos_id": 7,
+    },
+    "one stream, tied": {"model.hyper.streams": 1, "model.tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_models_decode_as_the_plain_generator(name):
+    program, state = tiny(**MODELS[name])
+    weights = weights_of(program, state)
+    steps = Steps(program, dataclasses.replace(SERVE, pages=9))
+    engine = Engine(program, weights, host_memory(program, weights), steps)
+    given = [*prompts((1, 9, 30)), [7, 3, 7, 7, 1, 2, 7]]
+    found = engine.generate(given, SamplingParams(max_tokens=14))
+    generator = Generator(program, weights)
+    how = GenerateConfig(max_tokens=14, temperature=0.0)
+    assert [list(f.tokens) for f in found] == [generator.complete([p], how)[0] for p in given]
+    engine.close()
