@@ -156,7 +156,8 @@ class Engine:
                 prompt, own = rest.pop()
                 deltas[self.submit(prompt, own)] = []
             for delta in self.step():
-                deltas[delta.request].append(delta)
+                if delta.request in deltas:  # else the end of one that was cancelled before
+                    deltas[delta.request].append(delta)
         return [Completion.of(d) for d in deltas.values()]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Delta]:

@@ -95,6 +95,7 @@ class StagedMemory:
             parts = source.format.empty(len(hot))
             source.gather(np.ascontiguousarray(hot), parts)
             self._hot = on_device(program, parts)
+        self._before = self._behind()
         self._jitted: dict[bool, Callable] = {
             indexed: program.jit(
                 partial(_assemble, source.format, indexed), out_shardings=self._everywhere
@@ -142,7 +143,11 @@ class StagedMemory:
     def stats(self) -> dict[str, float]:
         with self._lock:
             found = dict(self._stats)
-        source = self.source
+        return found | {k: v - self._before[k] for k, v in self._behind().items()}
+
+    def _behind(self) -> dict[str, float]:
+        """What the tiers behind the device have counted, the filling of `hot` included."""
+        source, found = self.source, {"hits_host_cache": 0.0, "disk_bytes": 0.0}
         if isinstance(source, CachedTable):
             found["hits_host_cache"] = source.counters.snapshot().hits
             source = source.source

@@ -1,7 +1,7 @@
 """Which sequences run: first come, first served, in bounded memory, by rules and without luck.
 
-* A request is admitted when nothing older waits, a slot is free and the pages of its whole prompt
-  and one more are; one that can never fit was refused when it was submitted.
+* A request is admitted when nothing older waits, a slot is free and pages for its whole prompt
+  and one token more are; one that can never fit was refused when it was submitted.
 * A running sequence takes a page whenever it has filled its last one. If none is free, the
   youngest running sequence is moved out: its state goes to host memory as it is, its pages and its
   slot are free. (Nothing is computed again: the state of a sequence that comes back is the same to
@@ -51,6 +51,11 @@ class Sequence:
         return self.computed < len(self.prompt)
 
     @property
+    def begins_with(self) -> int:
+        """Tokens that it needs room for before it runs: its prompt and the first of its answer."""
+        return len(self.prompt) + min(1, self.params.max_tokens)
+
+    @property
     def wants_token(self) -> bool:
         """Whether a further token is to be computed, as far as is known before the pending one."""
         return len(self.generated) + self.pending < self.params.max_tokens
@@ -80,7 +85,7 @@ class Schedule:
         """Requests that begin now."""
         begun = []
         while self.waiting and self._slots and not self.moved_out:
-            needed = self.pages.needed(len(self.waiting[0].prompt) + 1)
+            needed = self.pages.needed(self.waiting[0].begins_with)
             if needed > self.pages.free:
                 break
             sequence = self.waiting.popleft()
@@ -93,7 +98,8 @@ class Schedule:
         back = []
         while self.moved_out and self._slots:
             sequence = self.moved_out[0]
-            needed = self.pages.needed(max(sequence.computed, len(sequence.prompt)) + 1)
+            room = sequence.begins_with if sequence.prefilling else sequence.computed + 1
+            needed = self.pages.needed(room)
             if needed + len(self.running) > self.pages.free:
                 break
             self.moved_out.pop(0)

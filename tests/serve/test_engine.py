@@ -183,6 +183,15 @@ def test_sequences_end_where_they_should(expected):
     assert one(SamplingParams(max_tokens=1)).tokens == tokens[:1]
 
 
+@pytest.mark.parametrize("pages", [0, 8])
+def test_a_prompt_that_fills_the_capacity_is_scored(pages):
+    (prompt,) = prompts([64])
+    params = SamplingParams(max_tokens=0, logprobs=0, prompt_logprobs=True)
+    (found,), _ = served(params, [prompt], pages=pages)
+    wanted = logprobs(full_logits(prompt))[np.arange(63), prompt[1:]]
+    np.testing.assert_allclose([p.logprob for p in found.prompt_logprobs], wanted, atol=2e-5)
+
+
 def test_full_sequences_fit():
     (prompt,) = prompts([52])
     (found,), _ = served(GREEDY, [prompt])
@@ -330,7 +339,7 @@ def test_streaming_gives_a_token_at_a_time_and_can_be_left(engine, expected):
     for delta in engine.stream(prompts()[2], GREEDY):
         assert delta.tokens == expected[2].tokens[:1]
         break
-    list(engine.step())
+    assert engine.generate(prompts(), GREEDY) == expected
     assert not engine.busy and engine.stats()["running"] == 0
 
 
