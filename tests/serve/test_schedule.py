@@ -102,3 +102,18 @@ def test_pages_are_not_invented():
     pages.give(taken)
     assert sorted(pages.take(2)) == [0, 1]
     assert [pages.needed(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_who_comes_back_leaves_a_page_for_everyone_who_runs():
+    """Else the next step would move it out again."""
+    schedule = Schedule(4, Pages(6, PAGE), queue=9)
+    old, middle, young = (sequence(n, 3, 20) for n in range(3))
+    for one in (old, middle, young):
+        schedule.submit(one)
+    schedule.admit()
+    young.computed, young.generated = 3, [0]
+    schedule.vacate(young)
+    taken = schedule.pages.take(2)
+    assert schedule.pages.free == 2 and schedule.come_back() == []
+    schedule.pages.give(taken[:1])
+    assert schedule.come_back() == [young]
