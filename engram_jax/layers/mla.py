@@ -216,7 +216,9 @@ class MLA(nnx.Module):
         rank, page = self.config.kv_lora_rank, pool.shape[2]
         group = math.gcd(pages.shape[1], max(1, PAGED_BLOCK // page))
         width = group * page
-        last = jnp.max(jnp.where(positions < pages.shape[1] * page, positions, 0))
+        # The last real position of each sequence; -1 = it has none.
+        longest = jnp.max(jnp.where(positions < pages.shape[1] * page, positions, -1), axis=1)
+        last = jnp.maximum(jnp.max(longest), 0)
         wide = compute_dtype(query)
 
         def block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -224,6 +226,9 @@ class MLA(nnx.Module):
             these = jax.lax.dynamic_slice_in_dim(pages, j * group, group, axis=1)
             keys = pool.at[layer, these].get(mode="clip")
             keys = keys.reshape(keys.shape[0], width, -1)
+            # What lies behind a sequence's end is another's: 0 * NaN is not 0.
+            own = (j * width + jnp.arange(width) <= longest[:, None])[..., None]
+            keys = jnp.where(own, keys, 0)
             visible = (j * width + jnp.arange(width) <= positions[..., None])[:, :, None]
             scores = self._dot("bshc,blc->bshl", query, keys) * self.scale
             scores = jnp.where(visible, scores, MASKED)

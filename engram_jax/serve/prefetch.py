@@ -52,6 +52,7 @@ class Prefetch:
             raise ValueError(f"no memory for Engram layers {', '.join(missing)}")
         self.memory = {layer: memory[layer] for layer in on}
         self._hasher = Hasher(program.addressing) if program.addressing and layers else None
+        self._dim = program.config.model.engram.dim
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._waits = {"waits": 0, "wait_seconds": 0.0, "late": 0, "late_seconds": 0.0}
 
@@ -121,23 +122,25 @@ class Prefetch:
         """Whose rows are damaged is found out by reading each sequence's alone."""
         addresses, errors = asked.addresses[layer], {}
         parts: dict[int, jax.Array] = {}
-        for row, _, _ in rows:
+        for row, _, count in rows:
+            own = addresses[row : row + 1].copy()
+            own[:, count:] = own[:, :1]  # its padding may be another sequence's row
             try:
-                parts[row] = self.memory[layer].fetch(addresses[row : row + 1])[0]
+                parts[row] = self.memory[layer].fetch(own)[0]
             except UserError as error:
                 errors[row] = str(error)
-        engram_rows = next(iter(parts.values()), None)
-        if engram_rows is None:
-            return None, errors  # type: ignore[return-value]  # nobody is left to compute it for
-        nothing = jnp.zeros_like(engram_rows)
+        read = next(iter(parts.values()), None)
+        shape = (*addresses.shape[1:], self._dim)
+        nothing = jnp.zeros(shape) if read is None else jnp.zeros_like(read)
         return jnp.stack([parts.get(row, nothing) for row in range(len(addresses))]), errors
 
     def stats(self) -> dict[str, float]:
         """Sums over layers, and the engine's waiting for rows.
 
         waits, wait_seconds: how often and how long the host waited for rows. late, late_seconds:
-        of these, when the device had run out of work meanwhile; the seconds are an upper bound of
-        its idle time.
+        of these, when the device had run out of work meanwhile. Rows that were there when the host
+        looked count as no wait, and the move to the device is not seen: this is no measure of all
+        of the device's idle time.
         """
         total: dict[str, float] = {}
         for memory in self.memory.values():

@@ -15,6 +15,7 @@ from engram_jax.generate import Generator
 from engram_jax.memory.store.cache import CachedTable
 from engram_jax.memory.store.file import open_memory, write_memory
 from engram_jax.memory.store.rows import RowFormat
+from engram_jax.memory.store.source import HostTable
 from engram_jax.restore import weights_of
 from engram_jax.sampling import sample
 from engram_jax.serve import memory as serve_memory
@@ -247,19 +248,22 @@ def test_a_damaged_file_is_no_answer(tmp_path):
         assert "memory.safetensors" in answer.error and "\n" not in answer.error
 
 
+class Damaged:
+    """A source some of whose rows cannot be read."""
+
+    def __init__(self, source, bad):
+        self.source, self.bad = source, bad
+        self.rows, self.format, self.counters = source.rows, source.format, source.counters
+
+    def gather(self, ids, out):
+        if np.isin(ids, self.bad).any():
+            raise UserError("memory: block 3: damaged")
+        self.source.gather(ids, out)
+
+
 def test_one_sequence_alone_is_told_of_its_damaged_row(expected):
     """Of a batch whose rows cannot all be read, the others go on."""
     program, weights = model()
-
-    class Damaged:
-        def __init__(self, source, bad):
-            self.source, self.bad = source, bad
-            self.rows, self.format, self.counters = source.rows, source.format, source.counters
-
-        def gather(self, ids, out):
-            if np.isin(ids, self.bad).any():
-                raise UserError("memory: block 3: damaged")
-            self.source.gather(ids, out)
 
     texts = [[*p, *a.tokens] for p, a in zip(prompts(), expected, strict=True)]
     readers = {row: [i for i, t in enumerate(texts) if row in rows_of(t)] for row in range(148)}
@@ -272,6 +276,62 @@ def test_one_sequence_alone_is_told_of_its_damaged_row(expected):
             assert (answer.finish, answer.error) == (Finish.ERROR, "memory: block 3: damaged")
         else:
             assert answer == expected[i]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_neighbours_padding_reads_no_damaged_row(order):
+    """Padding repeats a row of the batch's first sequence, which may be the damaged one."""
+    program, weights = model()
+    long, short = [3, 1, 4, 1, 5, 9, 2, 6], [10, 20, 30]
+    params = SamplingParams(max_tokens=1, logprobs=5)
+    given = [long, short][::order]
+    (alone,), _ = served(params, [short])
+    bad = sorted(set(rows_of(long)[0, 0].tolist()) - set(rows_of(short).reshape(-1).tolist()))
+    source = Damaged(host_tables(program, weights)["1"], bad[:1])
+    found, _ = served(params, given, memory={"1": StagedMemory(program, source)})
+    assert found[::order][0].finish == Finish.ERROR
+    assert found[::order][1] == alone
+
+
+def test_numbers_that_are_none_stay_with_their_sequence():
+    """Its pages go to others, who see what is left in them only with weight zero."""
+    program, weights = model()
+    rows = np.asarray(weights.rows["1"]).copy()
+    poison, other = [3, 1, 4, 1, 5, 9, 2, 6], [10, 20, 30, 11, 12]
+    params = SamplingParams(max_tokens=4, logprobs=5)
+    (wanted,), _ = served(params, [other])
+    used = set(rows_of([*other, *wanted.tokens]).reshape(-1).tolist())
+    bad = sorted(set(rows_of(poison).reshape(-1).tolist()) - used)[0]
+    rows[bad] = np.nan
+    stored = RowFormat("float32", rows.shape[1])
+    made = {"1": StagedMemory(program, HostTable(stored, [rows.view(np.uint8)]))}
+    engine = make_engine(memory=made)
+    (broken,) = engine.generate([poison], params)
+    assert np.isnan(broken.logprobs[0].logprob)  # it is read
+    assert engine.generate([other], params) == [wanted]
+    assert engine.generate([poison, other], params)[1] == wanted
+    engine.close()
+
+
+def test_one_of_two_layers_can_be_switched_off():
+    program, state = tiny(**{"model.engram.layers": (0, 2)})
+    weights = weights_of(program, state)
+    steps = Steps(program, dataclasses.replace(SERVE, off_layers=(2,)))
+    memory = {"0": host_memory(program, weights)["0"]}
+    engine = Engine(program, weights, memory, steps)
+    prompt = prompts((9,))[0]
+    (found,) = engine.generate([prompt], SamplingParams(max_tokens=1, logprobs=20))
+    engine.close()
+    canonical = canonicalise(np.array([prompt]), program.addressing.compression)
+    first = np.asarray(weights.rows["0"])[addresses(canonical, program.addressing.layers[0])]
+    net = program.model(weights.params, weights.router_bias)
+    positions, ones = np.arange(9)[None], np.ones((1, 9), np.int32)
+    net.engrams["2"].projection[...] *= 0  # neither key nor value
+    net.engrams["2"].bias[...] *= 0
+    out = net(np.array([prompt]), {"0": first, "2": first}, positions, ones)
+    wanted = logprobs(np.asarray(net.logits(out.hidden))[0, -1])
+    top = found.logprobs[0].top
+    np.testing.assert_allclose(list(top.values()), wanted[list(top)], atol=2e-5)
 
 
 def forward_with(prompt, rows=None, mask=None):
