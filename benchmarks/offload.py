@@ -355,8 +355,8 @@ def _figures(
         if cached := spent["rows_hits_host_cache"]:
             # A cache is asked once for each distinct row of a large batch.
             hit += f", in DRAM {cached / spent['rows_moved_rows']:.1%} of the rows moved"
-        if spent["rows_disk_bytes"]:
-            hit += f"; {spent['rows_disk_bytes'] / tokens / 1e3:.1f} kB/token of blocks of the file"
+        if spent["rows_file_bytes"]:
+            hit += f"; {spent['rows_file_bytes'] / tokens / 1e3:.1f} kB/token of blocks of the file"
         host = spent["rows_seconds"] / sum(mine)
         figures += [
             harness.Figure(f"{name}: moved", moved / 1e3, "kB/token", note=hit),

@@ -333,6 +333,10 @@ class ServeConfig:
     max_body: int = 1 << 20
     drain_seconds: float = 30.0
 
+    def is_off(self, layer: str | int) -> bool:
+        """Whether an Engram layer adds nothing."""
+        return any(off in (ALL_LAYERS, int(layer)) for off in self.off_layers)
+
 
 @dataclass(frozen=True)
 class Config:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from engram_jax.config import ALL_LAYERS, DEVICE, DISK, HOST, Config, ServeConfig
+from engram_jax.config import DEVICE, DISK, HOST, Config, ServeConfig
 from engram_jax.errors import UserError
 from engram_jax.memory.store.cache import CachedTable
 from engram_jax.memory.store.file import MemoryFile, open_memory
@@ -37,12 +37,17 @@ def open_engine(config: Config, workdir: Path, step: str) -> Engine:
 
 
 def load_for(config: Config, workdir: Path, step: str) -> Trained:
-    """The weights, and the tables unless they come from a memory file, where config.serve wants
-    them."""
-    where = None if config.serve.memory_file else DEVICE
-    if where and config.serve.memory != DEVICE:
-        where = HOST
-    return load(config, workdir, step, rows=where)
+    """The weights, and the tables where config.serve wants them, unless they come from a memory
+    file or are all off."""
+    serve = config.serve
+    if serve.memory != DEVICE and jax.process_count() > 1:
+        raise UserError(
+            f"config.serve.memory = {serve.memory!r}: must be 'device' with several processes"
+        )
+    rows: str | None = DEVICE if serve.memory == DEVICE else HOST
+    if serve.memory_file or all(map(serve.is_off, config.model.engram.layers)):
+        rows = None
+    return load(config, workdir, step, rows=rows)
 
 
 def make_engine(trained: Trained, serve: ServeConfig) -> Engine:
@@ -61,17 +66,20 @@ def open_memories(program: Program, serve: ServeConfig, rows: Any = None) -> dic
     """
     if program.addressing is None:
         return {}
-    off = serve.off_layers
-    layers = [k for k in program.table_rows if ALL_LAYERS not in off and int(k) not in off]
     fingerprint = program.addressing.fingerprint
     file = open_memory(serve.memory_file, fingerprint) if serve.memory_file else None
     counts: dict[str, Frequency] = {}
     if serve.frequency_file:
         counts = load_frequency(serve.frequency_file, fingerprint).layers
     made: dict[str, Memory] = {}
-    for layer in layers:
+    for layer in program.table_rows:
+        if serve.is_off(layer):
+            continue
         if file is not None:
             _check_file(program, serve, file, layer)
+        if counts and layer not in counts:
+            have = ", ".join(counts)
+            raise UserError(f"{serve.frequency_file}: has no Engram layer {layer}; it has {have}")
         if serve.memory == DEVICE:
             made[layer] = _on_device(program, file, layer, rows)
             continue

@@ -151,13 +151,17 @@ class Engine:
             self.check(prompt, own)
         deltas: dict[int, list[Delta]] = {}
         rest = list(zip(prompts, each, strict=True))[::-1]
-        while rest or self.busy:
-            while rest and len(self._schedule.waiting) < self.serve.queue:
-                prompt, own = rest.pop()
-                deltas[self.submit(prompt, own)] = []
-            for delta in self.step():
-                if delta.request in deltas:  # else the end of one that was cancelled before
-                    deltas[delta.request].append(delta)
+        try:
+            while rest or self.busy:
+                while rest and len(self._schedule.waiting) < self.serve.queue:
+                    prompt, own = rest.pop()
+                    deltas[self.submit(prompt, own)] = []
+                for delta in self.step():
+                    if delta.request in deltas:  # else the end of one that was cancelled before
+                        deltas[delta.request].append(delta)
+        finally:  # interrupted, they would run on with the next call's
+            for number in deltas:
+                self.cancel(number)
         return [Completion.of(d) for d in deltas.values()]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Delta]:

@@ -28,7 +28,7 @@ from engram_jax.train_state import Program
 BUFFERS = 2  # one is filled while the other is moved
 STATS = (
     *("lookups", "hits_device", "hits_host_cache"),
-    *("moved_rows", "moved_bytes", "disk_bytes", "seconds"),
+    *("moved_rows", "moved_bytes", "file_bytes", "seconds"),
 )
 MERGE_FROM = 4096  # lookups; below, finding the distinct ones takes longer than it saves
 
@@ -43,8 +43,8 @@ class Memory(Protocol):
 
     def stats(self) -> dict[str, float]:
         """lookups; hits_device, hits_host_cache; moved_rows and moved_bytes to the device;
-        disk_bytes; seconds of the host. Of lookups, the rest of the hits comes from the table's own
-        place."""
+        file_bytes, of the blocks that were read and verified, from the disk or the page cache;
+        seconds of the host."""
         ...
 
 
@@ -117,13 +117,14 @@ class StagedMemory:
             staged = jax.device_put(parts, self._everywhere)
             rows = self._jitted[index is not None](self._hot, staged, index)
             buffers.used_by(rows)
-            stats = self._stats
+            stats = dict(self._stats)
             stats["lookups"] += ids.size
             stats["hits_device"] += on_device
             stats["moved_rows"] += len(wanted)
             stats["moved_bytes"] += sum(part.nbytes for part in parts)
             stats["moved_bytes"] += 0 if index is None else index.nbytes
             stats["seconds"] += time.perf_counter() - began
+            self._stats = stats  # at once: `stats` does not wait for a fetch
             return rows.reshape(*addresses.shape, -1)
 
     def _plan(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
@@ -141,18 +142,17 @@ class StagedMemory:
         return wanted, slot, ids.size - missing.size
 
     def stats(self) -> dict[str, float]:
-        with self._lock:
-            found = dict(self._stats)
-        return found | {k: v - self._before[k] for k, v in self._behind().items()}
+        behind = self._behind().items()
+        return self._stats | {name: value - self._before[name] for name, value in behind}
 
     def _behind(self) -> dict[str, float]:
         """What the tiers behind the device have counted, the filling of `hot` included."""
-        source, found = self.source, {"hits_host_cache": 0.0, "disk_bytes": 0.0}
+        source, found = self.source, {"hits_host_cache": 0.0, "file_bytes": 0.0}
         if isinstance(source, CachedTable):
             found["hits_host_cache"] = source.counters.snapshot().hits
             source = source.source
         if isinstance(source, DiskTable):
-            found["disk_bytes"] = source.counters.snapshot().bytes_read
+            found["file_bytes"] = source.counters.snapshot().bytes_read
         return found
 
 

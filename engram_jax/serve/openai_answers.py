@@ -60,6 +60,7 @@ class Choice:
         self._begun = False
         self._stream = None if texts.tokenizer is None else DecodeStream(skip_special_tokens=False)
         self._offset = 0  # characters of the text before the next token
+        self._last: int | None = None  # token
         self.generated = 0
 
     def add(self, delta: Delta) -> dict[str, Any] | None:
@@ -74,6 +75,7 @@ class Choice:
         ids = list(delta.tokens)
         echoed: list[int] = []
         self.generated += len(ids)
+        self._last = ids[-1] if ids else self._last
         if first and request.echo:
             given, echoed = self._prompt.text, list(self._prompt.ids)
             text = (self._texts.join(echoed) if given is None else given) + text
@@ -91,7 +93,8 @@ class Choice:
         if not (text or ids or delta.finish or echoed):
             return None
         reason = delta.finish.value if delta.finish else None
-        if reason and self._eos in delta.tokens[-1:] and not request.ignore_eos:
+        ended = self._last is not None and self._last == self._eos
+        if reason and ended and not request.ignore_eos:
             reason = Finish.STOP.value
         return {
             "text": text,

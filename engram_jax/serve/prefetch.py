@@ -47,7 +47,7 @@ class Prefetch:
 
     def __init__(self, program: Program, memory: Mapping[str, Memory], steps: Steps):
         layers = program.addressing.layers if program.addressing is not None else {}
-        on = [str(layer) for layer in layers if not steps.is_off(str(layer))]
+        on = [str(layer) for layer in layers if not steps.serve.is_off(layer)]
         if missing := [layer for layer in on if layer not in memory]:
             raise ValueError(f"no memory for Engram layers {', '.join(missing)}")
         self.memory = {layer: memory[layer] for layer in on}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from engram_jax.config import ALL_LAYERS, ServeConfig
+from engram_jax.config import ServeConfig
 from engram_jax.generate import Weights
 from engram_jax.model.transformer import Transformer, pieces
 from engram_jax.sampling import log_probabilities, sample_rows
@@ -33,6 +33,8 @@ class Cache:
     pool: [layers, pages, page, r + p], see MLA.paged.
     tails: Engram layer id -> the convolution's last inputs [slots, L, M, d], None without one.
     tokens: int32 [slots], the token sampled last.
+
+    Arrays, or their shardings.
     """
 
     pool: Any
@@ -138,10 +140,6 @@ class Steps:
     def alternatives(self) -> int:
         return min(MAX_LOGPROBS, self.program.config.tokenizer.vocab_size)
 
-    def is_off(self, layer: str) -> bool:
-        """Whether an Engram layer adds nothing."""
-        return any(off in (ALL_LAYERS, int(layer)) for off in self.serve.off_layers)
-
     def first(self, weights: Weights, cache: Cache, batch: Batch, tokens: Any) -> Any:
         """Tokens int32 [B, S] (None: those sampled last) through what precedes all Engram layers.
 
@@ -240,13 +238,12 @@ class Steps:
     ) -> tuple[Sampled, Cache]:
         model = self._model(weights)
         last = jnp.maximum(batch.valid - 1, 0)[:, None, None, None]
-        x = flow.x if prompt else jnp.take_along_axis(flow.x, last, axis=1)
-        logits = model.logits(model.finish(x))
+        # By themselves, whoever else's prompt is looked at: another shape may round otherwise.
+        logits = model.logits(model.finish(jnp.take_along_axis(flow.x, last, axis=1)))[:, 0]
         fed = None
         if prompt:
-            fed = Logprobs(*log_probabilities(logits, targets, self.alternatives))
-            logits = jnp.take_along_axis(logits, last[..., 0], axis=1)
-        logits = logits[:, 0]
+            all_logits = model.logits(model.finish(flow.x))
+            fed = Logprobs(*log_probabilities(all_logits, targets, self.alternatives))
         tokens = self._choose(logits, batch)
         own = None
         if logprobs:

@@ -16,8 +16,9 @@ from engram_jax.memory.table import lookup
 from engram_jax.restore import weights_of
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import DeviceMemory, StagedMemory
+from engram_jax.serve.request import SamplingParams
 from engram_jax.serve.steps import Steps
-from tests.tiny import tiny
+from tests.tiny import VOCAB, tiny
 
 SERVE = ServeConfig(
     sequences=3, capacity=64, page=8, prefill_chunk=8, prefill_sequences=2, queue=10_000
@@ -86,3 +87,39 @@ def full_logits(tokens):
         for k, layer in program.addressing.layers.items()
     }
     return np.asarray(_forward()(weights, padded, rows))[0, : len(tokens)]
+
+
+LENGTHS = (1, 7, 8, 9, 15, 16, 30, 41)  # around chunks and pages of 8
+
+
+def prompts(lengths=LENGTHS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
+
+
+def logprobs(logits):
+    x = np.asarray(logits, np.float64)
+    return (
+        x
+        - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - x.max(-1, keepdims=True)
+    )
+
+
+GREEDY = SamplingParams(max_tokens=12, logprobs=5)
+
+
+def served(params=GREEDY, given=None, **engine):
+    made = make_engine(**engine)
+    found = made.generate(prompts() if given is None else given, params)
+    stats = made.stats()
+    assert stats["running"] == stats["waiting"] == stats["moved_out"] == 0
+    assert stats["free_pages"] == stats["pages"]
+    made.close()
+    return found, stats
+
+
+def rows_of(tokens):
+    program, _ = model()
+    canonical = canonicalise(np.array([tokens]), program.addressing.compression)
+    return addresses(canonical, program.addressing.layers[1])

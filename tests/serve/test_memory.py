@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -84,6 +86,32 @@ def test_buffers_wait_for_what_is_computed_from_them():
     assert [a.ctypes.data for a in again] == [p.ctypes.data for p in parts]
     moved = jax.device_put(again[0])
     assert moved.unsafe_buffer_pointer() == again[0].ctypes.data  # why waiting matters
+
+
+def test_statistics_do_not_wait_for_a_fetch():
+    program, _ = model()
+    source, _ = table("float32")
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        rows, format, counters = source.rows, source.format, source.counters
+
+        def gather(self, ids, out):
+            begun.set()
+            assert go_on.wait(30)
+            source.gather(ids, out)
+
+    memory = StagedMemory(program, Slow())
+    thread = threading.Thread(target=memory.fetch, args=(np.zeros((1, 2, 4), np.int32),))
+    thread.start()
+    assert begun.wait(30)
+    asked = threading.Thread(target=memory.stats)
+    asked.start()
+    asked.join(10)
+    waited = asked.is_alive()
+    go_on.set()
+    thread.join()
+    assert not waited and memory.stats()["lookups"] == 8
 
 
 def test_slots_against_a_dictionary():

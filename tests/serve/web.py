@@ -41,6 +41,15 @@ def tokenizer() -> Tokenizer:
     return made
 
 
+CASES = [
+    (prompt, {"max_tokens": tokens, "temperature": temperature, "seed": seed})
+    for seed, (prompt, tokens) in enumerate(
+        [("abc", 12), ("the €uro", 20), ("x", 40), ("(hello) 123", 16), ("äöü", 5), ("q" * 40, 20)]
+    )
+    for temperature in (0.0, 1.0)
+]
+
+
 @dataclass(frozen=True)
 class Answer:
     status: int

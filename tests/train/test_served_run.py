@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engram_jax.memory.store.file import open_memory
-from engram_jax.memory.store.frequency import load_frequency
+from engram_jax.memory.store.frequency import load_frequency, save_frequency
 from engram_jax.restore import load
 from tests.runs import launched, refused, small_config, small_run
 
@@ -110,6 +110,14 @@ def test_files_of_others_are_refused(corpus, undisturbed, made, tmp_path):
         generated(corpus, undisturbed, **foreign, frequency_file=made[0]),
         "no usable frequency file",
     )
+
+
+def test_counts_of_another_layer_are_refused(corpus, undisturbed, made, tmp_path):
+    counts = load_frequency(made[1])
+    path = tmp_path / "counts.npz"
+    save_frequency(path, {"7": counts.layers["1"]}, counts.fingerprint, counts.tokens)
+    given = {"memory": "host", "device_cache": 0.5, "frequency_file": path}
+    refused(generated(corpus, undisturbed, **given), "no Engram layer 1; it has 7")
 
 
 def test_what_cannot_be_exported(corpus, undisturbed, tmp_path):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 GROUP = 32  # columns of an FP8 row under one scale, as in DeepSeek-V4.1
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
+_PIECE = 1 << 16  # rows that are looked at a time
 _E4M3_MAX, _SCALE_BIAS = 448.0, 127
 
 
@@ -94,6 +95,7 @@ class RowFormat:
 
     def encode(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Numbers, float32 or bfloat16 [n, dim] -> stored bytes, uint8 [n, bytes_i] for each part.
+        Numbers that are stored as they are are not copied: the bytes are those of `rows`.
 
         bfloat16 from float32 rounds to nearest, ties to even. fp8: the scale of 32 columns is the
         smallest power of two (E8M0: 2**-127 to 2**127) with which their largest magnitude is at
@@ -106,18 +108,25 @@ class RowFormat:
             raise UserError(f"rows of shape {list(rows.shape)}: must be [n, {self.dim}]")
         if rows.dtype not in (np.float32, ml_dtypes.bfloat16):
             raise UserError(f"rows of dtype {rows.dtype}: must be float32 or bfloat16")
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            at = int(np.argmin(finite))
+        if (at := _first_not_finite(rows)) is not None:
             raise UserError(f"row {at}: holds a value that is not finite; table rows must be")
         if self.name == "float32":
-            return (_bytes(rows.astype("<f4")),)
+            return (_bytes(rows.astype("<f4", copy=False)),)
         if self.name == "bfloat16":
-            rounded = rows.astype(ml_dtypes.bfloat16)
-            if not np.isfinite(rounded).all():
+            rounded = rows.astype(ml_dtypes.bfloat16, copy=False)
+            if rounded is not rows and _first_not_finite(rounded) is not None:
                 raise UserError("rows: a value is too large for bfloat16, at most 3.3895e38")
             return (_bytes(rounded),)
         return _encode_fp8(rows.astype(np.float32))
+
+
+def _first_not_finite(rows: np.ndarray) -> int | None:
+    """A table may fill the memory, so its mask is made piece by piece."""
+    for start in range(0, len(rows), _PIECE):
+        finite = np.isfinite(rows[start : start + _PIECE]).all(axis=1)
+        if not finite.all():
+            return start + int(np.argmin(finite))
+    return None
 
 
 def _bytes(rows: np.ndarray) -> np.ndarray:

@@ -127,3 +127,15 @@ def test_wrong_formats_and_shapes_are_refused():
         RowFormat("float32", 4).encode(np.zeros((2, 3), np.float32))
     with pytest.raises(UserError, match="dtype float64: must be float32 or bfloat16"):
         RowFormat("float32", 3).encode(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_rows_that_are_stored_as_they_are_take_no_memory_again(name):
+    dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.float32
+    rows = np.arange(64).reshape(4, 16).astype(dtype)
+    (stored,) = RowFormat(name, 16).encode(rows)
+    assert np.shares_memory(stored, rows)
+    rows = np.zeros((70_000, 16), dtype)
+    rows[69_999, 3] = np.nan
+    with pytest.raises(UserError, match="row 69999"):
+        RowFormat(name, 16).encode(rows)

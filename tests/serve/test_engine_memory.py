@@ -1,0 +1,178 @@
+"""Where rows lie, rows that cannot be read, and memory that is switched off."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from engram_jax.address.hashing import addresses, canonicalise
+from engram_jax.errors import UserError
+from engram_jax.memory.store.cache import CachedTable
+from engram_jax.memory.store.file import open_memory, write_memory
+from engram_jax.memory.store.rows import RowFormat
+from engram_jax.restore import weights_of
+from engram_jax.serve import memory as serve_memory
+from engram_jax.serve.engine import Engine
+from engram_jax.serve.memory import StagedMemory
+from engram_jax.serve.request import Finish, SamplingParams
+from engram_jax.serve.steps import Steps
+from tests.serve.served import (
+    SERVE,
+    host_memory,
+    host_tables,
+    logprobs,
+    model,
+    prompts,
+    rows_of,
+    served,
+)
+from tests.tiny import tiny
+
+
+def memory_file(tmp_path, name="float32"):
+    program, weights = model()
+    stored = RowFormat(name, program.config.model.engram.dim)
+    layers = {k: (stored, len(r), [np.asarray(r)]) for k, r in weights.rows.items()}
+    path = tmp_path / "memory.safetensors"
+    write_memory(path, layers, program.addressing.fingerprint)
+    return open_memory(path, program.addressing.fingerprint)
+
+
+@pytest.mark.parametrize("kind", ["host", "hot", "all hot", "disk", "cached", "cached one"])
+@pytest.mark.parametrize("merge_from", [1, 10**9])
+def test_no_bit_depends_on_where_rows_lie(expected, tmp_path, monkeypatch, kind, merge_from):
+    monkeypatch.setattr(serve_memory, "MERGE_FROM", merge_from)
+    program, weights = model()
+    if kind == "host":
+        made = host_memory(program, weights)
+    elif kind == "hot":
+        made = host_memory(program, weights, np.arange(100, 3, -2))
+    elif kind == "all hot":
+        made = host_memory(program, weights, np.arange(len(weights.rows["1"]), dtype=np.int32))
+    else:
+        source = memory_file(tmp_path).disk("1")
+        if kind != "disk":
+            source = CachedTable(source, 64 if kind == "cached" else 1)
+        made = {"1": StagedMemory(program, source)}
+    found, stats = served(memory=made)
+    assert found == expected
+    assert served(memory=made)[0] == expected  # the cache is in another state now
+    if kind == "all hot":
+        assert stats["rows_moved_rows"] == 0 and stats["rows_hits_device"] == stats["rows_lookups"]
+    else:
+        assert 0 < stats["rows_moved_rows"] <= stats["rows_lookups"]
+
+
+def test_a_damaged_file_is_no_answer(tmp_path):
+    program, weights = model()
+    memory_file(tmp_path)
+    path = tmp_path / "memory.safetensors"
+    content = bytearray(path.read_bytes())
+    row = np.asarray(weights.rows["1"])[40].tobytes()
+    assert content.count(row) == 1
+    content[content.find(row)] ^= 1
+    path.write_bytes(content)  # 148 rows are one block: whoever reads one, reads the damage
+    found, _ = served(memory={"1": StagedMemory(program, open_memory(path).disk("1"))})
+    for answer in found:
+        assert (answer.finish, answer.tokens) == (Finish.ERROR, ())
+        assert "memory.safetensors" in answer.error and "\n" not in answer.error
+
+
+class Damaged:
+    """A source some of whose rows cannot be read."""
+
+    def __init__(self, source, bad):
+        self.source, self.bad = source, bad
+        self.rows, self.format, self.counters = source.rows, source.format, source.counters
+
+    def gather(self, ids, out):
+        if np.isin(ids, self.bad).any():
+            raise UserError("memory: block 3: damaged")
+        self.source.gather(ids, out)
+
+
+def test_one_sequence_alone_is_told_of_its_damaged_row(expected):
+    """Of a batch whose rows cannot all be read, the others go on."""
+    program, weights = model()
+
+    texts = [[*p, *a.tokens] for p, a in zip(prompts(), expected, strict=True)]
+    readers = {row: [i for i, t in enumerate(texts) if row in rows_of(t)] for row in range(148)}
+    row, who = min(((r, w) for r, w in readers.items() if w), key=lambda x: len(x[1]))
+    source = Damaged(host_tables(program, weights)["1"], [row])
+    found, _ = served(memory={"1": StagedMemory(program, source)})
+    assert 0 < len(who) < len(found)
+    for i, answer in enumerate(found):
+        if i in who:
+            assert (answer.finish, answer.error) == (Finish.ERROR, "memory: block 3: damaged")
+        else:
+            assert answer == expected[i]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_neighbours_padding_reads_no_damaged_row(order):
+    """Padding repeats a row of the batch's first sequence, which may be the damaged one."""
+    program, weights = model()
+    long, short = [3, 1, 4, 1, 5, 9, 2, 6], [10, 20, 30]
+    params = SamplingParams(max_tokens=1, logprobs=5)
+    given = [long, short][::order]
+    (alone,), _ = served(params, [short])
+    bad = sorted(set(rows_of(long)[0, 0].tolist()) - set(rows_of(short).reshape(-1).tolist()))
+    source = Damaged(host_tables(program, weights)["1"], bad[:1])
+    found, _ = served(params, given, memory={"1": StagedMemory(program, source)})
+    assert found[::order][0].finish == Finish.ERROR
+    assert found[::order][1] == alone
+
+
+def test_one_of_two_layers_can_be_switched_off():
+    program, state = tiny(**{"model.engram.layers": (0, 2)})
+    weights = weights_of(program, state)
+    steps = Steps(program, dataclasses.replace(SERVE, off_layers=(2,)))
+    memory = {"0": host_memory(program, weights)["0"]}
+    engine = Engine(program, weights, memory, steps)
+    prompt = prompts((9,))[0]
+    (found,) = engine.generate([prompt], SamplingParams(max_tokens=1, logprobs=20))
+    engine.close()
+    canonical = canonicalise(np.array([prompt]), program.addressing.compression)
+    first = np.asarray(weights.rows["0"])[addresses(canonical, program.addressing.layers[0])]
+    net = program.model(weights.params, weights.router_bias)
+    positions, ones = np.arange(9)[None], np.ones((1, 9), np.int32)
+    net.engrams["2"].projection[...] *= 0  # neither key nor value
+    net.engrams["2"].bias[...] *= 0
+    out = net(np.array([prompt]), {"0": first, "2": first}, positions, ones)
+    wanted = logprobs(np.asarray(net.logits(out.hidden))[0, -1])
+    top = found.logprobs[0].top
+    np.testing.assert_allclose(list(top.values()), wanted[list(top)], atol=2e-5)
+
+
+def forward_with(prompt, rows=None, mask=None):
+    program, weights = model()
+    net = program.model(weights.params, weights.router_bias)
+    tokens = np.array([prompt])
+    positions = np.arange(len(prompt))[None]
+    found = net(tokens, {"1": rows}, positions, np.ones_like(tokens), mask)
+    return np.asarray(net.logits(found.hidden))[0]
+
+
+@pytest.mark.parametrize("what", ["all", "layer", "order 2", "order 3"])
+def test_switching_memory_off(what, expected):
+    _, weights = model()
+    prompt = prompts()[5]
+    rows = np.asarray(weights.rows["1"])[rows_of(prompt)]
+    switch = {"off_layers": (-1,) if what == "all" else (1,)}
+    mask = np.zeros((1, len(prompt)), bool)
+    if what.startswith("order"):
+        order = int(what[-1])
+        switch, mask = {"off_orders": (order,)}, None
+        rows = rows.copy()
+        rows[:, :, (order - 2) * 2 : (order - 1) * 2] = 0
+    wanted = logprobs(forward_with(prompt, rows, mask)[-1])
+    memory = {} if "off_layers" in switch else None
+    params = SamplingParams(max_tokens=1, logprobs=20)
+    (found,), stats = served(params, [prompt], memory=memory, **switch)
+    ids = list(found.logprobs[0].top)
+    np.testing.assert_allclose(list(found.logprobs[0].top.values()), wanted[ids], atol=2e-5)
+    assert abs(found.logprobs[0].logprob - expected[5].logprobs[0].logprob) > 1e-3
+    if "off_layers" in switch:
+        assert stats.get("rows_lookups", 0) == 0
