@@ -5,13 +5,14 @@
 
 Sequences with prompts of Uniform(100, 1024) tokens of real text are served by engines that differ
 in where the table lies: nowhere (the backbone alone), on the device, in DRAM, in DRAM behind a
-device cache, in a file behind a DRAM cache. They serve the same groups of sequences in turns; the
-cost is the mean of the groups' time ratios to the table on the device, with its 95 % interval.
-Answers are the text's own continuation, whatever the untrained backbone would say: what is read of
-the table then is what real text reads (the whole step is computed all the same).
+device cache, in a file behind a DRAM cache. They serve the same stream of sequences, a few steps at
+a time and in turns: step i computes the same in all of them, and whatever else the machine does
+meets all. The cost is the ratio of the times to the table on the device, with its 95 % interval
+over these slices; what is still under way at a slice's end is waited for and counts. Answers are
+the text's own continuation, whatever the untrained backbone would say: what is read of the table
+then is what real text reads (the whole step is computed all the same).
 
-Groups are larger than what is decoded together, so that slots are hardly ever empty. All variants
-must give the same log-probabilities to the last bit, the backbone alone others.
+All variants must give the same log-probabilities to the last bit, the backbone alone others.
 
 --limit_share=0.25 leaves the page cache so much of the table's size (benchmarks/page_cache.py), so
 that a file is read from the disk indeed. Without it the page cache may hold the whole file.
@@ -25,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,7 +76,8 @@ def options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--variants", default="alone,device,host", help=",".join(VARIANTS))
     parser.add_argument("--rows_per_head", type=int, default=500_000, help="of 24 heads of 256")
     parser.add_argument("--sequences", type=int, default=160, help="in all; the paper's: 512")
-    parser.add_argument("--group", type=int, default=20, help="served between two turns")
+    parser.add_argument("--slice", type=int, default=1, help="steps between two turns")
+    parser.add_argument("--warm_up", type=int, default=16, help="sequences that do not count")
     parser.add_argument("--together", type=int, default=8, help="decoded together")
     parser.add_argument("--prompt", default="100:1024", help="tokens, LOW:HIGH")
     parser.add_argument("--answer", default="32:96", help="tokens, LOW:HIGH")
@@ -230,7 +233,10 @@ def engines(
 
     longest = int(chosen.prompt.split(":")[1]) + int(chosen.answer.split(":")[1])
     serve = ServeConfig(
-        sequences=chosen.together, capacity=-(-longest // 64) * 64, prefill_chunk=256
+        sequences=chosen.together,
+        capacity=-(-longest // 64) * 64,
+        prefill_chunk=256,
+        queue=max(chosen.sequences, chosen.warm_up),
     )
     rows = program.table_rows[LAYER]
     table = random_table(rows)
@@ -287,42 +293,26 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
     if unknown := set(names) - set(VARIANTS):
         sys.exit(f"--variants: {', '.join(sorted(unknown))}: must be among {', '.join(VARIANTS)}")
     program, weights, store = model(chosen)
-    total = chosen.sequences + chosen.group  # the first group warms up
-    prompts, script, wanted = requests(chosen, _FirstHalf(store), total)
+    warm = chosen.warm_up
+    prompts, script, wanted = requests(chosen, _FirstHalf(store), warm + chosen.sequences)
     params = [SamplingParams(max_tokens=w, seed=i) for i, w in enumerate(wanted)]
     counted = frequencies(program, store)
     with tempfile.TemporaryDirectory(dir=harness.ROOT) as folder:
         file = chosen.file or Path(folder) / "memory.safetensors"
         made, table_bytes = engines(chosen, names, program, weights, script, counted, file)
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        from_disk = dict.fromkeys(names, 0)
-        before: dict[str, dict[str, float]] = {}
-        for turn, start in enumerate(range(0, total - chosen.group + 1, chosen.group)):
-            group = slice(start, start + chosen.group)
-            if turn == 1:
-                before = {name: made[name].stats() for name in names}
-                if limited is not None:
-                    stays = page_cache.forget(file, mapped(made["disk_cache"]))
-                    limited.limit(int(chosen.limit_share * table_bytes))
-                    print(f"{stays:.1%} of the file stay in memory", file=sys.stderr)
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
-                read, began = page_cache.read_bytes(), time.perf_counter()
-                made[name].generate(prompts[group], params[group])
-                taken = time.perf_counter() - began
-                if turn:
-                    seconds[name].append(taken)
-                    from_disk[name] += page_cache.read_bytes() - read
-                    if limited is not None:
-                        limited.note()
-            if turn:
-                told = ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in names)
-                print(f"group {turn}: {told}", file=sys.stderr, flush=True)
-        spent = {n: _difference(made[n].stats(), before[n]) for n in names}
+        for engine in made.values():
+            engine.generate(prompts[:warm], params[:warm])
         _same_bits(made, prompts[:3])
+        if limited is not None:
+            stays = page_cache.forget(file, mapped(made["disk_cache"]))
+            limited.limit(int(chosen.limit_share * table_bytes))
+            print(f"{stays:.1%} of the file stay in memory", file=sys.stderr)
+        before = {name: engine.stats() for name, engine in made.items()}
+        seconds, from_disk = in_turns(chosen, made, prompts[warm:], params[warm:], limited)
+        spent = {n: _difference(made[n].stats(), before[n]) for n in names}
         for engine in made.values():
             engine.close()
-    tokens = sum(map(len, prompts[chosen.group :])) + sum(wanted[chosen.group :])
+    tokens = sum(map(len, prompts[warm:])) + sum(wanted[warm:])
     figures = []
     for name in names:
         spent[name]["disk_bytes"] = from_disk[name]
@@ -332,13 +322,63 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
     setting = (
         f"{chosen.backbone} backbone, {size / 1e6:,.0f} M parameters, beside a table of"
         f" {rows * 256 / 1e9:.2f} B ({table_bytes / 1e9:.2f} GB, FP8); {chosen.sequences} sequences"
-        f" in groups of {chosen.group}, {chosen.together} together, prompts {chosen.prompt},"
-        f" answers {chosen.answer} tokens"
+        f", {chosen.together} together, prompts {chosen.prompt}, answers {chosen.answer} tokens,"
+        f" {chosen.slice} steps between turns"
     )
     if limited is not None:
         most, allowed = max(limited.cache_bytes) / 1e9, limited.allowed / 1e9
         setting += f"; page cache allowed {allowed:.2f} GB, seen at most {most:.2f} GB"
     return harness.Result("offload", setting, figures, {"seconds": seconds, "stats": spent})
+
+
+def in_turns(
+    chosen: argparse.Namespace,
+    made: dict[str, Any],
+    prompts: list[list[int]],
+    params: list[Any],
+    limited: page_cache.Group | None,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """(seconds of every slice, bytes read from disks) by variant."""
+    for engine in made.values():
+        for prompt, own in zip(prompts, params, strict=True):
+            engine.submit(prompt, own)
+    names = list(made)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    from_disk = dict.fromkeys(names, 0)
+    for turn in itertools.count():
+        if not any(engine.busy for engine in made.values()):
+            return seconds, from_disk
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            engine, read, began = made[name], page_cache.read_bytes(), time.perf_counter()
+            for _ in range(chosen.slice):
+                if engine.busy:
+                    engine.step()
+            _settle(engine)
+            seconds[name].append(time.perf_counter() - began)
+            from_disk[name] += page_cache.read_bytes() - read
+            if limited is not None:
+                limited.note()
+        done = {
+            (stats["prompt_tokens"], stats["generated_tokens"])
+            for stats in (engine.stats() for engine in made.values())
+        }
+        if len(done) > 1:
+            sys.exit("the variants do not compute the same in a step")
+        if turn % 10 == 9:
+            told = ", ".join(f"{name} {sum(seconds[name]):.1f} s" for name in names)
+            print(f"{turn + 1} slices: {told}", file=sys.stderr, flush=True)
+    raise AssertionError
+
+
+def _settle(engine: Any) -> None:
+    """Wait for the rows that an engine has asked for and for what its device computes."""
+    import jax
+
+    _, _, asked = engine._ahead
+    for found in asked.futures.values():
+        jax.block_until_ready(found.result() if isinstance(found, Future) else found)
+    jax.block_until_ready(engine._cache)
 
 
 def mapped(engine: Any) -> list[np.ndarray]:
@@ -375,7 +415,7 @@ def _figures(
         ratio, half = _interval(mine, seconds[baseline])
         upper = ratio + half
         bound = {"host": 1.02, "host_cache": 1.01, "disk_cache": 1.10}.get(name)
-        beside = f"{100 * (ratio - 1):+.2f} +- {100 * half:.2f} % (95 %, {len(mine)} groups)"
+        beside = f"{100 * (ratio - 1):+.2f} +- {100 * half:.2f} % (95 %, {len(mine)} slices)"
         title = f"{name}: time by {baseline}'s"
         figures.append(harness.Figure(title, ratio, "", note=beside))
         if bound is not None:  # a mean below its bound shows nothing if the interval goes beyond
@@ -406,14 +446,19 @@ def _figures(
 
 
 def _interval(mine: list[float], baseline: list[float]) -> tuple[float, float]:
-    """Mean of the groups' ratios, and half of its 95 % interval (Student's t)."""
+    """The ratio of the sums, and half of its 95 % interval.
+
+    The slices differ in length (prompts, or none), so that the ratio of the sums is what counts;
+    its error is that of the mean of a - ratio b (the delta method), Student's t.
+    """
     from scipy import stats
 
-    each = [a / b for a, b in zip(mine, baseline, strict=True)]
-    if len(each) < 2:
-        return each[0], float("inf")
-    error = statistics.stdev(each) / len(each) ** 0.5
-    return statistics.mean(each), float(stats.t.ppf(0.975, len(each) - 1)) * error
+    ratio, count = sum(mine) / sum(baseline), len(mine)
+    if count < 2:
+        return ratio, float("inf")
+    rest = [a - ratio * b for a, b in zip(mine, baseline, strict=True)]
+    error = statistics.stdev(rest) * count**0.5 / sum(baseline)
+    return ratio, float(stats.t.ppf(0.975, count - 1)) * error
 
 
 if __name__ == "__main__":
