@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+_HELD = 32  # tokens without a whole character, after which it is tried to let some go
+
 
 class TextStream:
     """push() every token, then flush()."""
@@ -15,14 +17,38 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
+        self._held: list[int] = []  # tokens of which nothing has been decoded
         self._decoded = ""  # everything so far
         self._sent = 0
 
     def push(self, token: int) -> tuple[str, bool]:
         """(text that is ready, whether a stop string has appeared)."""
         self._ids.append(token)
-        self._decoded += self._stream.step(self._tokenizer, token) or ""
+        self._held.append(token)
+        new = self._stream.step(self._tokenizer, token)
+        if new is not None:
+            self._held = []
+            self._decoded += new
+        elif len(self._held) % _HELD == 0:
+            self._let_go()
         return self._ready(final=False)
+
+    def _let_go(self) -> None:
+        """Of a long row of broken characters, what no later byte can mend: the stream decodes all
+        that it holds at every step."""
+
+        def decode(ids: list[int]) -> str:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+        whole = decode(self._held)
+        for count in range(len(self._held) - 1, len(self._held) - 5, -1):
+            gone, kept = self._held[:count], self._held[count:]
+            if decode(gone) + decode(kept) == whole:
+                self._decoded += decode(gone)
+                self._held, self._stream = kept, DecodeStream(skip_special_tokens=True)
+                for token in kept:
+                    self._decoded += self._stream.step(self._tokenizer, token) or ""
+                return
 
     def flush(self) -> tuple[str, bool]:
         """The rest at the end: also what might have become a stop string, and broken characters."""

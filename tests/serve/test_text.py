@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
@@ -45,6 +46,25 @@ def test_pieces_are_characters_and_make_the_text(tokenizer, text):
 def test_a_broken_character_comes_at_the_end(tokenizer):
     ids = tokenizer.encode("aé").ids[:-1]
     assert run(tokenizer, ids)[0] == ["a", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_long_row_of_broken_characters_is_not_held(tokenizer):
+    """Held, it would be decoded again at every token: seconds per 4,000 of them."""
+    lone = tokenizer.encode("é").ids[1]
+    pieces = run(tokenizer, [lone] * 500)[0]
+    assert "".join(pieces) == "\N{REPLACEMENT CHARACTER}" * 500
+    assert len(pieces[-1]) <= 40
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_bytes_become_what_they_are_as_a_whole(tokenizer, seed):
+    rng = np.random.default_rng(seed)
+    parts = [tokenizer.encode(c).ids for c in "aé日🎉"]
+    ids = []
+    for _ in range(300):  # mostly broken: long rows of it, characters cut off in them
+        one = parts[rng.integers(4)]
+        ids += one[: rng.integers(1, len(one) + 1)] if rng.random() < 0.3 else one[1:2]
+    assert "".join(run(tokenizer, ids)[0]) == tokenizer.decode(ids)
 
 
 def test_special_tokens_have_no_text(tokenizer):
