@@ -197,23 +197,16 @@ class _Buffers:
     """
 
     def __init__(self, stored: RowFormat):
-        self._sizes, self._parts = [size for _, size in stored.parts], [_aligned(0, 1)]
+        self._stored, self._parts = stored, stored.empty(0)
         self._user: Any = ()
 
     def of(self, rows: int) -> tuple[np.ndarray, ...]:
         """Buffers of so many rows, uint8 [rows, bytes_i], free to be overwritten."""
         jax.block_until_ready(self._user)
         if len(self._parts[0]) < rows:
-            self._parts = [_aligned(rows, size) for size in self._sizes]
+            self._parts = self._stored.empty(rows)
         return tuple(part[:rows] for part in self._parts)
 
     def used_by(self, rows: jax.Array) -> None:
         """What is computed from them."""
         self._user = rows
-
-
-def _aligned(rows: int, size: int) -> np.ndarray:
-    """uint8 [rows, size] at a multiple of 64 bytes."""
-    memory = np.empty(rows * size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + rows * size].reshape(rows, size)

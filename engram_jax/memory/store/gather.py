@@ -2,8 +2,9 @@
 
 A row of a large table is in no cache, and a loop that waits for each gets a tenth of what memory
 can deliver. So the lines of a row are asked for some rows ahead, and the row is moved in vectors. A
-small gather runs in the calling thread, a large one on all cores; numba's own parallel loops are
-not used, because their threads cannot be entered from two callers at once.
+small gather runs in the calling thread, a large one on all cores and past the caches, so that the
+lines that are written need not be read first; numba's own parallel loops are not used, because
+their threads cannot be entered from two callers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from functools import cache
 import numpy as np
 from numba import uint64
 
-from engram_jax.memory.store.native import LINE, move_1, move_8, move_32, prefetch
+from engram_jax.memory.store.native import (
+    LINE,
+    fence,
+    move_1,
+    move_8,
+    move_32,
+    prefetch,
+    stream_32,
+)
 from engram_jax.native import native
 
 AHEAD = 24  # rows; flat between 16 and 48 (benchmarks/host_gather.py)
@@ -50,7 +59,7 @@ def prefetch_row(start, size):  # type: ignore[no-untyped-def]
 
 
 @native
-def _gather(table, ids, out, ahead):  # type: ignore[no-untyped-def]
+def _gather(table, ids, out, ahead, streams):  # type: ignore[no-untyped-def]
     size = uint64(table.shape[1])
     start, to = uint64(table.ctypes.data), uint64(out.ctypes.data)
     count = ids.size
@@ -59,7 +68,16 @@ def _gather(table, ids, out, ahead):  # type: ignore[no-untyped-def]
     for i in range(count):
         if i + ahead < count:
             prefetch_row(start + uint64(ids[i + ahead]) * size, size)
-        move_row(to + uint64(i) * size, start + uint64(ids[i]) * size, size)
+        here, row = to + uint64(i) * size, start + uint64(ids[i]) * size
+        if streams:
+            done = uint64(0)
+            while done < size:
+                stream_32(here + done, row + done)
+                done += uint64(32)
+        else:
+            move_row(here, row, size)
+    if streams:
+        fence()
 
 
 @native
@@ -105,9 +123,10 @@ def gather_rows(table: np.ndarray, ids: np.ndarray, out: np.ndarray, ahead: int 
     """table uint8 [R, b], ids int [n], each in [0, R) (not checked) -> out uint8 [n, b]; all
     C-contiguous."""
     if out.nbytes < INLINE_BYTES:
-        _gather(table, ids, out, ahead)
+        _gather(table, ids, out, ahead, False)
     else:
-        split(ids.size, lambda a, b: _gather(table, ids[a:b], out[a:b], ahead))
+        streams = out.shape[1] % 32 == 0 and out.ctypes.data % 32 == 0
+        split(ids.size, lambda a, b: _gather(table, ids[a:b], out[a:b], ahead, streams))
 
 
 def split(count: int, work: Callable[[int, int], None], pool: str = "memory") -> None:

@@ -1,4 +1,5 @@
-"""Machine operations without a name in Python: prefetch, wide copies, unaligned loads."""
+"""Machine operations without a name in Python: prefetch, wide copies, stores past the caches,
+unaligned loads."""
 
 from __future__ import annotations
 
@@ -47,6 +48,33 @@ def _mover(element: Any, count: int) -> Any:
     return move
 
 
+@intrinsic
+def _stream_32(typing: Any, to: Any, source: Any) -> Any:
+    """Copy 32 bytes (to, from: uintp) past the caches; `to` is a multiple of 32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, i32 = ir.VectorType(ir.IntType(64), 4).as_pointer(), ir.IntType(32)
+        value = builder.load(builder.inttoptr(args[1], kind), align=1)
+        store = builder.store(value, builder.inttoptr(args[0], kind), align=32)
+        store.set_metadata("nontemporal", builder.module.add_metadata([i32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp), generate
+
+
+@intrinsic
+def _fence(typing: Any) -> Any:
+    """What was streamed is in memory before anything that follows."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+stream_32: Any = _stream_32
+fence: Any = _fence
 move_32 = _mover(ir.IntType(64), 4)
 move_8 = _mover(ir.IntType(64), 1)
 move_1 = _mover(ir.IntType(8), 1)

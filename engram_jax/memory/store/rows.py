@@ -56,8 +56,9 @@ class RowFormat:
         return sum(size for _, size in self.parts)
 
     def empty(self, rows: int) -> tuple[np.ndarray, ...]:
-        """Buffers for `rows` rows: uint8 [rows, bytes_i] for each part, uninitialised."""
-        return tuple(np.empty((rows, size), np.uint8) for _, size in self.parts)
+        """Buffers for `rows` rows: uint8 [rows, bytes_i] for each part, uninitialised, at multiples
+        of 64 bytes."""
+        return tuple(_aligned(rows, size) for _, size in self.parts)
 
     def decode(self, parts: tuple[jax.Array, ...]) -> jax.Array:
         """Stored bytes, uint8 [..., bytes_i] for each part -> numbers [..., dim]; to be jitted.
@@ -142,3 +143,9 @@ def _encode_fp8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shrink = np.ldexp(np.float32(1), -power).astype(np.float32)  # at most 2**127
     values = (groups * shrink[..., None]).astype(ml_dtypes.float8_e4m3fn)
     return _bytes(values.reshape(rows.shape)), (power + _SCALE_BIAS).astype(np.uint8)
+
+
+def _aligned(rows: int, size: int) -> np.ndarray:
+    memory = np.empty(rows * size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + rows * size].reshape(rows, size)

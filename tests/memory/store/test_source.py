@@ -189,3 +189,21 @@ def test_large_arrays_begin_as_zeros(huge_pages):
     assert array.shape == (9_000, 264) and not array.any()
     array[:] = 3
     assert array.flags.c_contiguous and array[8_999, 263] == 3
+
+
+@pytest.mark.parametrize("width", [32, 96, 256, 264, 40])
+@pytest.mark.parametrize("offset", [0, 32, 16, 1])
+def test_large_gathers_write_their_rows_and_nothing_else(width, offset, monkeypatch):
+    """Past the caches where rows and buffer are multiples of 32 bytes, and through them else."""
+    monkeypatch.setattr(gather, "INLINE_BYTES", 1 << 10)
+    rng = np.random.default_rng(width + offset)
+    rows = rng.integers(0, 256, (ROWS, width), np.uint8)
+    ids = rng.integers(0, ROWS, 500).astype(np.int32)
+    (whole,) = RowFormat("float32", 64).empty(1_000)
+    assert whole.ctypes.data % 64 == 0
+    whole[:] = 7
+    memory = whole.reshape(-1)
+    end = offset + len(ids) * width
+    gather.gather_rows(rows, ids, memory[offset:end].reshape(-1, width))
+    np.testing.assert_array_equal(memory[offset:end].reshape(-1, width), rows[ids])
+    assert (memory[:offset] == 7).all() and (memory[end:] == 7).all()
