@@ -1,7 +1,8 @@
 """What memory off the chip costs a server: the paper's throughput table, on any machine.
 
-    python -m benchmarks.offload                                       # this machine, minutes
-    python -m benchmarks.offload --backbone=dense4b --rows_per_head=8000000 --sequences=512
+    python -m benchmarks.offload                                    # this machine, half an hour
+    python -m benchmarks.offload --backbone=dense4b --rows_per_head=16000000 --together=64 \
+      --answer=100:1024 --slice=64 --variants=alone,host,host_cache
 
 Sequences with prompts of Uniform(100, 1024) tokens of real text are served by engines that differ
 in where the table lies: nowhere (the backbone alone), on the device, in DRAM, in DRAM behind a
@@ -73,10 +74,10 @@ BACKBONES = {
 def options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--backbone", choices=sorted(BACKBONES), default="scaled")
-    parser.add_argument("--variants", default="alone,device,host", help=",".join(VARIANTS))
+    parser.add_argument("--variants", default="device,host", help=",".join(VARIANTS))
     parser.add_argument("--rows_per_head", type=int, default=500_000, help="of 24 heads of 256")
-    parser.add_argument("--sequences", type=int, default=160, help="in all; the paper's: 512")
-    parser.add_argument("--slice", type=int, default=1, help="steps between two turns")
+    parser.add_argument("--sequences", type=int, default=512, help="in all, as in the paper")
+    parser.add_argument("--slice", type=int, default=8, help="steps between two turns")
     parser.add_argument("--warm_up", type=int, default=16, help="sequences that do not count")
     parser.add_argument("--together", type=int, default=8, help="decoded together")
     parser.add_argument("--prompt", default="100:1024", help="tokens, LOW:HIGH")
@@ -414,7 +415,7 @@ def _figures(
     if name != baseline:
         ratio, half = _interval(mine, seconds[baseline])
         upper = ratio + half
-        bound = {"host": 1.02, "host_cache": 1.01, "disk_cache": 1.10}.get(name)
+        bound = _bounds().get(name)
         beside = f"{100 * (ratio - 1):+.2f} +- {100 * half:.2f} % (95 %, {len(mine)} slices)"
         title = f"{name}: time by {baseline}'s"
         figures.append(harness.Figure(title, ratio, "", note=beside))
@@ -443,6 +444,14 @@ def _figures(
             ),
         ]
     return figures
+
+
+def _bounds() -> dict[str, float]:
+    """What the time may be at most, by the time of the table on the device."""
+    import jax
+
+    hot = 1.02 if jax.default_backend() == "cpu" else 1.01  # nothing is nearer to a CPU than DRAM
+    return {"host": 1.02, "host_cache": hot, "disk_cache": 1.10}
 
 
 def _interval(mine: list[float], baseline: list[float]) -> tuple[float, float]:
