@@ -77,7 +77,7 @@ def options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--variants", default="device,host", help=",".join(VARIANTS))
     parser.add_argument("--rows_per_head", type=int, default=500_000, help="of 24 heads of 256")
     parser.add_argument("--sequences", type=int, default=512, help="in all, as in the paper")
-    parser.add_argument("--slice", type=int, default=8, help="steps between two turns")
+    parser.add_argument("--slice", type=int, default=2, help="steps between two turns")
     parser.add_argument("--warm_up", type=int, default=16, help="sequences that do not count")
     parser.add_argument("--together", type=int, default=8, help="decoded together")
     parser.add_argument("--prompt", default="100:1024", help="tokens, LOW:HIGH")
@@ -293,12 +293,16 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
     names = chosen.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
         sys.exit(f"--variants: {', '.join(sorted(unknown))}: must be among {', '.join(VARIANTS)}")
+    if limited is not None and "disk_cache" not in names:
+        sys.exit("--limit_share: needs disk_cache among --variants")
+    if names == ["alone"]:
+        sys.exit("--variants: alone has nothing to be compared with")
     program, weights, store = model(chosen)
     warm = chosen.warm_up
     prompts, script, wanted = requests(chosen, _FirstHalf(store), warm + chosen.sequences)
     params = [SamplingParams(max_tokens=w, seed=i) for i, w in enumerate(wanted)]
     counted = frequencies(program, store)
-    with tempfile.TemporaryDirectory(dir=harness.ROOT) as folder:
+    with tempfile.TemporaryDirectory(dir=harness.ROOT / ".venv") as folder:
         file = chosen.file or Path(folder) / "memory.safetensors"
         made, table_bytes = engines(chosen, names, program, weights, script, counted, file)
         for engine in made.values():
@@ -307,9 +311,12 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
         if limited is not None:
             stays = page_cache.forget(file, mapped(made["disk_cache"]))
             limited.limit(int(chosen.limit_share * table_bytes))
-            print(f"{stays:.1%} of the file stay in memory", file=sys.stderr)
+            if stays > 0.01:
+                sys.exit(f"{stays:.1%} of the file stay in memory: other processes read it")
         before = {name: engine.stats() for name, engine in made.items()}
-        seconds, from_disk = in_turns(chosen, made, prompts[warm:], params[warm:], limited)
+        seconds, from_disk, with_prompts = in_turns(
+            chosen, made, prompts[warm:], params[warm:], limited
+        )
         spent = {n: _difference(made[n].stats(), before[n]) for n in names}
         for engine in made.values():
             engine.close()
@@ -317,7 +324,7 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
     figures = []
     for name in names:
         spent[name]["disk_bytes"] = from_disk[name]
-        figures += _figures(name, seconds, spent[name], tokens)
+        figures += _figures(name, seconds, with_prompts, spent[name], tokens)
     rows = program.table_rows[LAYER]
     size = sum(x.size for x in jax.tree.leaves(weights.params))
     setting = (
@@ -338,17 +345,18 @@ def in_turns(
     prompts: list[list[int]],
     params: list[Any],
     limited: page_cache.Group | None,
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """(seconds of every slice, bytes read from disks) by variant."""
+) -> tuple[dict[str, list[float]], dict[str, int], np.ndarray]:
+    """(seconds of every slice, bytes read from disks by variant; bool: slices with prompts)."""
     for engine in made.values():
         for prompt, own in zip(prompts, params, strict=True):
             engine.submit(prompt, own)
     names = list(made)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    from_disk = dict.fromkeys(names, 0)
+    from_disk, fed = dict.fromkeys(names, 0), []
+    first = made[names[0]].stats()["prompt_tokens"]
     for turn in itertools.count():
         if not any(engine.busy for engine in made.values()):
-            return seconds, from_disk
+            return seconds, from_disk, np.diff(fed, prepend=0) > 0
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             engine, read, began = made[name], page_cache.read_bytes(), time.perf_counter()
@@ -360,12 +368,11 @@ def in_turns(
             from_disk[name] += page_cache.read_bytes() - read
             if limited is not None:
                 limited.note()
-        done = {
-            (stats["prompt_tokens"], stats["generated_tokens"])
-            for stats in (engine.stats() for engine in made.values())
-        }
+        stats = [engine.stats() for engine in made.values()]
+        done = {(s["prompt_tokens"], s["generated_tokens"]) for s in stats}
         if len(done) > 1:
             sys.exit("the variants do not compute the same in a step")
+        fed.append(stats[0]["prompt_tokens"] - first)
         if turn % 10 == 9:
             told = ", ".join(f"{name} {sum(seconds[name]):.1f} s" for name in names)
             print(f"{turn + 1} slices: {told}", file=sys.stderr, flush=True)
@@ -405,7 +412,11 @@ def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, 
 
 
 def _figures(
-    name: str, seconds: dict[str, list[float]], spent: dict[str, float], tokens: int
+    name: str,
+    seconds: dict[str, list[float]],
+    prompts: np.ndarray,
+    spent: dict[str, float],
+    tokens: int,
 ) -> list[harness.Figure]:
     mine = seconds[name]
     figures = [harness.Figure(f"{name}: throughput", tokens / sum(mine), "tokens/s")]
@@ -416,7 +427,12 @@ def _figures(
         ratio, half = _interval(mine, seconds[baseline])
         upper = ratio + half
         bound = _bounds().get(name)
-        beside = f"{100 * (ratio - 1):+.2f} +- {100 * half:.2f} % (95 %, {len(mine)} slices)"
+        beside = f"{_percent(ratio, half)} (95 %, {len(mine)} slices)"
+        for kind, chosen in (("with prompts", prompts), ("decoding only", ~prompts)):
+            if chosen.sum() > 1:
+                pair = [np.asarray(x)[chosen].tolist() for x in (mine, seconds[baseline])]
+                beside += f"; {kind} {_percent(*_interval(*pair))}"
+                beside += f" ({sum(pair[1]) / sum(seconds[baseline]):.0%} of the time)"
         title = f"{name}: time by {baseline}'s"
         figures.append(harness.Figure(title, ratio, "", note=beside))
         if bound is not None:  # a mean below its bound shows nothing if the interval goes beyond
@@ -444,6 +460,10 @@ def _figures(
             ),
         ]
     return figures
+
+
+def _percent(ratio: float, half: float) -> str:
+    return f"{100 * (ratio - 1):+.2f} +- {100 * half:.2f} %"
 
 
 def _bounds() -> dict[str, float]:

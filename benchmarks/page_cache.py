@@ -7,6 +7,8 @@ limit is set when its own memory is all there; what is left of it is the page ca
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import os
 import sys
@@ -52,7 +54,14 @@ def join() -> Group:
         (folder / "cgroup.procs").write_text(str(os.getpid()))
     except OSError as error:
         sys.exit(f"{folder}: {error.strerror}; needs root and cgroup version 1's memory controller")
+    atexit.register(_leave, folder)
     return Group(folder)
+
+
+def _leave(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (_ROOT / "cgroup.procs").write_text(str(os.getpid()))
+        folder.rmdir()
 
 
 def forget(path: Path, mapped: list[np.ndarray]) -> float:

@@ -83,10 +83,16 @@ def open_memories(program: Program, serve: ServeConfig, rows: Any = None) -> dic
         if serve.memory == DEVICE:
             made[layer] = _on_device(program, file, layer, rows)
             continue
-        source = _source(serve, file, layer, rows, counts.get(layer))
-        hot = None
+        source, hot = _source(serve, file, layer, rows), None
+        found = counts.get(layer)
         if serve.device_cache:
-            hot = counts[layer].ids[: int(serve.device_cache * source.rows)]
+            assert found is not None  # validation.py
+            hot = found.ids[: int(serve.device_cache * source.rows)]
+            found = found.behind(len(hot))
+        if serve.memory == DISK and serve.host_cache:
+            source = CachedTable(source, max(1, int(serve.host_cache * source.rows)))
+            if found is not None:
+                source.warm(found)
         made[layer] = StagedMemory(program, source, hot)
     return made
 
@@ -98,21 +104,10 @@ def _on_device(program: Program, file: MemoryFile | None, layer: str, rows: Any)
     return DeviceMemory(program, on_device(program, stored.parts), stored.format)
 
 
-def _source(
-    serve: ServeConfig,
-    file: MemoryFile | None,
-    layer: str,
-    rows: Any,
-    counts: Frequency | None,
-) -> Source:
+def _source(serve: ServeConfig, file: MemoryFile | None, layer: str, rows: Any) -> Source:
     if serve.memory == DISK:
         assert file is not None  # validation.py
-        table: Source = file.disk(layer)
-        if serve.host_cache:
-            table = CachedTable(table, max(1, int(serve.host_cache * table.rows)))
-            if counts is not None:
-                table.warm(counts)
-        return table
+        return file.disk(layer)
     if file is not None:
         return file.host(layer)
     values = np.asarray(rows[layer])

@@ -106,16 +106,19 @@ class Fields:
             raise ApiError(400, f"{name} has a lone surrogate: must be Unicode text", name)
         return value
 
-    def texts(self, name: str, most: int) -> tuple[str, ...]:
-        """A text or a list of them."""
+    def texts(self, name: str, most: int, longest: int) -> tuple[str, ...]:
+        """A text or a list of at most `most`; longest: characters of one."""
         value = self.get(name)
         if value is None:
             return ()
         values = value if isinstance(value, list) else [value]
-        allowed = f"a text or a list of at most {most} texts, none of them empty"
+        allowed = f"a text or a list of at most {most} texts of 1 to {longest} characters"
         if len(values) > most or not all(values):
             self.wrong(name, allowed)
-        return tuple(self.text(name, item, allowed) for item in values)
+        texts = tuple(self.text(name, item, allowed) for item in values)
+        if any(len(text) > longest for text in texts):
+            self.wrong(name, allowed)
+        return texts
 
     def integers(self, name: str, most: int) -> tuple[int, ...]:
         value = self.get(name)

@@ -130,7 +130,8 @@ class App:
             async for arrived in arriving:
                 for place, delta in arrived:
                     whole[place].append(delta)
-            await json_response(answer.whole(whole))(scope, receive, send)
+            made = await asyncio.to_thread(lambda: json_response(answer.whole(whole)))
+            await made(scope, receive, send)
         finally:
             group.cancel()
 

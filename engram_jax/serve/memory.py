@@ -93,7 +93,9 @@ class StagedMemory:
         if hot is not None and len(hot):
             self._slots = Slots(hot)
             parts = source.format.empty(len(hot))
-            source.gather(np.ascontiguousarray(hot), parts)
+            # Past a cache, which would take them for rows that are asked for there.
+            behind = source.source if isinstance(source, CachedTable) else source
+            behind.gather(np.ascontiguousarray(hot), parts)
             self._hot = on_device(program, parts)
         self._before = self._behind()
         self._jitted: dict[bool, Callable] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import uuid
@@ -9,10 +10,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from engram_jax.serve.openai_api import CompletionRequest
 from engram_jax.serve.request import Completion, Delta, Finish, Logprob
+from engram_jax.serve.text import TokenText
 
 
 class TokenTexts:
@@ -21,6 +21,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self._byte_level = tokenizer is not None and "ByteLevel" in repr(tokenizer.decoder)
+        self._echoed: dict[tuple[int, ...], tuple[tuple[list[str], list[int]], Places]] = {}
 
     def text(self, token: int) -> str:
         """A part of a character is "bytes:" and its bytes, as with OpenAI; without a tokenizer,
@@ -34,6 +35,15 @@ class TokenTexts:
         if self._byte_level and all(c in byte_of() for c in piece):
             return "bytes:" + "".join(f"\\x{byte_of()[c]:02x}" for c in piece)
         return text
+
+    def echoed(self, ids: Sequence[int]) -> tuple[tuple[list[str], list[int]], Places]:
+        """(texts and offsets of a prompt, what goes on behind it); for all choices once."""
+        key = tuple(ids)
+        if key not in self._echoed:
+            places = Places(self)
+            self._echoed[key] = places.add(ids), places
+        listed, places = self._echoed[key]
+        return listed, places.copy()
 
     def join(self, ids: Sequence[int]) -> str:
         """The text of a prompt that was given as ids."""
@@ -50,6 +60,31 @@ def byte_of() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+class Places:
+    """Tokens one after the other: the text each is listed by, and where it begins."""
+
+    def __init__(self, texts: TokenTexts):
+        self._texts = texts
+        whole = texts.tokenizer
+        self._stream = None if whole is None else TokenText(whole, skip_special_tokens=False)
+        self._offset = 0  # characters of the text before the next token
+
+    def add(self, ids: Sequence[int]) -> tuple[list[str], list[int]]:
+        """(texts, offsets in characters) of the next tokens."""
+        offsets = []
+        for token in ids:
+            offsets.append(self._offset)
+            if self._stream is not None:
+                self._offset += len(self._stream.push(token))
+        return [self._texts.text(token) for token in ids], offsets
+
+    def copy(self) -> Places:
+        """Where this one is, to go on by itself."""
+        one = copy.copy(self)
+        one._stream = copy.copy(self._stream)
+        return one
+
+
 class Choice:
     """One choice of the answer, delta by delta."""
 
@@ -58,8 +93,7 @@ class Choice:
         self._prompt = request.prompts[index // request.n]
         self._index = index
         self._begun = False
-        self._stream = None if texts.tokenizer is None else DecodeStream(skip_special_tokens=False)
-        self._offset = 0  # characters of the text before the next token
+        self._places = Places(texts)
         self._last: int | None = None  # token
         self.generated = 0
 
@@ -86,7 +120,7 @@ class Choice:
                 *(delta.prompt_logprobs if echoed else ()),
                 *delta.logprobs,
             ]
-            listed = self._listed([*echoed, *ids], entries)
+            listed = self._listed(echoed, ids, entries)
         extra: dict[str, Any] = {"token_ids": ids} if request.return_token_ids else {}
         if request.return_token_ids and first:
             extra["prompt_token_ids"] = list(self._prompt.ids)
@@ -104,13 +138,19 @@ class Choice:
             **extra,
         }
 
-    def _listed(self, ids: Sequence[int], entries: Sequence[Logprob | None]) -> dict[str, Any]:
-        tokens = [self._texts.text(token) for token in ids]
+    def _listed(
+        self, echoed: list[int], ids: list[int], entries: Sequence[Logprob | None]
+    ) -> dict[str, Any]:
+        tokens: list[str] = []
+        offsets: list[int] = []
+        if echoed:
+            (tokens, offsets), self._places = self._texts.echoed(echoed)
+        more = self._places.add(ids)
         return {
-            "tokens": tokens,
+            "tokens": [*tokens, *more[0]],
             "token_logprobs": [None if e is None else _finite(e.logprob) for e in entries],
             "top_logprobs": [None if e is None else self._top(e) for e in entries],
-            "text_offset": [self._offset_of(token) for token in ids],
+            "text_offset": [*offsets, *more[1]],
         }
 
     def _top(self, entry: Logprob) -> dict[str, float]:
@@ -119,12 +159,6 @@ class Choice:
         for token, logprob in [*entry.top.items(), (entry.token, entry.logprob)]:
             top.setdefault(self._texts.text(token), _finite(logprob))
         return top
-
-    def _offset_of(self, token: int) -> int:
-        offset = self._offset
-        if self._stream is not None:
-            self._offset += len(self._stream.step(self._texts.tokenizer, token) or "")
-        return offset
 
 
 class Answer:

@@ -9,7 +9,7 @@ from typing import Any
 
 from engram_jax.errors import UserError
 from engram_jax.serve.fields import ApiError, Fields, is_id
-from engram_jax.serve.request import MAX_LOGPROBS, MAX_STOPS, SamplingParams
+from engram_jax.serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 
 DEFAULT_TOKENS = 16  # OpenAI's
 LARGEST = 2**31 - 1
@@ -79,7 +79,8 @@ def parse(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> Comple
     prompts = _prompts(fields, tokenizer, most // n)
     tokens = _max_tokens(fields, prompts, capacity, echo)
     seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
-    if fields.texts("stop", MAX_STOPS) and tokenizer is None:
+    stop = fields.texts("stop", MAX_STOPS, MAX_STOP_LENGTH)
+    if stop and tokenizer is None:
         fields.wrong("stop", "left out: the server has no tokenizer")
     ignore_eos = fields.boolean("ignore_eos")
     common: dict[str, Any] = {
@@ -87,7 +88,7 @@ def parse(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> Comple
         "temperature": fields.number("temperature", 1.0, 0.0, 2.0),
         "top_p": fields.number("top_p", 1.0, 1e-6, 1.0),
         "top_k": max(fields.integer("top_k", 0, -1, LARGEST), 0),  # vLLM: -1 = all
-        "stop": fields.texts("stop", MAX_STOPS),
+        "stop": stop,
         "stop_ids": fields.integers("stop_token_ids", MAX_STOPS),
         "ignore_eos": ignore_eos or (tokens == 1 and logprobs is not None),  # Choice.add says why
         "logprobs": 0 if logprobs is None and tokens == 0 else logprobs,

@@ -13,6 +13,7 @@ from engram_jax.errors import UserError
 
 MAX_LOGPROBS = 20  # alternatives per token; a constant of the compiled step
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1_000  # characters; all that waits for one is compared at every token
 
 
 class QueueFullError(Exception):
@@ -66,7 +67,11 @@ class SamplingParams:
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.top_k >= 0, "top_k", "at least 0")
         need(0 <= self.seed < 2**32, "seed", "from 0 to 2**32 - 1")
-        need(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", f"at most {MAX_STOPS} texts")
+        need(
+            len(self.stop) <= MAX_STOPS and all(0 < len(s) <= MAX_STOP_LENGTH for s in self.stop),
+            "stop",
+            f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters",
+        )
         need(
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
             "logprobs",

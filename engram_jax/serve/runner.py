@@ -113,7 +113,8 @@ class Runner:
             self._draining = True
             done = self._changed.wait_for(lambda: not (self._open or self._submitted), timeout)
             if not done:
-                self._ended += [group for group, _ in self._open.values()]
+                # The engine's thread changes it without the lock; `list` is one step to Python.
+                self._ended += [group for group, _ in list(self._open.values())]
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._open, CANCEL_SECONDS)
         return done

@@ -105,8 +105,10 @@ async def _serve(server: Server, runner: Runner, sock: socket.socket, seconds: f
     drains: list[asyncio.Task[None]] = []
 
     async def drain() -> None:
-        await asyncio.to_thread(runner.drain, seconds)
-        server.should_exit = True
+        try:
+            await asyncio.to_thread(runner.drain, seconds)
+        finally:  # whatever happens, a signal ends the process
+            server.should_exit = True
 
     def on_signal(number: int) -> None:
         if drains:  # the second one: as if there were no handler

@@ -5,65 +5,86 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 _HELD = 32  # tokens without a whole character, after which it is tried to let some go
+
+
+class TokenText:
+    """Text of tokens as they come; together what `tokenizer.decode` makes of all of them.
+
+    What ends in a broken character waits for what may complete it. A tokenizer that takes back
+    what it has said (byte fallback does, where a later byte breaks a row of them) keeps its word
+    here: characters that have been told stay.
+    """
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._window: list[int] = []  # tokens told last, as context, and those of which nothing is
+        self._text = ""  # of the window
+        self._told = 0  # characters of it
+        self._fresh = 0  # tokens of it of which nothing is told
+
+    def push(self, token: int) -> str:
+        """What is complete now."""
+        text = self._decode([*self._window, token])
+        if text == self._text and not self._decode([token]):
+            return ""  # a special token: in the window it would stand between bytes
+        self._window = [*self._window, token]  # a copy shares the list
+        self._text, self._fresh = text, self._fresh + 1
+        if text.endswith(BROKEN):
+            return self._let_go() if self._fresh % _HELD == 0 else ""
+        return self._tell(self._fresh, len(text))
+
+    def flush(self) -> str:
+        """The rest at the end."""
+        return self._tell(self._fresh, len(self._text))
+
+    def _tell(self, count: int, end: int) -> str:
+        """The window's text up to `end`; its last `count` tokens are the context of the next."""
+        new = self._text[self._told : end]
+        self._window = self._window[len(self._window) - count :]
+        self._text, self._fresh = self._decode(self._window), 0
+        self._told = len(self._text)
+        return new
+
+    def _let_go(self) -> str:
+        """Of a long row of broken characters, what no later byte can mend: all that waits is
+        decoded again at every token."""
+        window = self._window
+        for at in range(len(window) - 1, max(0, len(window) - 5), -1):
+            gone, kept = self._decode(window[:at]), self._decode(window[at:])
+            if kept and gone + kept == self._text:
+                self._window, self._text = window[at:], kept
+                new, self._told, self._fresh = gone[self._told :], 0, len(window) - at
+                return new
+        return ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip))
 
 
 class TextStream:
     """push() every token, then flush()."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._held: list[int] = []  # tokens of which nothing has been decoded
-        self._decoded = ""  # everything so far
-        self._sent = 0
+        self._tokens, self._stop = TokenText(tokenizer), tuple(stop)
+        self._rest = ""  # what has not been sent
 
     def push(self, token: int) -> tuple[str, bool]:
         """(text that is ready, whether a stop string has appeared)."""
-        self._ids.append(token)
-        self._held.append(token)
-        new = self._stream.step(self._tokenizer, token)
-        if new is not None:
-            self._held = []
-            self._decoded += new
-        elif len(self._held) % _HELD == 0:
-            self._let_go()
-        return self._ready(final=False)
-
-    def _let_go(self) -> None:
-        """Of a long row of broken characters, what no later byte can mend: the stream decodes all
-        that it holds at every step."""
-
-        def decode(ids: list[int]) -> str:
-            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-        whole = decode(self._held)
-        for count in range(len(self._held) - 1, len(self._held) - 5, -1):
-            gone, kept = self._held[:count], self._held[count:]
-            if decode(gone) + decode(kept) == whole:
-                self._decoded += decode(gone)
-                self._held, self._stream = kept, DecodeStream(skip_special_tokens=True)
-                for token in kept:
-                    self._decoded += self._stream.step(self._tokenizer, token) or ""
-                return
+        return self._ready(self._tokens.push(token), final=False)
 
     def flush(self) -> tuple[str, bool]:
         """The rest at the end: also what might have become a stop string, and broken characters."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if whole.startswith(self._decoded):
-            self._decoded = whole
-        return self._ready(final=True)
+        return self._ready(self._tokens.flush(), final=True)
 
-    def _ready(self, final: bool) -> tuple[str, bool]:
-        found = [at for s in self._stop if (at := self._decoded.find(s, self._sent)) >= 0]
-        end = min(found) if found else len(self._decoded)
+    def _ready(self, new: str, final: bool) -> tuple[str, bool]:
+        self._rest += new
+        found = [at for s in self._stop if (at := self._rest.find(s)) >= 0]
+        end = min(found) if found else len(self._rest)
         if not found and not final:
-            end -= max((_overlap(self._decoded, s) for s in self._stop), default=0)
-        text = self._decoded[self._sent : end]
-        self._sent = max(self._sent, end)
+            end -= max((_overlap(self._rest, s) for s in self._stop), default=0)
+        text, self._rest = self._rest[:end], self._rest[end:]
         return text, bool(found)
 
 

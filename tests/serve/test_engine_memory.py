@@ -40,7 +40,9 @@ def memory_file(tmp_path, name="float32"):
     return open_memory(path, program.addressing.fingerprint)
 
 
-@pytest.mark.parametrize("kind", ["host", "hot", "all hot", "disk", "cached", "cached one"])
+@pytest.mark.parametrize(
+    "kind", ["host", "hot", "all hot", "disk", "cached", "cached one", "three tiers"]
+)
 @pytest.mark.parametrize("merge_from", [1, 10**9])
 def test_no_bit_depends_on_where_rows_lie(expected, tmp_path, monkeypatch, kind, merge_from):
     monkeypatch.setattr(serve_memory, "MERGE_FROM", merge_from)
@@ -53,9 +55,12 @@ def test_no_bit_depends_on_where_rows_lie(expected, tmp_path, monkeypatch, kind,
         made = host_memory(program, weights, np.arange(len(weights.rows["1"]), dtype=np.int32))
     else:
         source = memory_file(tmp_path).disk("1")
+        hot = np.arange(100, 3, -2) if kind == "three tiers" else None
         if kind != "disk":
-            source = CachedTable(source, 64 if kind == "cached" else 1)
-        made = {"1": StagedMemory(program, source)}
+            source = CachedTable(source, 1 if kind == "cached one" else 64)
+        made = {"1": StagedMemory(program, source, hot)}
+        if hot is not None:  # they do not fill the cache, too
+            assert source.counters.snapshot().lookups == 0
     found, stats = served(memory=made)
     assert found == expected
     assert served(memory=made)[0] == expected  # the cache is in another state now
@@ -63,6 +68,9 @@ def test_no_bit_depends_on_where_rows_lie(expected, tmp_path, monkeypatch, kind,
         assert stats["rows_moved_rows"] == 0 and stats["rows_hits_device"] == stats["rows_lookups"]
     else:
         assert 0 < stats["rows_moved_rows"] <= stats["rows_lookups"]
+    if kind == "three tiers":
+        tiers = ("rows_hits_device", "rows_hits_host_cache", "rows_file_bytes")
+        assert all(stats[tier] > 0 for tier in tiers)
 
 
 def test_a_damaged_file_is_no_answer(tmp_path):

@@ -56,15 +56,42 @@ def test_a_long_row_of_broken_characters_is_not_held(tokenizer):
     assert len(pieces[-1]) <= 40
 
 
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_any_bytes_become_what_they_are_as_a_whole(tokenizer, seed):
+def test_any_bytes_become_what_they_are_as_a_whole(tokenizer, seed, special):
     rng = np.random.default_rng(seed)
     parts = [tokenizer.encode(c).ids for c in "aé日🎉"]
     ids = []
     for _ in range(300):  # mostly broken: long rows of it, characters cut off in them
         one = parts[rng.integers(4)]
         ids += one[: rng.integers(1, len(one) + 1)] if rng.random() < 0.3 else one[1:2]
+        if special and rng.random() < 0.2:  # without text, and one that no tokenizer knows
+            ids.append(int(rng.integers(256, 258)))
     assert "".join(run(tokenizer, ids)[0]) == tokenizer.decode(ids)
+
+
+def test_special_tokens_where_a_row_is_let_go(tokenizer):
+    lone, first, *rest = (tokenizer.encode(c).ids for c in ["é", "日", "abc"])
+    ids = [lone[1]] * 30 + [first[0], 256, *first[1:], *rest[0]]
+    assert "".join(run(tokenizer, ids)[0]) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_that_takes_back_what_it_said():
+    """Byte fallback: a byte that breaks a row of them breaks the characters before it, too."""
+    names = ["<0x41>", "<0xE2>", "x", "\u2581hi", "<s>"]
+    made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(["<s>"])
+    broken = "\N{REPLACEMENT CHARACTER}"
+    assert "".join(run(made, [0, 1, 2])[0]) == f"A{broken}x"
+    assert "".join(run(made, [3] + [4] * 40 + [3, 3])[0]) == "hi hi hi"
 
 
 def test_special_tokens_have_no_text(tokenizer):

@@ -78,6 +78,13 @@ def test_counts_are_those_of_the_training_text(corpus, made):
         {"memory": "device", "memory_file": "FILE"},
         {"memory": "host", "memory_file": "FILE", "device_cache": 0.3, "frequency_file": "COUNTS"},
         {"memory": "disk", "memory_file": "FILE", "host_cache": 0.1, "frequency_file": "COUNTS"},
+        {
+            "memory": "disk",
+            "memory_file": "FILE",
+            "host_cache": 0.1,
+            "device_cache": 0.05,
+            "frequency_file": "COUNTS",
+        },
     ],
     ids=lambda serve: "-".join(str(v) for v in serve.values()),
 )
