@@ -78,6 +78,7 @@ def test_a_training_step_that_fits():
     assert exchange["bytes_received"] == exchange["rows_received"] * 80 * 4
 
 
+@pytest.mark.slow
 def test_bfloat16_tables_and_network():
     """Neither is the table converted before it is gathered from, nor copied to be rounded."""
     for table in ("float32", "bfloat16"):

@@ -151,7 +151,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+RARE = ("no memory", "one stream, tied")  # each model is a minute of compilation
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in RARE else ()) for n in MODELS]
+)
 def test_other_models_decode_as_the_plain_generator(name):
     program, state = tiny(**MODELS[name])
     weights = weights_of(program, state)
