@@ -71,7 +71,8 @@ def random_rows(rows: int, huge_pages: bool) -> tuple[list[Figure], dict[str, An
     """Gather of random rows against the bound."""
     array, rng = filled(rows, 256, huge_pages), np.random.default_rng(0)
     ids = [rng.integers(0, rows, BATCH).astype(np.int32) for _ in range(16)]
-    out, turn = np.zeros((BATCH, 256), np.uint8), iter(range(10**9))
+    out, turn = FORMAT.empty(BATCH)[0], iter(range(10**9))
+    out[:] = 0
 
     def fresh() -> np.ndarray:
         return ids[next(turn) % len(ids)]
