@@ -33,16 +33,16 @@ class TokenText:
         self._text, self._fresh = text, self._fresh + 1
         if text.endswith(BROKEN):
             return self._let_go() if self._fresh % _HELD == 0 else ""
-        return self._tell(self._fresh, len(text))
+        return self._tell()
 
     def flush(self) -> str:
         """The rest at the end."""
-        return self._tell(self._fresh, len(self._text))
+        return self._tell()
 
-    def _tell(self, count: int, end: int) -> str:
-        """The window's text up to `end`; its last `count` tokens are the context of the next."""
-        new = self._text[self._told : end]
-        self._window = self._window[len(self._window) - count :]
+    def _tell(self) -> str:
+        """The rest of the window's text; the tokens it is of are the context of the next."""
+        new = self._text[self._told :]
+        self._window = self._window[len(self._window) - self._fresh :]
         self._text, self._fresh = self._decode(self._window), 0
         self._told = len(self._text)
         return new
@@ -53,7 +53,7 @@ class TokenText:
         window = self._window
         for at in range(len(window) - 1, max(0, len(window) - 5), -1):
             gone, kept = self._decode(window[:at]), self._decode(window[at:])
-            if kept and gone + kept == self._text:
+            if gone + kept == self._text:
                 self._window, self._text = window[at:], kept
                 new, self._told, self._fresh = gone[self._told :], 0, len(window) - at
                 return new

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from engram_jax.address.hashing import addresses, canonicalise
+from engram_jax.config import ServeConfig
 from engram_jax.errors import UserError
 from engram_jax.memory.store.cache import CachedTable
 from engram_jax.memory.store.file import open_memory, write_memory
+from engram_jax.memory.store.frequency import Frequency, save_frequency
 from engram_jax.memory.store.rows import RowFormat
 from engram_jax.restore import weights_of
 from engram_jax.serve import memory as serve_memory
+from engram_jax.serve.assemble import open_memories
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import StagedMemory
 from engram_jax.serve.request import Finish, SamplingParams
@@ -184,3 +187,25 @@ def test_switching_memory_off(what, expected):
     assert abs(found.logprobs[0].logprob - expected[5].logprobs[0].logprob) > 1e-3
     if "off_layers" in switch:
         assert stats.get("rows_lookups", 0) == 0
+
+
+def test_hot_rows_do_not_fill_the_host_cache(tmp_path):
+    """The file, a cache of its rows, and the most frequent ones on the device: each row once."""
+    program, weights = model()
+    memory_file(tmp_path)
+    rows = len(weights.rows["1"])
+    ids = np.random.default_rng(0).permutation(rows).astype(np.int32)
+    counted = Frequency(ids, np.arange(rows, 0, -1), rows, rows * (rows + 1) // 2)
+    fingerprint = program.addressing.fingerprint
+    save_frequency(tmp_path / "counts.npz", {"1": counted}, fingerprint, 1)
+    serve = ServeConfig(
+        memory="disk",
+        memory_file=str(tmp_path / "memory.safetensors"),
+        frequency_file=str(tmp_path / "counts.npz"),
+        device_cache=0.1,
+        host_cache=0.2,
+    )
+    cache = open_memories(program, serve)["1"].source
+    hot, behind = ids[: rows // 10], ids[rows // 10 :][: rows // 10]
+    assert cache._sets.look(hot, np.empty(hot.size, np.int32)) == 0
+    assert cache._sets.look(behind, np.empty(behind.size, np.int32)) > behind.size // 2
