@@ -7,7 +7,8 @@
     python launch.py --config=configs/engram27b.py --mode=compile --topology=v5p:4x4x8
 
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
---workdir (default runs/<config.name>); the same command resumes it. On a TPU slice give every host
+--workdir (default runs/<config.name>); the same command resumes it, and --workdir alone takes the
+configuration that is stored there. On a TPU slice give every host
 the same command; elsewhere --coordinator_address, --num_processes and --process_id join processes.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from engram_jax import command_line
+from engram_jax import command_line, run_settings
 from engram_jax.errors import UserError
 
 MODES = (
@@ -37,7 +38,10 @@ MODES = (
     "describe",
     "compile",
 )
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/.")
+OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file under configs/; default: what the --workdir of a run has stored."
+)
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(
@@ -58,6 +62,11 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _STEP = flags.DEFINE_string(
     "step", "latest", "evaluate, generate, serve, export-memory: latest, best or a step number."
+)
+_ACCEPT = flags.DEFINE_list(
+    "accept_changes",
+    [],
+    "Keys or sections of the configuration that may differ from what the run was trained with.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "export-memory, count-memory: the file to write.")
 _FORMAT = flags.DEFINE_string(
@@ -90,6 +99,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"--program={_PROGRAM.value}: must be train or decode")
     if _PROFILE.value is not None and mode != "train":
         raise UserError(f"--profile={_PROFILE.value}: only --mode=train has steps to record")
+    run_settings.check_accepted(_ACCEPT.value)
+    if _ACCEPT.value and mode not in OPENS_A_RUN:
+        raise UserError(f"--accept_changes: only for --mode={', '.join(OPENS_A_RUN)}")
     if step not in ("latest", "best") and not step.isdecimal():
         raise UserError(f"--step={step}: must be latest, best or a step number")
     return list(argv[:1])
@@ -103,6 +115,7 @@ def main(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     config = command_line.config_of(_CONFIG.value, "config")
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+    accept = run_settings.check_accepted(_ACCEPT.value)
     if _MODE.value == "describe":
         from engram_jax import describe
 
@@ -130,27 +143,27 @@ def main(argv: Sequence[str]) -> None:
 
         text = _PROFILE.value
         window = None if text is None else profiling.parse_window(text, config.train.steps)
-        train.train(config, workdir, profile=window)
+        train.train(config, workdir, profile=window, accept=accept)
         # A second SIGTERM while the interpreter shuts down does not change the exit status.
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     elif _MODE.value == "evaluate":
         from engram_jax import evaluate
 
-        result = evaluate.evaluate(config, workdir, _STEP.value)
+        result = evaluate.evaluate(config, workdir, _STEP.value, accept)
         distributed.log(json.dumps(result) if _JSON.value else evaluate.table(result))
     elif _MODE.value == "generate":
         from engram_jax.serve import assemble
 
-        assemble.print_continuation(config, workdir, _STEP.value, _PROMPT.value)
+        assemble.print_continuation(config, workdir, _STEP.value, _PROMPT.value, accept)
     elif _MODE.value == "serve":
         from engram_jax.serve import assemble
 
-        assemble.serve(config, workdir, _STEP.value)
+        assemble.serve(config, workdir, _STEP.value, accept)
     elif _MODE.value == "export-memory":
         from engram_jax.serve import export
 
-        where = Path(_OUTPUT.value)
-        export.export_memory(config, workdir, _STEP.value, where, _FORMAT.value, distributed.log)
+        what = config, workdir, _STEP.value, Path(_OUTPUT.value), _FORMAT.value
+        export.export_memory(*what, distributed.log, accept)
     elif _MODE.value == "count-memory":
         from engram_jax.serve import export
 

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from configs import engram_tiny
+from engram_jax import saved_state
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config, parse
-from engram_jax.restore import restore_state
+from engram_jax.restore import which
 from engram_jax.run_data import open_together, place_batch
 from engram_jax.train_state import build_program
 from engram_jax.train_step import batch_addresses, fetch_rows, gradients
@@ -69,7 +70,8 @@ def main() -> None:
     data = open_together(config)
     program = build_program(config, data.addressing)
     with Checkpointer(flags.workdir, addressing=data.addressing, read_only=True) as checkpointer:
-        step, state = restore_state(program, checkpointer, flags.step)
+        restored = saved_state.restore(program, checkpointer, which(flags.step))
+    step, state = restored.step, restored.state
     size = config.data.batch_size
     batches = [
         place_batch(program.mesh, batch, size)

@@ -17,6 +17,7 @@ from ml_collections.config_flags import tuple_parser
 
 from engram_jax import config as config_lib
 from engram_jax.errors import UserError
+from engram_jax.workdir import RUN
 from kernels_pallas.dispatch import UnsupportedError
 
 T = TypeVar("T")
@@ -33,8 +34,10 @@ _READERS: dict[type, Callable[[str], Any]] = {
 def parse(argv: Sequence[str], flag_values: flags.FlagValues, config_flag: str) -> None:
     """absl's parser, after what it words badly has been checked. Raises UserError.
 
-    config_flag: names a config_flags file flag.
+    config_flag: names a config_flags file flag; where only the --workdir of a run is given, the
+      run's own configuration takes its place (run_settings.get_config).
     """
+    argv = _with_config_of_run(list(argv), config_flag)
     for name, value in _arguments(argv):
         if name == config_flag:
             _check_file(config_flag, value or "")
@@ -42,7 +45,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, config_flag: str) 
         if key and section in (config_flag, f"no{config_flag}"):
             _check_override(config_flag, key, value, negated=section != config_flag)
     try:
-        rest = flag_values(list(argv))
+        rest = flag_values(argv)
     except flags.UnrecognizedFlagError as error:
         known = flag_values.get_flags_for_module(flag_values.find_module_defining_flag(config_flag))
         names = sorted(f"--{flag.name}" for flag in known if "." not in flag.name)
@@ -57,7 +60,10 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, config_flag: str) 
 def config_of(value: Any, config_flag: str) -> config_lib.Config:
     """The validated configuration of a parsed config flag's value."""
     if value is None:
-        raise UserError(f"--{config_flag}: missing; for example configs/engram_tiny.py")
+        raise UserError(
+            f"--{config_flag}: missing; for example configs/engram_tiny.py (or --workdir, that of a"
+            " run, alone)"
+        )
     return config_lib.parse(value)
 
 
@@ -125,6 +131,17 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name, value if given else following
 
 
+def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
+    given = dict(_arguments(argv))
+    workdir = given.get("workdir")
+    if config_flag in given or not workdir or not Path(workdir, RUN).exists():
+        return argv
+    file = Path(__file__).with_name("run_settings.py")
+    own = f"--{config_flag}={file}:{given.get('step') or 'latest'}:{workdir}"
+    sys.argv = [argv[0], own, *argv[1:]]  # config_flags looks there for overrides
+    return sys.argv
+
+
 def _check_file(config_flag: str, value: str) -> None:
     """The file must exist, run, and return a configuration (what follows a colon is its argument).
 
@@ -137,6 +154,8 @@ def _check_file(config_flag: str, value: str) -> None:
     try:
         get_config = runpy.run_path(path).get("get_config")
         found = get_config(*[argument] if colon else []) if get_config else None
+    except UserError:
+        raise
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line, reason = (lines or [None])[-1], one_line(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from engram_jax import saved_state
 from engram_jax.address import load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.errors import UserError
-from engram_jax.restore import TOKENIZER, restore_state
+from engram_jax.restore import which
 from engram_jax.run_data import RunData, open_together, place_batch
+from engram_jax.run_settings import check_opened, check_text
 from engram_jax.sharding.rules import P
 from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.train_step import eval_step
-from engram_jax.workdir import check_trained
+from engram_jax.workdir import TOKENIZER
 
 
 class Evaluator:
@@ -53,25 +56,39 @@ class Evaluator:
         return float(total[0] / max(total[1], 1.0))
 
 
-def evaluate(config: Config, workdir: Path, step: str) -> dict[str, Any]:
+def evaluate(
+    config: Config, workdir: Path, step: str, accept: Sequence[str] = ()
+) -> dict[str, Any]:
     """Held-out loss of a checkpoint ("latest", "best" or a step) over the whole held-out split.
 
-    Raises UserError if there is no such checkpoint, or if it is another model's or tokenizer's.
+    accept: keys or sections of `config` that may differ from what the run was trained with; with
+      "data" it is scored on another text. What differed stands in the result.
+
+    Raises UserError if there is no such checkpoint, or if it is of other settings, another model,
+    tokenizer or text.
     """
-    agree(lambda: check_trained(workdir))
+    changes = agree(lambda: check_opened(config, workdir, step, accept))
     data = open_together(config, log=lambda line: print(line, file=sys.stderr))
     agree(lambda: check_tokenizer(workdir, data))
     program = build_program(config, data.addressing)
     with Checkpointer(workdir, addressing=data.addressing, read_only=True) as checkpointer:
-        number, state = restore_state(program, checkpointer, step)
+        restored = saved_state.restore(program, checkpointer, which(step))
+    position = restored.iterator
+    trained_on = position.get("data") if isinstance(position, dict) else None
+    fingerprint = data.prepared.fingerprint
+    same_text = agree(lambda: check_text(workdir, trained_on, fingerprint, accept))
+    number, state = restored.step, restored.state
     loss = Evaluator(program, data).loss(state)
-    return {
+    result = {
         "name": config.name,
         "step": number,
         "validation_loss": loss,
         "perplexity": math.exp(loss),
         "bits_per_byte": loss / math.log(2) / data.prepared.bytes_per_token,
     }
+    if changes:
+        result["changed_settings"] = {key: list(values) for key, values in changes.items()}
+    return result if same_text else {**result, "another_text": True}
 
 
 def check_tokenizer(workdir: Path, data: RunData) -> None:

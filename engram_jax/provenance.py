@@ -16,6 +16,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import jax
 import engram_jax
 from engram_jax.config import Config, to_dict
 from engram_jax.errors import UserError
+from engram_jax.workdir import RUN
 
 _PACKAGES = (
     "jax",
@@ -39,17 +41,27 @@ _PACKAGES = (
 _VARIABLES = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_")
 
 
-def record(workdir: str | Path, config: Config, *, resumed_at: int = 0) -> Path:
+def record(
+    workdir: str | Path,
+    config: Config,
+    *,
+    resumed_at: int = 0,
+    changed_settings: Mapping[str, tuple[Any, Any]] | None = None,
+) -> Path:
     """Add this launch to `workdir`/run.json (made if missing); returns its path.
 
-    resumed_at: the step this launch starts from. Only the first process writes.
+    resumed_at: the step this launch starts from. changed_settings: key -> (value before, value from
+    here on), what was accepted to differ. Only the first process writes.
     Raises UserError if the file there is not one of ours.
     """
-    path = Path(workdir) / "run.json"
+    path = Path(workdir) / RUN
     if jax.process_index() != 0:
         return path
     launches = read(path) if path.exists() else []
-    launches.append({**describe_launch(), "resumed_at": resumed_at, "config": to_dict(config)})
+    launch = {**describe_launch(), "resumed_at": resumed_at, "config": to_dict(config)}
+    if changed_settings:
+        launch["changed_settings"] = dict(changed_settings)
+    launches.append(launch)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps({"launches": launches}, indent=1) + "\n")
@@ -63,7 +75,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         launches = json.loads(Path(path).read_text())["launches"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not a record of launches; move it away") from error
-    if not isinstance(launches, list):
+    if not isinstance(launches, list) or not all(isinstance(x, dict) for x in launches):
         raise UserError(f"{path}: is not a record of launches; move it away")
     return launches
 

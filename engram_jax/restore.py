@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 from engram_jax import saved_state
-from engram_jax.address import artifact, load_tokenizer
+from engram_jax.address import artifact, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import DEVICE, Config
@@ -22,10 +23,11 @@ from engram_jax.data import PreparedData
 from engram_jax.errors import UserError
 from engram_jax.generate import Weights
 from engram_jax.memory.exchange import natural_order
+from engram_jax.run_settings import check_opened
 from engram_jax.train_state import Program, TrainState, build_program
-from engram_jax.workdir import check_trained
+from engram_jax.workdir import TOKENIZER
 
-TOKENIZER, _TEXT = "tokenizer.json", "text.json"
+_TEXT = "text.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ def save_text_side(workdir: Path, prepared: PreparedData) -> None:
     """
     if jax.process_index() != 0:
         return
-    shutil.copyfile(prepared.tokenizer_path, workdir / TOKENIZER)
+    kept = workdir / TOKENIZER
+    if not (kept.exists() and kept.samefile(prepared.tokenizer_path)):
+        shutil.copyfile(prepared.tokenizer_path, kept)
     (workdir / _TEXT).write_text(json.dumps({"eos_id": prepared.eos_id}) + "\n")
 
 
@@ -57,29 +61,29 @@ def weights_of(program: Program, state: TrainState) -> Weights:
     return Weights(state.params, state.router_bias, rows)
 
 
-def restore_state(
-    program: Program, checkpointer: Checkpointer, step: str
-) -> tuple[int, TrainState]:
-    """step: as in `which`. Returns (the step, the state)."""
-    restored = saved_state.restore(program, checkpointer, which(step))
-    return restored.step, restored.state
-
-
 def which(step: str) -> int | str | None:
     """ "latest", "best" or a number, as `Checkpointer.restore` takes it."""
-    if step not in ("latest", "best") and not step.isdigit():
+    if step not in ("latest", "best") and not step.isdecimal():
         raise UserError(f"--step={step}: must be latest, best or a step number")
     return {"latest": None, "best": "best"}[step] if step in ("latest", "best") else int(step)
 
 
-def load(config: Config, workdir: Path, step: str = "latest", rows: str | None = DEVICE) -> Trained:
+def load(
+    config: Config,
+    workdir: Path,
+    step: str = "latest",
+    rows: str | None = DEVICE,
+    accept: Sequence[str] = (),
+) -> Trained:
     """The model of a run. Raises UserError if the workdir holds none, or another one.
 
     rows: where to read the tables to: DEVICE, HOST (np.ndarray) or None = not at all.
+    accept: keys or sections of `config` that may differ from what the run was trained with.
     """
 
     def read() -> tuple[Any, int]:
-        check_trained(workdir)
+        check_opened(config, workdir, step, accept)
+        check_same_tokenizer(config, workdir)
         return load_tokenizer(workdir / TOKENIZER), json.loads((workdir / _TEXT).read_text())[
             "eos_id"
         ]
@@ -93,3 +97,17 @@ def load(config: Config, workdir: Path, step: str = "latest", rows: str | None =
     tables = {} if rows is None else {k: t.rows for k, t in state.memory.items()}
     weights = Weights(state.params, state.router_bias, tables)
     return Trained(program, weights, tokenizer, eos_id, found.step)
+
+
+def check_same_tokenizer(config: Config, workdir: Path) -> None:
+    """Raises UserError if config.tokenizer.path names another tokenizer than the run's, which would
+    not be used."""
+    if not config.tokenizer.path:
+        return
+    given = tokenizer_fingerprint(load_tokenizer(config.tokenizer.path))
+    trained = tokenizer_fingerprint(load_tokenizer(workdir / TOKENIZER))
+    if given != trained:
+        raise UserError(
+            f"config.tokenizer.path = {config.tokenizer.path!r}: tokenizer {given} is not the one"
+            f" that the model in {workdir} was trained with, {trained}; leave it out"
+        )

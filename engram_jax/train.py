@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from engram_jax.planning import with_planned_exchange
 from engram_jax.preemption import Preemption
 from engram_jax.restore import save_text_side
 from engram_jax.run_data import RunData, open_together, place_batch
+from engram_jax.run_settings import Changes, check_resumed
 from engram_jax.train_state import Program, TrainState, build_program, check_memory, create_state
 from engram_jax.train_step import jit_train_step, jit_utilisation
 from engram_jax.workdir import check_writable, held
@@ -51,29 +52,35 @@ def train(
     workdir: Path,
     log: Callable[[str], None] = distributed.log,
     profile: tuple[int, int] | None = None,
+    accept: Sequence[str] = (),
 ) -> TrainState:
     """Train to `config.train.steps`, resuming from the newest checkpoint in `workdir` if any.
 
     profile: (START, STOP), the steps to record; see profiling.py.
+    accept: keys or sections of the configuration in which it may differ from the one that the run
+      in `workdir` was trained with (run_settings.check_resumed).
 
     After SIGTERM the state returned is that after the step under way; it is saved, and nothing is
     reported (preemption.py; SystemExit(0) if it came before or after the loop).
-    Raises UserError for what the user can mend: unusable data, a foreign checkpoint, a loss that is
-    no longer finite (the state before that step is then a checkpoint, and the batch a file).
+    Raises UserError for what the user can mend: unusable data, other settings than those of the run
+    in `workdir`, a foreign checkpoint, a loss that is no longer finite (the state before that step
+    is then a checkpoint, and the batch a file).
     """
     watched = {"started": time.monotonic(), "profile": profile}
     with Preemption(log) as preemption:
-        return _train(config, workdir, log, preemption, watched)
+        return _train(config, workdir, log, accept, preemption, watched)
 
 
 def _train(
     config: Config,
     workdir: Path,
     log: Callable[[str], None],
+    accept: Sequence[str],
     preemption: Preemption,
     watched: dict[str, Any],
 ) -> TrainState:
     agree(lambda: check_writable(workdir))
+    changes = agree(lambda: check_resumed(config, workdir, accept, log))
     data = open_together(config, log)
     agree(lambda: check_samples(config, data.prepared.tokenizer))
     program = build_program(config, data.addressing)
@@ -89,7 +96,9 @@ def _train(
                 keep_best=config.train.keep_best,
             ) as checkpointer,
         ):
-            run = Run(config, workdir, data, program, checkpointer, log, preemption, watched)
+            run = Run(
+                config, workdir, data, program, checkpointer, log, preemption, watched, changes
+            )
             state = run.loop()
         if preemption.stopped:
             return state
@@ -98,7 +107,10 @@ def _train(
 
 
 class Run:
-    """One launch of a training run. watched: arguments of its Instruments."""
+    """One launch of a training run.
+
+    watched: arguments of its Instruments. changes: of the settings, against the run so far.
+    """
 
     def __init__(
         self,
@@ -110,6 +122,7 @@ class Run:
         log: Callable[[str], None],
         preemption: Preemption | None = None,
         watched: dict[str, Any] | None = None,
+        changes: Changes | None = None,
     ):
         self.preemption = preemption or Preemption(log)  # this one listens to no signal
         self.config, self.workdir, self.log = config, workdir, log
@@ -117,16 +130,18 @@ class Run:
         self.iterator = data.train_iterator(program.mesh)
         self.state = self._start()
         self.first_step = int(self.state.step)
-        self.writer = agree(lambda: self._records(data))
+        self.writer = agree(lambda: self._records(data, changes or {}))
         self.evaluator = Evaluator(program, data)
         self.utilisation = jit_utilisation(program)
         self.instruments = Instruments(
             config, workdir, first_step=self.first_step, log=log, **watched or {}
         )
 
-    def _records(self, data: RunData) -> MetricsWriter:
+    def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
         """What stands in the workdir before the first step; process 0 writes it."""
-        provenance.record(self.workdir, self.config, resumed_at=self.first_step)
+        provenance.record(
+            self.workdir, self.config, resumed_at=self.first_step, changed_settings=changes
+        )
         save_text_side(self.workdir, data.prepared)
         return MetricsWriter(self.workdir, start_step=self.first_step)
 

@@ -21,6 +21,8 @@ import jax
 from engram_jax.agreement import agree
 from engram_jax.errors import UserError
 
+RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
+
 
 def check_writable(workdir: Path) -> None:
     """Raises UserError if `workdir` is not, and cannot become, a folder to write to.
@@ -42,8 +44,15 @@ def check_writable(workdir: Path) -> None:
 
 def check_trained(workdir: Path) -> None:
     """Raises UserError if no run was ever started in `workdir`."""
-    if not (workdir / "checkpoints").is_dir():
+    if not (workdir / CHECKPOINTS).is_dir():
         raise UserError(f"--workdir={workdir}: no trained model there; run --mode=train first")
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """The steps that `workdir` has a checkpoint of, ascending, by the names of their folders."""
+    folder = workdir / CHECKPOINTS
+    found = folder.iterdir() if folder.is_dir() else []
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,17 @@ from engram_jax.serve.wire import Limits
 from engram_jax.train_state import Program
 
 
-def open_engine(config: Config, workdir: Path, step: str) -> Engine:
+def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Engine:
     """The engine of a run's checkpoint; config.serve says where its memory lies.
+
+    accept: keys or sections of `config` that may differ from what the run was trained with.
 
     Raises UserError for what does not fit together: no checkpoint, another model's memory file.
     """
-    return make_engine(load_for(config, workdir, step), config.serve)
+    return make_engine(load_for(config, workdir, step, accept), config.serve)
 
 
-def load_for(config: Config, workdir: Path, step: str) -> Trained:
+def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Trained:
     """The weights, and the tables where config.serve wants them, unless they come from a memory
     file or are all off."""
     serve = config.serve
@@ -47,7 +50,7 @@ def load_for(config: Config, workdir: Path, step: str) -> Trained:
     rows: str | None = DEVICE if serve.memory == DEVICE else HOST
     if serve.memory_file or all(map(serve.is_off, config.model.engram.layers)):
         rows = None
-    return load(config, workdir, step, rows=rows)
+    return load(config, workdir, step, rows=rows, accept=accept)
 
 
 def make_engine(trained: Trained, serve: ServeConfig) -> Engine:
@@ -128,9 +131,11 @@ def _check_file(program: Program, serve: ServeConfig, file: MemoryFile, layer: s
         )
 
 
-def print_continuation(config: Config, workdir: Path, step: str, prompt: str) -> None:
-    """Stream a prompt's continuation to standard output."""
-    trained = load_for(config, workdir, step)
+def print_continuation(
+    config: Config, workdir: Path, step: str, prompt: str, accept: Sequence[str] = ()
+) -> None:
+    """Stream a prompt's continuation to standard output. accept: as in `open_engine`."""
+    trained = load_for(config, workdir, step, accept)
     ids = trained.tokenizer.encode(prompt, add_special_tokens=False).ids
     serve, page = config.serve, config.serve.page
     room = -(-(len(ids) + config.generate.max_tokens) // page) * page
@@ -143,14 +148,14 @@ def print_continuation(config: Config, workdir: Path, step: str, prompt: str) ->
     engine.close()
 
 
-def serve(config: Config, workdir: Path, step: str) -> None:
-    """Serve a checkpoint over HTTP until SIGTERM."""
+def serve(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> None:
+    """Serve a checkpoint over HTTP until SIGTERM. accept: as in `open_engine`."""
     where = config.serve
     bound = server.bind(where.host, where.port)  # before the model: a port in use is known at once
     try:
         if jax.process_count() > 1:
             raise UserError("--mode=serve: must run as one process; this is one of several")
-        engine = open_engine(config, workdir, step)
+        engine = open_engine(config, workdir, step, accept)
         engine.warm_up()
     except BaseException:
         bound.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,23 @@ Log = Callable[[str], None]
 
 
 def export_memory(
-    config: Config, workdir: Path, step: str, path: Path, row_format: str, log: Log
+    config: Config,
+    workdir: Path,
+    step: str,
+    path: Path,
+    row_format: str,
+    log: Log,
+    accept: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint's tables as a memory file (memory/store/header.py).
 
-    row_format: "float32", "bfloat16", "fp8", or "" = as the tables are. Needs host memory for the
+    row_format: "float32", "bfloat16", "fp8", or "" = as the tables are. accept: keys or sections of
+    `config` that may differ from what the run was trained with. Needs host memory for the
     tables, none on the device.
     """
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory to export")
-    trained = load(config, workdir, step, rows=HOST)
+    trained = load(config, workdir, step, rows=HOST, accept=accept)
     stored = RowFormat(row_format or config.model.engram.table_dtype, config.model.engram.dim)
     addressing = trained.program.addressing
     assert addressing is not None

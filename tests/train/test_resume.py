@@ -84,8 +84,9 @@ def refused(outcome: Outcome, *words: str) -> str:
 def test_other_addresses_are_refused_with_both_fingerprints(corpus, undisturbed, change, tmp_path):
     stored = json.loads((undisturbed / "addressing" / "addressing.json").read_text())
     before = contents(undisturbed)
+    accept = "--accept_changes=model,tokenizer"  # the settings: see test_settings.py
     for mode in ("--mode=train", "--mode=evaluate"):
-        line = refused(launched(*small_run(corpus, undisturbed, **change), mode))
+        line = refused(launched(*small_run(corpus, undisturbed, **change), mode, accept))
         if "tokenizer__vocab_size" in change and mode == "--mode=evaluate":
             continue  # its tokenizer was refused before
         found = re.findall(r"\b[0-9a-f]{64}\b", line)

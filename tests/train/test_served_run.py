@@ -111,6 +111,7 @@ def test_files_of_others_are_refused(corpus, undisturbed, made, tmp_path):
     refused(generated(corpus, undisturbed, memory="host", memory_file=tmp_path / "text"), "text")
     other = [*small_run(corpus, undisturbed), "--config.model.engram.seed=9"]
     other += ["--config.serve.memory=disk", f"--config.serve.memory_file={made[0]}"]
+    other += ["--accept_changes=model.engram.seed"]
     refused(launched(*other, "--mode=generate", "--prompt=a"), "addressing")
     foreign = {"memory": "host", "memory_file": made[0], "device_cache": 0.5}
     refused(

@@ -1,0 +1,296 @@
+"""The settings a run was trained with, and which of them another launch may change.
+
+A number belongs to the settings that made it. So whoever opens a workdir that holds checkpoints
+must mean the same run: every key of the configuration decides a result unless FREE lists it, and
+one that differs from the run's is refused, or accepted by name and written down.
+
+As a configuration file this module gives back a run's own configuration:
+`--config=engram_jax/run_settings.py:latest:runs/engram_tiny`, which is what launch.py makes of
+`--workdir=runs/engram_tiny` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from engram_jax import provenance
+from engram_jax.config import Config, parse, section_types, to_dict
+from engram_jax.config_difference import differences
+from engram_jax.errors import UserError
+from engram_jax.optim.schedule import learning_rate
+from engram_jax.workdir import CHECKPOINTS, RUN, TOKENIZER, check_trained, checkpoint_steps
+
+# What decides no result: where and how fast a run computes, when it looks, saves and tells, what is
+# done with a model afterwards. Of the two paths the content is compared (text, tokenizer).
+FREE = (
+    "name",
+    "tokenizer.path",
+    "model.remat",
+    "model.kernels",
+    "model.engram.addresses",
+    "mesh",
+    "data.path",
+    "data.cache_dir",
+    "data.workers",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.keep_best",
+    "train.count_models",
+    "train.samples",
+    "train.sample_tokens",
+    "train.hang_seconds",
+    "train.hang_exit",
+    "generate",
+    "serve",
+)
+# A run's position in its data is that of one stream of batches; no other can be continued.
+DATA = "data"
+
+Changes = dict[str, tuple[Any, Any]]  # key -> (the run's value, this launch's)
+
+
+def covers(keys: Sequence[str], key: str) -> bool:
+    """Whether one of `keys` is `key` or a section around it."""
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
+def check_accepted(keys: Sequence[str]) -> tuple[str, ...]:
+    """The keys of --accept_changes, without "config.". Raises UserError for one that is none."""
+    accepted = tuple(key.strip().removeprefix("config.") for key in keys)
+    for key in accepted:
+        section: Any = Config
+        for name in key.split("."):
+            there = section_types(section)
+            if name not in there:
+                allowed = ", ".join(there) or "no keys"
+                raise UserError(
+                    f"--accept_changes={key}: unknown key {name!r}; there are {allowed}"
+                )
+            section = there[name]
+    return accepted
+
+
+def check_resumed(
+    config: Config, workdir: Path, accept: Sequence[str], log: Callable[[str], None]
+) -> Changes:
+    """Whether `config` may go on with the run in `workdir`; returns what it changes, all accepted.
+
+    accept: keys or sections that may differ. More or fewer steps need no acceptance where no step
+    so far would have had another learning rate; the log then says what becomes of the schedule.
+
+    Raises UserError with every other difference, for another data stream, and if the run has more
+    steps than are asked for.
+    """
+    steps = checkpoint_steps(workdir)
+    stored = _stored(workdir, max(steps)) if steps else None
+    if stored is None:
+        return {}
+    changes = _decisive(stored, config)
+    done, wanted = max(steps), config.train.steps
+    if "train.steps" in changes:
+        if wanted < done:
+            raise UserError(
+                f"config.train.steps = {wanted}: the run in {workdir} has {done} steps already;"
+                " give as many at least, or another --workdir"
+            )
+        if _same_rates(stored, config, done):
+            accept = (*accept, "train.steps")
+    if fixed := [key for key in changes if covers([DATA], key)]:
+        raise UserError(
+            f"--workdir={workdir}: the run there reads other data:"
+            f" {_listed(changes, fixed)}; a run cannot go on with another stream of batches: give"
+            " another --workdir"
+        )
+    _refuse(workdir, changes, accept, "give another --workdir", _schedule(stored, config, done))
+    for key in changes:
+        told = _schedule(stored, config, done) if key == "train.steps" else ""
+        log(f"settings: {_listed(changes, [key])}{told}")
+    return changes
+
+
+def check_opened(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Changes:
+    """Whether `config` is that of a checkpoint in `workdir`; returns what it changes, all accepted.
+
+    step: "latest", "best" or a number. Raises UserError if no run was started there, and with every
+    difference that `accept` (keys or sections) does not cover.
+    """
+    check_trained(workdir)
+    stored = _stored(workdir, _number(workdir, step))
+    if stored is None:
+        return {}
+    changes = _decisive(stored, config)
+    _refuse(workdir, changes, accept, "leave them out (and --config) to use the run's own")
+    return changes
+
+
+def check_text(workdir: Path, trained_on: Any, found: str, accept: Sequence[str]) -> bool:
+    """Whether the text at hand is the run's; raises UserError if it is not and DATA or a key of it
+    is not accepted. Both are fingerprints of text, split and tokenizer."""
+    same = trained_on is None or trained_on == found
+    if not same and not any(covers([DATA], key) for key in accept):
+        raise UserError(
+            f"config.data: the text, {found}, is not the one that the run in {workdir} was trained"
+            f" and evaluated with, {trained_on}; to score it on another text, add"
+            f" --accept_changes={DATA}"
+        )
+    return same
+
+
+def get_config(argument: str) -> ml_collections.ConfigDict:
+    """The configuration of "STEP:WORKDIR", as one under configs/ gives it.
+
+    The tokenizer is the workdir's own copy, so neither text nor cache is needed to have it; a
+    relative data.path is taken from the folder that the run was launched in.
+    """
+    step, _, folder = argument.partition(":")
+    workdir = Path(folder)
+    check_trained(workdir)
+    launch = _launch(workdir, _number(workdir, step))
+    if launch is None:
+        raise UserError(f"--workdir={workdir}: has no {RUN}; give --config")
+    config, _ = _config_of(workdir, launch)
+    tokens, data = config.tokenizer, config.data
+    if (workdir / TOKENIZER).is_file():
+        tokens = dataclasses.replace(tokens, path=str((workdir / TOKENIZER).absolute()))
+    if data.source == "folder":
+        there = Path(launch.get("directory") or ".") / Path(data.path).expanduser()
+        data = dataclasses.replace(data, path=str(there))
+    return ml_collections.ConfigDict(
+        to_dict(dataclasses.replace(config, tokenizer=tokens, data=data))
+    )
+
+
+def _decisive(stored: Config, config: Config) -> Changes:
+    found = differences(stored, config)
+    return {key: (theirs, ours) for key, theirs, ours in found if not covers(FREE, key)}
+
+
+def _refuse(
+    workdir: Path, changes: Changes, accept: Sequence[str], instead: str, schedule: str = ""
+) -> None:
+    refused = [key for key in changes if not covers(accept, key)]
+    if refused:
+        told = schedule if "train.steps" in refused else ""
+        raise UserError(
+            f"--workdir={workdir}: the run there has other settings: {_listed(changes, refused)}"
+            f"{told}; {instead}, or accept the change on purpose:"
+            f" --accept_changes={','.join(refused)}"
+        )
+
+
+def _listed(changes: Changes, keys: Sequence[str]) -> str:
+    return ", ".join(
+        f"config.{key} is {changes[key][0]!r} there and {changes[key][1]!r} here" for key in keys
+    )
+
+
+def _schedule(stored: Config, config: Config, done: int) -> str:
+    """What other numbers of steps make of the learning rate, for a run that has `done`."""
+    boundaries = []
+    for given in (stored, config):
+        fractions = given.optimizer.decay_at
+        boundaries.append([round(fraction * given.train.steps) for fraction in fractions])
+    before, after = _rates(stored, done)[-1], _rates(config, done)[-1]
+    return (
+        f" (the learning rate falls at steps {_and(boundaries[1])} instead of"
+        f" {_and(boundaries[0])}; at step {done} it goes on with {after:.3g}, the run's was"
+        f" {before:.3g})"
+    )
+
+
+def _and(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers)) or "none"
+
+
+def _rates(config: Config, done: int) -> np.ndarray:
+    """Learning rates of steps 0 to `done`, the last one being the next to be made."""
+    rate = learning_rate(config.optimizer, config.train.steps)
+    return np.asarray(rate(jnp.arange(done + 1, dtype=jnp.int32)))
+
+
+def _same_rates(stored: Config, config: Config, done: int) -> bool:
+    return bool((_rates(stored, done)[:-1] == _rates(config, done)[:-1]).all())
+
+
+def _stored(workdir: Path, step: int) -> Config | None:
+    """The configuration that checkpoint `step` was trained with; None if no record says so."""
+    launch = _launch(workdir, step)
+    if launch is None:
+        _warn(f"{workdir} has no {RUN}: whether its run had other settings was not checked")
+        return None
+    config, unknown = _config_of(workdir, launch)
+    if unknown:
+        _warn(f"{workdir / RUN} has keys that this version does not know: {', '.join(unknown)}")
+    return config
+
+
+def _launch(workdir: Path, step: int) -> dict[str, Any] | None:
+    """The launch that made checkpoint `step`: the last one that began before it."""
+    if not (workdir / RUN).exists():
+        return None
+    launches = provenance.read(workdir / RUN)
+    made = [launch for launch in launches if launch.get("resumed_at", 0) < max(step, 1)]
+    return (made or launches)[-1] if launches else None
+
+
+def _config_of(workdir: Path, launch: dict[str, Any]) -> tuple[Config, list[str]]:
+    """A launch's configuration, and its keys that this version does not know.
+
+    Keys that have been added since have their defaults, which mean what was done before them.
+    """
+    unknown: list[str] = []
+    try:
+        return parse(_known(launch["config"], Config, "config", unknown)), unknown
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{workdir / RUN}: is not a record of launches; move it away") from error
+    except UserError as error:
+        raise UserError(f"{workdir / RUN}: {error}") from error
+
+
+def _known(values: Any, section: Any, where: str, unknown: list[str]) -> dict[str, Any]:
+    hints, known = section_types(section), {}
+    for key, value in values.items():
+        if key not in hints:
+            unknown.append(f"{where}.{key}")
+        elif section_types(hints[key]):
+            known[key] = _known(value, hints[key], f"{where}.{key}", unknown)
+        else:
+            known[key] = value
+    return known
+
+
+def _number(workdir: Path, step: str) -> int:
+    """The step that "latest", "best" or a number means. Whether it is there is told when it is
+    read."""
+    steps = checkpoint_steps(workdir)
+    if step.isdecimal():
+        return int(step)
+    if step == "best":
+        from engram_jax.checkpoint_files import read_meta  # imports Orbax
+
+        losses = {}
+        for number in steps:
+            with contextlib.suppress(UserError):
+                content = read_meta(workdir / CHECKPOINTS / str(number))
+                losses[number] = content["metrics"].get("loss")
+        ranked = [(loss, number) for number, loss in losses.items() if loss is not None]
+        if ranked:
+            return min(ranked)[1]
+    return max(steps, default=0)
+
+
+def _warn(line: str) -> None:
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
