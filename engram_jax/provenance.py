@@ -1,6 +1,7 @@
 """run.json: how every launch of a run can be repeated.
 
-    {"launches": [{"time": ..., "command": ..., "resumed_at": 0, "config": {...}, ...}, ...]}
+    {"launches": [{"time": ..., "command": ..., "resumed_at": 0, "config": {...}, "data": {...},
+                   ...}, ...]}
 
 A resumed run adds a launch. The file is replaced by renaming, so it is whole at any moment.
 """
@@ -16,6 +17,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +41,27 @@ _PACKAGES = (
 _VARIABLES = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_")
 
 
-def record(workdir: str | Path, config: Config, *, resumed_at: int = 0) -> Path:
+def record(
+    workdir: str | Path, config: Config, data: Mapping[str, Any], *, resumed_at: int = 0
+) -> Path:
     """Add this launch to `workdir`/run.json (made if missing); returns its path.
 
-    resumed_at: the step this launch starts from. Only the first process writes.
+    data: what text is trained on (`PreparedData.summary`). resumed_at: the step this launch starts
+    from. Only the first process writes.
     Raises UserError if the file there is not one of ours.
     """
     path = Path(workdir) / "run.json"
     if jax.process_index() != 0:
         return path
     launches = read(path) if path.exists() else []
-    launches.append({**describe_launch(), "resumed_at": resumed_at, "config": to_dict(config)})
+    launches.append(
+        {
+            **describe_launch(),
+            "resumed_at": resumed_at,
+            "config": to_dict(config),
+            "data": dict(data),
+        }
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps({"launches": launches}, indent=1) + "\n")
