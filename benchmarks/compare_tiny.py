@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from engram_jax import provenance
 from engram_jax.config import parse
 from engram_jax.describe import describe
 
@@ -33,7 +34,7 @@ MODELS = ("engram_tiny", "moe_tiny")
 
 
 def run(model: str, seed: int, out: Path, core: int, extra: list[str]) -> dict[str, Any]:
-    """Train (or find) one run; returns its held-out loss."""
+    """Train (or find) one run; returns its held-out loss, and what text that is of."""
     workdir = out / f"{model}_{seed}"
     command = [
         *("taskset", "-c", str(core), sys.executable, "launch.py"),
@@ -43,7 +44,8 @@ def run(model: str, seed: int, out: Path, core: int, extra: list[str]) -> dict[s
     with (out / f"{model}_{seed}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     losses = json.loads((workdir / "losses.json").read_text())
-    return {"name": model, "seed": seed, "loss": losses[model]}
+    text = provenance.read(workdir / "run.json")[-1]["data"]
+    return {"name": model, "seed": seed, "loss": losses[model], "text": text}
 
 
 def main() -> None:
@@ -69,6 +71,11 @@ def main() -> None:
     with ThreadPoolExecutor(cores.qsize()) as pool:
         results = list(pool.map(job, pairs))
 
+    texts = {r["text"]["digest"]: r["text"] for r in results}
+    if len(texts) > 1:
+        raise SystemExit(f"runs on different texts, {', '.join(texts)}: give another --out")
+    (text,) = texts.values()
+    print(f"{text['source']}, digest {text['digest']}")
     table = {}
     for model in known.models:
         losses = [r["loss"] for r in results if r["name"] == model]
@@ -88,7 +95,8 @@ def main() -> None:
     if known.json:
         known.json.parent.mkdir(parents=True, exist_ok=True)
         machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "jax": jax.__version__}
-        known.json.write_text(json.dumps({"machine": machine, "models": table}, indent=1) + "\n")
+        found = {"machine": machine, "text": text, "models": table}
+        known.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
         sys.exit("--limit_share: needs disk_cache among --variants")
     if names == ["alone"]:
         sys.exit("--variants: alone has nothing to be compared with")
-    program, weights, store = model(chosen)
+    program, weights, data = model(chosen)
+    store = data.store_train
     warm = chosen.warm_up
     prompts, script, wanted = requests(chosen, FirstHalf(store), warm + chosen.sequences)
     params = [SamplingParams(max_tokens=w, seed=i) for i, w in enumerate(wanted)]
@@ -111,7 +112,7 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
         f"{chosen.backbone} backbone, {size / 1e6:,.0f} M parameters, beside a table of"
         f" {rows * 256 / 1e9:.2f} B ({table_bytes / 1e9:.2f} GB, FP8); {chosen.sequences} sequences"
         f", {chosen.together} together, prompts {chosen.prompt}, answers {chosen.answer} tokens,"
-        f" {chosen.slice} steps between turns"
+        f" {chosen.slice} steps between turns; text: {data.report.source} ({data.report.digest})"
     )
     if limited is not None:
         most, allowed = max(limited.cache_bytes) / 1e9, limited.allowed / 1e9

@@ -72,7 +72,7 @@ class Replay:
 
 
 def model(chosen: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """(program, weights, text tokens) with DeepSeek-V4.1's memory geometry at layer 1."""
+    """(program, weights, data) with DeepSeek-V4.1's memory geometry at layer 1."""
     import jax
     from flax import nnx
 
@@ -115,7 +115,7 @@ def model(chosen: argparse.Namespace) -> tuple[Any, Any, Any]:
         return jax.tree.map(lambda x: x.astype(dtype), params), bias
 
     params, bias = jax.jit(create)()
-    return program, Weights(params, bias, {}), data.store_train
+    return program, Weights(params, bias, {}), data
 
 
 def requests(

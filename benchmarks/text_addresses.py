@@ -64,7 +64,7 @@ def open_text(rows_per_head: int) -> Text:
     return Text(
         np.asarray(store.tokens, np.int32),
         store.starts,
-        f"{len(store):,} tokens of the demo's text, {name}",
+        f"{len(store):,} tokens of the {data.report.source} ({data.report.digest}), {name}",
         BatchAddresser(addressing),
         addressing.layers[int(LAYER)].rows,
         addressing.fingerprint,

@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer.vocab_size = 2048
     config.data.seq_len = 128
     config.data.batch_size = 16
-    config.data.validation_fraction = 0.03
+    config.data.validation_fraction = 0.05
 
     config.optimizer.peak_lr = 4e-3
     config.optimizer.warmup_steps = 40

@@ -197,12 +197,12 @@ class ModelConfig:
 class DataConfig:
     """Where text comes from.
 
-    source: "local" = the embedded default (text every machine has), "folder" = text/JSONL files
-      under `path`, "tfds" = the TFDS data set named `path`.
+    source: "local" = the embedded default (the sources of Python's standard library), "folder" =
+      text/JSONL files under `path`, "tfds" = the TFDS data set named `path`.
     cache_dir: prepared data sets, trained tokenizers and token stores; "" = $ENGRAM_CACHE, else
       ~/.cache/engram_jax.
-    max_megabytes: at most so much text (10^6 bytes); 0 = 24 of the embedded default, all of any
-      other source. What is left out is counted in the report.
+    max_megabytes: at most so much text (10^6 bytes); 0 = all. What is left out is counted in the
+      report.
     max_document_bytes: longer documents are cut at line ends.
     workers: processes that make the batches; 0 = threads of this one.
     """

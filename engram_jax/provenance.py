@@ -1,6 +1,7 @@
 """run.json: how every launch of a run can be repeated.
 
-    {"launches": [{"time": ..., "command": ..., "resumed_at": 0, "config": {...}, ...}, ...]}
+    {"launches": [{"time": ..., "command": ..., "resumed_at": 0, "config": {...}, "data": {...},
+                   ...}, ...]}
 
 A resumed run adds a launch. The file is replaced by renaming, so it is whole at any moment.
 """
@@ -44,21 +45,28 @@ _VARIABLES = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_")
 def record(
     workdir: str | Path,
     config: Config,
+    data: Mapping[str, Any],
     *,
     resumed_at: int = 0,
     changed_settings: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Path:
     """Add this launch to `workdir`/run.json (made if missing); returns its path.
 
-    resumed_at: the step this launch starts from. changed_settings: key -> (value before, value from
-    here on), what was accepted to differ. Only the first process writes.
+    data: what text is trained on (`PreparedData.summary`). resumed_at: the step this launch starts
+    from. changed_settings: key -> (value before, value from here on), what was accepted to differ.
+    Only the first process writes.
     Raises UserError if the file there is not one of ours.
     """
     path = Path(workdir) / RUN
     if jax.process_index() != 0:
         return path
     launches = read(path) if path.exists() else []
-    launch = {**describe_launch(), "resumed_at": resumed_at, "config": to_dict(config)}
+    launch = {
+        **describe_launch(),
+        "resumed_at": resumed_at,
+        "config": to_dict(config),
+        "data": dict(data),
+    }
     if changed_settings:
         launch["changed_settings"] = dict(changed_settings)
     launches.append(launch)

@@ -104,8 +104,8 @@ def check_same_text(run_data: RunData) -> None:
     if other is not None:
         raise UserError(
             f"config.data: the text or the tokenizer of process {other} is not that of process 0;"
-            " give every host the same data.path and tokenizer.path (the embedded text is each"
-            " machine's own; a data.cache_dir that all share makes it one)"
+            " give every host the same data.path and tokenizer.path (the embedded text is the"
+            " standard library of each host's Python: give all the same version)"
         )
 
 

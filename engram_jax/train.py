@@ -140,7 +140,11 @@ class Run:
     def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
         """What stands in the workdir before the first step; process 0 writes it."""
         provenance.record(
-            self.workdir, self.config, resumed_at=self.first_step, changed_settings=changes
+            self.workdir,
+            self.config,
+            data.prepared.summary(),
+            resumed_at=self.first_step,
+            changed_settings=changes,
         )
         save_text_side(self.workdir, data.prepared)
         return MetricsWriter(self.workdir, start_step=self.first_step)

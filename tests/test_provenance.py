@@ -22,12 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_every_launch_is_added(tmp_path):
     config = Config(name="first", train=TrainConfig(steps=12, samples=("def ", "class ")))
-    path = provenance.record(tmp_path / "run", config)
-    provenance.record(tmp_path / "run", Config(name="second"), resumed_at=7)
+    text = {"source": "a folder", "digest": "0123", "train_tokens": 7}
+    path = provenance.record(tmp_path / "run", config, text)
+    provenance.record(tmp_path / "run", Config(name="second"), {}, resumed_at=7)
     first, second = json.loads(path.read_text())["launches"]
     assert (first["resumed_at"], second["resumed_at"]) == (0, 7)
     assert parse(first["config"]) == config  # the whole configuration, lossless
     assert second["config"]["name"] == "second"
+    assert first["data"] == text
     assert first["versions"]["jax"] == jax.__version__
     assert first["versions"]["numpy"] == np.__version__
     assert first["versions"]["engram_jax"] == engram_jax.__version__
@@ -42,7 +44,7 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path):
     for text in ("{", "[]", '{"launches": 3}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UserError, match=r"run\.json: is not a record of launches"):
-            provenance.record(tmp_path, Config())
+            provenance.record(tmp_path, Config(), {})
         assert (tmp_path / "run.json").read_text() == text
 
 

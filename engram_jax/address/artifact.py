@@ -139,8 +139,8 @@ def check_same(stored: Addressing, mine: Addressing) -> None:
     if "tokenizer_fingerprint" in different:
         message += (
             "; the tokenizer is another one, or the text that it is trained on has changed (the"
-            " embedded text does with another Python or other versions of this project's packages):"
-            " go back to them, or start a new run with another --workdir"
+            " embedded text does with another Python version): go back to the former, or start a"
+            " new run with another --workdir"
         )
     raise UserError(message)
 

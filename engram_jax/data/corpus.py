@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config import DataConfig
+from engram_jax.data import text_store
 from engram_jax.data.cache import build_once, key_of, read_json, write_json
 from engram_jax.data.documents import Spool, cut
 from engram_jax.data.folder_text import FolderText
-from engram_jax.data.local_text import DEFAULT_MEGABYTES, LocalText
+from engram_jax.data.local_text import LocalText
 from engram_jax.data.report import SourceReport
 from engram_jax.data.split import hold_out
 from engram_jax.errors import UserError
@@ -29,12 +30,15 @@ _MIN_PIECE = 1 << 10
 class Corpus:
     """Documents in two splits ("train", "validation").
 
-    fingerprint: equal for equal documents in equal splits; report: what was kept and left out.
+    report: what was kept and left out, and the digest: equal for equal documents in equal splits.
     """
 
-    fingerprint: str
     report: SourceReport
     _read: Callable[[str], Iterator[str]]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.report.digest
 
     def documents(self, split: str) -> Iterator[str]:
         """The texts of a split in their fixed order, one at a time."""
@@ -44,52 +48,44 @@ class Corpus:
 def open_corpus(config: DataConfig, cache: Path, log: Callable[[str], Any] = print) -> Corpus:
     """Prepare config.data's text, or find it prepared below `cache`.
 
-    Whether it is prepared is decided by names, sizes and modification times; the data set itself is
+    Whether it is prepared is decided by names, sizes and modification times; the text itself is
     named by its content. Raises UserError for what makes the source unusable.
     """
     if config.source == "tfds":
         return _open_tfds(config, cache, log)
-    report = SourceReport(source="embedded text" if config.source == "local" else config.path)
+    report = SourceReport(source=config.path)
     source = (LocalText if config.source == "local" else FolderText)(config, report)
     entry = cache / "sources" / key_of(FORMAT, source.manifest(), _settings(config))
 
     def make(folder: Path) -> None:
         log(f"data: reading {report.source}")
-        megabytes = config.max_megabytes or (DEFAULT_MEGABYTES if config.source == "local" else 0)
-        spool = Spool(folder / "spool", report, megabytes * 1_000_000 or None)
+        spool = Spool(folder / "spool", report, config.max_megabytes * 1_000_000 or None)
         try:
             source.collect(spool)
-            key = _write_dataset(spool, config, cache, report)
+            key = _store(spool, config, cache, report)
         finally:
             spool.close()
         write_json(folder / "source.json", {"dataset": key, "report": report.to_dict()})
 
     def dataset(folder: Path) -> Path:
         found = read_json(folder / "source.json") or {}
-        return cache / "datasets" / found.get("dataset", "none")
+        return cache / "texts" / found.get("dataset", "none")
 
     build_once(entry, make, valid=lambda folder: dataset(folder).is_dir())
-    report = SourceReport.from_dict(read_json(entry / "source.json")["report"])
-    return Corpus(dataset(entry).name, report, partial(_read_dataset, dataset(entry)))
+    return Corpus(_stored_report(entry), partial(text_store.read, dataset(entry)))
 
 
-def _read_dataset(folder: Path, split: str) -> Iterator[str]:
-    from engram_jax.data import (
-        text_dataset,  # imports tfds: a second that a warm start can do without
-    )
-
-    return text_dataset.read(folder, split)
+def _stored_report(entry: Path) -> SourceReport:
+    found = read_json(entry / "source.json")
+    return SourceReport.from_dict(found["report"] | {"digest": found["dataset"]})
 
 
 def _settings(config: DataConfig) -> list[Any]:
     return [config.max_document_bytes, config.validation_fraction, config.max_megabytes]
 
 
-def _write_dataset(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) -> str:
-    """Split the spool's documents and write them as a data set; returns its key, a hash of
-    content."""
-    from engram_jax.data import text_dataset
-
+def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) -> str:
+    """Split the spool's documents and store them; returns their key, a hash of content."""
     if not len(spool):
         left_out = ", ".join(
             f"{tally.count:,} {reason}" for reason, tally in report.skipped.items()
@@ -110,8 +106,7 @@ def _write_dataset(spool: Spool, config: DataConfig, cache: Path, report: Source
             d.tobytes().hex() + "-+"[int(h)] for d, h in zip(spool.digests, held, strict=True)
         )
         key = key_of(FORMAT, digests)
-        write = partial(text_dataset.write, spool, held)
-        build_once(cache / "datasets" / key, write)
+        build_once(cache / "texts" / key, partial(text_store.write, spool, held))
     finally:
         spool.close()
     return key
@@ -134,7 +129,7 @@ def _cut_small(spool: Spool, config: DataConfig, report: SourceReport) -> Spool:
 
 
 def _open_tfds(config: DataConfig, cache: Path, log: Callable[[str], Any]) -> Corpus:
-    from engram_jax.data.tfds_text import TRAIN, VALIDATION, TfdsText
+    from engram_jax.data.tfds_text import TfdsText  # imports tensorflow_datasets, where it is used
 
     source = TfdsText(config, log)
     key = key_of(FORMAT, source.manifest(), _settings(config))
@@ -149,10 +144,6 @@ def _open_tfds(config: DataConfig, cache: Path, log: Callable[[str], Any]) -> Co
         write_json(folder / "source.json", {"dataset": fingerprint, "report": report.to_dict()})
 
     entry = build_once(cache / "sources" / key, make)
-    found = read_json(entry / "source.json")
-    ids = {split: np.load(entry / f"{split}.npy") for split in (TRAIN, VALIDATION)}
-    return Corpus(
-        found["dataset"],
-        SourceReport.from_dict(found["report"]),
-        lambda split: source.documents(split, ids[split]),
-    )
+    splits = (text_store.TRAIN, text_store.VALIDATION)
+    ids = {split: np.load(entry / f"{split}.npy") for split in splits}
+    return Corpus(_stored_report(entry), lambda split: source.documents(split, ids[split]))

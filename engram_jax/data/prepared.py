@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,22 @@ class PreparedData:
     @property
     def bytes_per_token(self) -> float:
         return self.store_valid.bytes_per_token
+
+    def summary(self) -> dict[str, Any]:
+        """What stands beside every figure measured on this text, as JSON values."""
+        report = self.report
+        return {
+            "source": report.source,
+            "digest": report.digest,
+            "python": platform.python_version(),
+            "train_documents": report.train_documents,
+            "train_bytes": report.train_bytes,
+            "train_tokens": len(self.store_train),
+            "validation_documents": report.validation_documents,
+            "validation_bytes": report.validation_bytes,
+            "validation_tokens": len(self.store_valid),
+            "validation_bytes_per_token": self.bytes_per_token,
+        }
 
 
 def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:

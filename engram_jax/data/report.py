@@ -43,9 +43,11 @@ class SourceReport:
 
     train_documents, validation_documents: after cutting; cut_documents: how many were longer than
     data.max_document_bytes and became several. notes: whatever else the reader should know.
+    digest: equal for equal documents in equal splits, so of losses that can be compared.
     """
 
     source: str = ""
+    digest: str = ""
     train_documents: int = 0
     train_bytes: int = 0
     validation_documents: int = 0
@@ -70,7 +72,7 @@ class SourceReport:
         log(
             f"data: {self.source}: {self.train_documents:,} documents "
             f"({self.train_bytes / 1e6:.2f} MB) to train on, {self.validation_documents:,} "
-            f"({self.validation_bytes / 1e6:.2f} MB) held out"
+            f"({self.validation_bytes / 1e6:.2f} MB) held out, digest {self.digest}"
         )
         if self.cut_documents:
             log(f"data: {self.cut_documents:,} documents were longer than the limit and were cut")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from engram_jax.data import report as why
 from engram_jax.data.documents import cut, defect
 from engram_jax.data.report import SourceReport
 from engram_jax.data.split import hold_out
-from engram_jax.data.text_dataset import TRAIN, VALIDATION
+from engram_jax.data.text_store import TRAIN, VALIDATION
 from engram_jax.errors import UserError
 
 # A split of one of these names is taken as the held-out one. A test split is left untouched.
@@ -127,6 +129,20 @@ class TfdsText:
         )
 
 
+@contextlib.contextmanager
+def _no_leavings() -> Iterator[None]:
+    """Opening a builder that is not prepared leaves an empty temporary folder behind
+    (`DatasetInfo.initialize_from_bucket`)."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="engram_jax-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+@_no_leavings()
 def _open(name: str, log: Callable[[str], Any]) -> tfds.core.DatasetBuilder:
     folder = Path(name).expanduser()
     try:

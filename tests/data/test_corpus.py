@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from engram_jax.data import cache, text_dataset
+from engram_jax.data import cache, text_store
 from engram_jax.data import corpus as corpora
 from engram_jax.data import report as why
 from engram_jax.data.cache import build_once, cache_root
 from engram_jax.data.corpus import Corpus, open_corpus
-from engram_jax.data.local_text import LocalText, choose, in_hash_order
-from engram_jax.data.report import SourceReport
 from engram_jax.errors import UserError
 
 
@@ -195,7 +193,7 @@ def test_prepared_once_and_again_when_a_file_changes(tmp_path, make_config, help
         raise AssertionError("prepared again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(text_dataset, "write", fail)
+        patch.setattr(text_store, "write", fail)
         patch.setattr(corpora, "Spool", fail)
         second = open_folder(config)
     assert second.fingerprint == first.fingerprint
@@ -212,21 +210,17 @@ def test_lost_dataset_is_made_again(tmp_path, make_config, helpers):
     config = make_config(tmp_path / "text")
     first = open_folder(config)
     documents = list(first.documents("train"))
-    shutil.rmtree(tmp_path / "cache" / "datasets")
+    shutil.rmtree(tmp_path / "cache" / "texts")
     assert list(open_folder(config).documents("train")) == documents
 
 
-def test_the_dataset_is_a_tfds_array_record_one_without_tensorflow(tmp_path, make_config, helpers):
+def test_text_that_was_cut_off_in_the_cache_is_refused(tmp_path, make_config, helpers):
     helpers.write_folder(tmp_path / "text", 30)
     corpus = open_folder(make_config(tmp_path / "text"))
-    folder = tmp_path / "cache" / "datasets" / corpus.fingerprint
-    assert list(folder.rglob("*.array_record-*"))
-    import tensorflow_datasets as tfds
-
-    (info,) = folder.rglob("dataset_info.json")
-    builder = tfds.builder_from_directory(str(info.parent))
-    assert builder.info.splits["train"].num_examples == corpus.report.train_documents
-    assert "tensorflow" not in sys.modules
+    (path,) = (tmp_path / "cache" / "texts").glob("*/train.txt")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{path}: .* bytes instead of .*; delete {path.parent}"):
+        list(corpus.documents("train"))
 
 
 # Interrupted and simultaneous preparation.
@@ -319,51 +313,3 @@ def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
 
     assert [p.name for p in build_once(entry, make).iterdir()] == ["theirs"]
     assert not list(tmp_path.glob("entry.partial-*"))
-
-
-# The embedded default.
-
-
-def test_embedded_files_are_real_text_in_their_shares(make_config):
-    config = make_config("", source="local", max_megabytes=2)
-    local = LocalText(config.data, SourceReport())
-    sizes = {part: sum(f.size for f in files) for part, files in local.files.items()}
-    assert sum(sizes.values()) <= 2_000_000
-    assert sizes["stdlib"] > 900_000
-    assert sizes["prose"] > 200_000
-    names = [f.name for files in local.files.values() for f in files]
-    assert len(names) == len(set(names))
-    assert not [n for n in names if "engram_jax" in n or "/tests/" in n or "LICENSE" in n]
-    assert local.manifest() == LocalText(config.data, SourceReport()).manifest()
-
-
-def test_choose_fills_the_budget_from_whatever_is_there(tmp_path):
-    from engram_jax.data.folder_text import File
-
-    def files(part: str, count: int) -> list[File]:
-        return in_hash_order([File(tmp_path, f"{part}{i}", 10, 0) for i in range(count)])
-
-    chosen = choose({"prose": files("a", 5), "stdlib": files("b", 200), "packages": []}, 1000)
-    assert (len(chosen["prose"]), len(chosen["stdlib"]), len(chosen["packages"])) == (5, 95, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.proof
-def test_embedded_default_end_to_end(make_config):
-    from engram_jax.data import prepare, train_iterator
-
-    config = make_config(
-        "",
-        {"vocab_size": 4096},
-        source="local",
-        validation_fraction=0.02,
-        seq_len=256,
-        batch_size=16,
-    )
-    lines: list[str] = []
-    prepared = prepare(config, lines.append)
-    assert len(prepared.store_train) > 2_000_000
-    assert len(prepared.store_valid) > 20_000
-    assert 2.5 < prepared.bytes_per_token < 4.5
-    assert next(train_iterator(prepared, config))["tokens"].shape == (16, 256)
-    assert prepare(config, lines.append).fingerprint == prepared.fingerprint

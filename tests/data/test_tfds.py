@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -54,7 +57,15 @@ def build(builder, data_dir, file_format="array_record"):
 
 
 def open_tfds(config):
-    return open_corpus(config.data, cache_root(config.data), lambda line: None)
+    """The corpus; no temporary folder is left, be the data set refused or not."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        try:
+            return open_corpus(config.data, cache_root(config.data), lambda line: None)
+        finally:
+            tempfile.tempdir = before
+            assert os.listdir(folder) == []
 
 
 def test_by_folder_held_out_by_content(tmp_path, make_config):

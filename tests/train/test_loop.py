@@ -115,6 +115,10 @@ def test_a_run_leaves_a_report_curves_and_its_record(undisturbed, config):
     assert {"python", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(launch["versions"])
     assert re.fullmatch("[0-9a-f]{40}", launch["git"]["commit"]) if launch["git"] else True
     assert launch["command"] and launch["resumed_at"] == 0
+    text = launch["data"]
+    assert text["source"] == config.data.path and re.fullmatch("[0-9a-f]{32}", text["digest"])
+    assert text["train_documents"] + text["validation_documents"] == 60
+    assert text["python"] == launch["versions"]["python"]
 
 
 def test_checkpoints_are_the_latest_and_the_best(undisturbed):

@@ -121,7 +121,7 @@ def rates(steps: int, total: int) -> list[float]:
 @pytest.mark.parametrize("done", [12, 18, 19, 20, 21])
 def test_more_steps_go_on_if_no_step_had_another_rate(corpus, tmp_path, done, total):
     """They are then the run that they would have been from the start."""
-    provenance.record(tmp_path, small_config(corpus))
+    provenance.record(tmp_path, small_config(corpus), {})
     (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)
     told: list[str] = []
     given = small_config(corpus, train__steps=total), tmp_path
@@ -265,7 +265,7 @@ def test_records_that_are_none(corpus, tmp_path, launches):
 
 
 def test_a_workdir_without_a_checkpoint_binds_nobody(corpus, tmp_path):
-    provenance.record(tmp_path, small_config(corpus, train__seed=7))
+    provenance.record(tmp_path, small_config(corpus, train__seed=7), {})
     assert run_settings.check_resumed(small_config(corpus), tmp_path, (), print) == {}
 
 
