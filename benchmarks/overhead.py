@@ -29,11 +29,12 @@ def parts(config: Any) -> dict[str, Any]:
     from engram_jax.memory.row_gradients import deduplicate
     from engram_jax.memory.table import init_memory, lookup
     from engram_jax.optim import rowwise_adam
+    from engram_jax.random_streams import MEMORY, stream
     from engram_jax.train_step import batch_addresses
 
     program, batch = demo_program(config), batches(config)[0]
     model, engram = config.model, config.model.engram
-    memory = init_memory(jax.random.key(0), program.layouts, engram.dim, engram.init_std)
+    memory = init_memory(stream(0, MEMORY), program.layouts, engram.dim, engram.init_std)
     module = Engram(
         model.d_model,
         model.hyper.streams,

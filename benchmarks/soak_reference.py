@@ -18,7 +18,7 @@ import numpy as np
 
 from engram_jax.address.hashing import addresses, canonicalise
 from engram_jax.memory.table import lookup
-from engram_jax.sampling import sample
+from engram_jax.sampling import key_of_token, sample
 from engram_jax.serve.request import Finish, SamplingParams
 
 BATCH = 64
@@ -201,7 +201,7 @@ def _draw(logits: jax.Array, seed: jax.Array, steps: jax.Array, setting: Sequenc
     temperature, top_p, top_k = setting
 
     def one(row: jax.Array, step: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = key_of_token(seed, step)
         return sample(row[None], key, temperature=temperature, top_p=top_p, top_k=top_k)[0]
 
     return jax.vmap(one)(logits, steps)

@@ -22,7 +22,7 @@ from engram_jax.config import GenerateConfig
 from engram_jax.errors import UserError
 from engram_jax.memory.table import lookup
 from engram_jax.model.decode_state import DecodeState
-from engram_jax.sampling import sample
+from engram_jax.sampling import key_of_token, sample
 from engram_jax.sharding.rules import BATCH, P, names
 from engram_jax.train_state import Params, Program
 
@@ -154,12 +154,11 @@ class Generator:
         begin, advance = self._functions(batch)
         session = begin(self.weights, batch, capacity)
         logits, session = advance(self.weights, tokens, lengths, session)
-        key = jax.random.key(config.seed)
         ended = np.zeros(batch, bool)
         for step in range(steps):
             token = self._sample(
                 logits,
-                jax.random.fold_in(key, step),
+                key_of_token(config.seed, step),
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from engram_jax.random_streams import SAMPLING, stream
+
+
+def key_of_token(seed: ArrayLike, step: ArrayLike) -> jax.Array:
+    """The key of a sequence's next token. seed: from 0 to 2**32 - 1; step: tokens drawn before."""
+    return jax.random.fold_in(stream(seed, SAMPLING), step)
 
 
 def sample(
@@ -40,8 +48,8 @@ def sample_rows(
     """`sample` with a setting of its own for every row: logits [B, V] -> int32 [B].
 
     A row's draw depends on its logits, seed (uint32 [B]) and step (int32 [B], tokens drawn before)
-    alone: it is `sample`'s for that row, with key fold_in(key(seed), step). Nothing is sorted or
-    drawn while all rows are greedy.
+    alone: it is `sample`'s for that row, with `key_of_token`. Nothing is sorted or drawn while all
+    rows are greedy.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = temperature >= jnp.finfo(jnp.float32).tiny
@@ -58,7 +66,7 @@ def sample_rows(
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
         scaled = jnp.where(inside, scaled, -jnp.inf)
-        keys = jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(seed, step)
+        keys = jax.vmap(key_of_token)(seed, step)
         choice = jax.vmap(jax.random.categorical)(keys, scaled)
         chosen = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
         return jnp.where(drawn, chosen, greedy)

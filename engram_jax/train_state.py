@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from engram_jax import random_streams
 from engram_jax.address import hashing_jnp
 from engram_jax.address.artifact import Addressing
 from engram_jax.aot.xla_flags import options_of
@@ -170,9 +171,9 @@ def init_state(program: Program) -> TrainState:
     """A fresh state, a pure function of `config.train.seed`, whatever the mesh."""
     config, engram = program.config, program.config.model.engram
     seed = config.train.seed
-    _, params, bias = split_model(Transformer(config, rngs=nnx.Rngs(params=seed)))
-    # A stream of its own, so that adding a table changes no other parameter's start.
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    rngs = nnx.Rngs(params=random_streams.stream(seed, random_streams.PARAMS))
+    _, params, bias = split_model(Transformer(config, rngs=rngs))
+    key = random_streams.stream(seed, random_streams.MEMORY)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

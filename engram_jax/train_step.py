@@ -26,6 +26,7 @@ from engram_jax.memory.table import Memory, Table
 from engram_jax.model.block import MOE
 from engram_jax.model.transformer import Output, stages
 from engram_jax.optim import optimizer, rowwise_adam
+from engram_jax.random_streams import ROUNDING, number
 from engram_jax.sharding.rules import BATCH, P, specs
 from engram_jax.train_state import Params, Program, TrainState, state_shardings
 
@@ -164,8 +165,10 @@ def update_memory(
     tables, seen = {}, {}
 
     def rule(layer: str) -> Callable:
+        seed = number(program.config.train.seed, ROUNDING, int(layer))
+
         def update(table: Table, gradients: RowGradients, addresses: Any, *now: Any) -> Any:
-            options = {"config": config, "identity": addresses, "seed": int(layer)}
+            options = {"config": config, "identity": addresses, "seed": seed}
             return adam(table, gradients, *now, **options)
 
         return update

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.sampling import log_probabilities, sample, sample_rows
+from engram_jax.sampling import key_of_token, log_probabilities, sample, sample_rows
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.05, 0.05, 0.1, 0.8]]))
 
@@ -63,7 +63,7 @@ def test_rows_with_settings_of_their_own_draw_as_they_would_alone():
     top_k = rng.choice([0, 1, 3, 17, 40], 64).astype(np.int32)
     found = np.asarray(jax.jit(sample_rows)(logits, seed, step, temperature, top_p, top_k))
     for row in range(64):
-        key = jax.random.fold_in(jax.random.key(seed[row]), step[row])
+        key = key_of_token(seed[row], step[row])
         how = {"temperature": float(temperature[row]), "top_p": float(top_p[row])}
         alone = sample(logits[row : row + 1], key, **how, top_k=int(top_k[row]))
         assert int(alone[0]) == found[row], row

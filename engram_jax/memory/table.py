@@ -103,11 +103,11 @@ def init_memory(
     std: float,
     dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, Table]:
-    """All tables of a model; `layouts` by layer id."""
-    keys = jax.random.split(key, max(1, len(layouts)))
+    """All tables of a model; `layouts` by layer id. What a table starts with depends on its own
+    layer id alone, not on which others there are."""
     return {
-        layer: init_table(k, layout, dim, std, dtype)
-        for k, (layer, layout) in zip(keys, layouts.items(), strict=False)
+        layer: init_table(jax.random.fold_in(key, int(layer)), layout, dim, std, dtype)
+        for layer, layout in layouts.items()
     }
 
 

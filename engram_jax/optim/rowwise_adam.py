@@ -6,8 +6,8 @@ along its decaying first moment. Bias correction counts training steps, not visi
 
 Rows in bfloat16 are rounded stochastically (8 bits of significand swallow steps below 1/256 of a
 weight; rounded to the nearest they would be lost every time, so they are kept with the probability
-that makes the expected weight exact). Which way is a hash of table, address, column and step: the
-same on any mesh, and after a resume.
+that makes the expected weight exact). Which way is a hash of the run's seed, table, address, column
+and step: the same on any mesh, and after a resume.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def update(
       rate: float32 [], the tables' learning rate.
       step: int32 [], steps taken before this one.
       identity, seed: what rows in bfloat16 are rounded after: int32 [N], a number of each of the
-        rows that does not depend on the mesh (default: their addresses), and the table's own.
+        rows that does not depend on the mesh (default: their addresses), and the table's own, from
+        0 to 2**32 - 1.
     """
     b1, b2 = config.adam_b1, config.adam_b2
     count = (step + 1).astype(jnp.float32)
@@ -80,7 +81,9 @@ def rounded(x: jax.Array, identity: jax.Array, step: jax.Array, seed: int) -> ja
     carries with the right probability.
     """
     column = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 1)
-    row = _mixed(identity.astype(jnp.uint32) ^ _mixed(step.astype(jnp.uint32) + jnp.uint32(seed)))
+    # Mixed before the table's number comes in: no table's steps are another's, some steps later.
+    now = _mixed(_mixed(step.astype(jnp.uint32)) ^ jnp.uint32(seed))
+    row = _mixed(identity.astype(jnp.uint32) ^ now)
     noise = _mixed(row[:, None] + column * jnp.uint32(0x9E3779B9)) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engram_jax.errors import UserError
+from engram_jax.random_streams import SAMPLING, number
 from engram_jax.serve.fields import ApiError, Fields, is_id
 from engram_jax.serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 
@@ -114,8 +115,11 @@ def parse(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> Comple
 
 
 def _seed(seed: int | None, choice: int) -> int:
-    """Of one of n choices: they differ, and a given seed gives each of them again."""
-    return secrets.randbits(32) if seed is None else (seed + choice) % 2**32
+    """Of one of n choices: a given seed gives each of them again, and the next seed gives others
+    (with seed + choice, the second choice of seed 5 would be the first of seed 6)."""
+    if seed is None:
+        return secrets.randbits(32)
+    return number(seed % 2**32, SAMPLING, choice) if choice else seed % 2**32
 
 
 def _prompts(fields: Fields, tokenizer: Any, most: int) -> tuple[Prompt, ...]:

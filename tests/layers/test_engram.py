@@ -122,6 +122,28 @@ def test_paper_form_equals_the_official_demo(dtype, output_tolerance, gradient_t
         assert relative(grad_table, expected) < gradient_tolerance
 
 
+def test_paper_form_in_bfloat16_has_the_machine_epsilon_of_float32():
+    """torch.nn.RMSNorm(eps=None) on bfloat16 adds float32's, 2^-23, from torch 2.7 on: measured
+    with torch 2.7.0 and 2.9.1, bfloat16 and float32 gains (2.6.0 added bfloat16's, 2^-7). Streams
+    as small as sqrt(2^-23) tell the two apart, and both from none."""
+    eps, (b, t, m, d) = 2.0**-23, (1, 16, 2, 32)
+    config = EngramConfig(layers=(1,), heads_per_order=2, d_mem=16, form=PAPER)
+    module = build(config, d, m, 1e-6, "bfloat16")
+    graphdef, params = nnx.split(module)
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(b, t, 4, 4)), jnp.bfloat16)
+    streams = jnp.asarray(rng.normal(0, 3e-4, (b, t, m, d)), jnp.bfloat16)
+    _, gate = nnx.merge(graphdef, params)(rows, streams, jnp.ones((b, t), jnp.int32))
+    e, h = (np.float64(x)[0].reshape(t, *size) for x, size in ((rows, (16,)), (streams, (m, d))))
+    weights = np.float64(module.projection[...])
+    ones, zeros, mask = np.ones((m, d)), np.zeros((m + 1, d)), np.ones(t, bool)
+    expected = gate_oracle.forward(e, weights, h, ones, zeros, mask, eps)[1]
+    np.testing.assert_allclose(gate[0], expected, atol=2e-3)
+    for wrong in (2.0**-7, 0.0):
+        other = gate_oracle.forward(e, weights, h, ones, zeros, mask, wrong)[1]
+        assert np.abs(other - expected).max() > 20 * 2e-3
+
+
 def test_v41_form_equals_the_released_arithmetic():
     """FP8 rows and projection, E8M0 scales, product gains, no conv, residual in stream dtype."""
     golden = load("module_v41.npz")

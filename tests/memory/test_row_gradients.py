@@ -133,6 +133,11 @@ def test_bfloat16_rows_are_rounded_to_a_neighbour_and_right_on_average():
     two = [rowwise_adam.rounded(x, jnp.array([7]), jnp.int32(3), seed) for seed in (1, 2)]
     assert not np.array_equal(*two)
     np.testing.assert_array_equal(two[0][0], drawn[3])
+    # No table is rounded as another one was some steps before.
+    x, ids = jnp.full((64, 4), 1.001), jnp.arange(64)
+    pairs = [(jnp.int32(step), seed) for step in range(8) for seed in range(8)]
+    ways = {np.asarray(rowwise_adam.rounded(x, ids, *pair)).tobytes() for pair in pairs}
+    assert len(ways) == len(pairs)
 
 
 def test_bfloat16_rows_learn_steps_too_small_for_them():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,7 +12,7 @@ from engram_jax.generate import Generator
 from engram_jax.memory.store.rows import RowFormat
 from engram_jax.memory.store.source import HostTable
 from engram_jax.restore import weights_of
-from engram_jax.sampling import sample
+from engram_jax.sampling import key_of_token, sample
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import StagedMemory
 from engram_jax.serve.request import Finish, SamplingParams
@@ -66,7 +65,7 @@ def test_sampled_tokens_are_the_samplers_for_each_request_alone():
     for prompt, own, answer in zip(prompts(), params, found, strict=True):
         logits = full_logits([*prompt, *answer.tokens])[len(prompt) - 1 : -1]
         for step, token in enumerate(answer.tokens):
-            key = jax.random.fold_in(jax.random.key(own.seed), step)
+            key = key_of_token(own.seed, step)
             how = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
             assert int(sample(logits[step : step + 1], key, **how)[0]) == token, (own, step)
 

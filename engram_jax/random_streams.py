@@ -1,0 +1,31 @@
+"""A random stream of its own for every use of a seed.
+
+`jax.random.fold_in(key, i)`, `jax.random.split(key, n)[i]` and the i-th draw of an `nnx.Rngs`
+stream are one and the same key. So two uses that both count on from key(seed) meet: a table's key
+fold_in(key(seed), 1) is the second parameter's, and the first token is sampled with the key of the
+embedding. Here nothing counts on from key(seed): a use folds in its name first and counts below.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+PARAMS = "params"  # the network's parameters: an nnx.Rngs stream
+MEMORY = "memory"  # the tables' rows: one key per Engram layer id
+SAMPLING = "sampling"  # generated tokens: one key per token drawn before
+ROUNDING = "rounding"  # rows in bfloat16: one number per Engram layer id
+
+
+def stream(seed: ArrayLike, name: str) -> jax.Array:
+    """The key from which the use `name` draws. seed: from 0 to 2**32 - 1, traced or not."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def number(seed: int, name: str, index: int) -> int:
+    """A 32-bit number of seed (0 or more), use and index, for generators that are not JAX's."""
+    parts = (seed, zlib.crc32(name.encode()), index)
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
