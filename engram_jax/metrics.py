@@ -42,7 +42,7 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(path.parent / "tensorboard"),
-            purge_step=start_step + 1 if start_step else None,
+            purge_step=start_step + 1,
             flush_secs=10,
         )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,15 @@ from engram_jax.config import Config, parse, section_types, to_dict
 from engram_jax.config_difference import differences
 from engram_jax.errors import UserError
 from engram_jax.optim.schedule import learning_rate
-from engram_jax.workdir import CHECKPOINTS, RUN, TOKENIZER, check_trained, checkpoint_steps
+from engram_jax.workdir import (
+    CHECKPOINTS,
+    LOGS,
+    LOSSES,
+    RUN,
+    TOKENIZER,
+    check_trained,
+    checkpoint_steps,
+)
 
 # What decides no result: where and how fast a run computes, when it looks, saves and tells, what is
 # done with a model afterwards. Of the two paths the content is compared (text, tokenizer).
@@ -90,11 +99,18 @@ def check_resumed(
     accept: keys or sections that may differ. More or fewer steps need no acceptance where no step
     so far would have had another learning rate; the log then says what becomes of the schedule.
 
-    Raises UserError with every other difference, for another data stream, and if the run has more
-    steps than are asked for.
+    Raises UserError with every other difference, for another data stream, if the run has more steps
+    than are asked for, and for results without checkpoints that are of other settings.
     """
     steps = checkpoint_steps(workdir)
-    stored = _stored(workdir, max(steps)) if steps else None
+    if not steps:
+        if (workdir / LOSSES).exists() and _unsaved(config, workdir):
+            raise UserError(
+                f"--workdir={workdir}: holds the results of a run with other settings, whose"
+                " checkpoints are gone; give another --workdir"
+            )
+        return {}
+    stored = _stored(workdir, max(steps))
     if stored is None:
         return {}
     changes = _decisive(stored, config)
@@ -118,6 +134,15 @@ def check_resumed(
         told = _schedule(stored, config, done) if key == "train.steps" else ""
         log(f"settings: {_listed(changes, [key])}{told}")
     return changes
+
+
+def forget_unsaved(config: Config, workdir: Path) -> None:
+    """Remove what an earlier launch with other settings logged in `workdir`, where no checkpoint of
+    it is left to go on from: its curves and its time are not the new run's."""
+    if _unsaved(config, workdir):
+        for name in LOGS:
+            path = workdir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_opened(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Changes:
@@ -170,6 +195,12 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         to_dict(dataclasses.replace(config, tokenizer=tokens, data=data))
     )
+
+
+def _unsaved(config: Config, workdir: Path) -> Changes:
+    """What differs from the last launch there, whatever became of it."""
+    launch = _launch(workdir, sys.maxsize)
+    return {} if launch is None else _decisive(_config_of(workdir, launch)[0], config)
 
 
 def _decisive(stored: Config, config: Config) -> Changes:

@@ -31,7 +31,7 @@ from engram_jax.planning import with_planned_exchange
 from engram_jax.preemption import Preemption
 from engram_jax.restore import save_text_side
 from engram_jax.run_data import RunData, open_together, place_batch
-from engram_jax.run_settings import Changes, check_resumed
+from engram_jax.run_settings import Changes, check_resumed, forget_unsaved
 from engram_jax.train_state import Program, TrainState, build_program, check_memory, create_state
 from engram_jax.train_step import jit_train_step, jit_utilisation
 from engram_jax.workdir import check_writable, held
@@ -139,6 +139,8 @@ class Run:
 
     def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
         """What stands in the workdir before the first step; process 0 writes it."""
+        if self.fresh and jax.process_index() == 0:
+            forget_unsaved(self.config, self.workdir)
         provenance.record(
             self.workdir,
             self.config,
@@ -152,6 +154,7 @@ class Run:
     def _start(self) -> TrainState:
         """A fresh state, or the newest checkpoint's with the data iterator set to continue it."""
         latest = self.checkpointer.latest_step()
+        self.fresh = latest is None
         if latest is None:
             return create_state(self.program)
         restored = saved_state.restore(self.program, self.checkpointer, latest)

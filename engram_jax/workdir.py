@@ -22,6 +22,8 @@ from engram_jax.agreement import agree
 from engram_jax.errors import UserError
 
 RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
+LOSSES = "losses.json"
+LOGS = ("metrics.jsonl", "tensorboard", "goodput.json")
 
 
 def check_writable(workdir: Path) -> None:

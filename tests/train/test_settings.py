@@ -264,9 +264,26 @@ def test_records_that_are_none(corpus, tmp_path, launches):
         run_settings.check_opened(small_config(corpus), tmp_path, "latest")
 
 
-def test_a_workdir_without_a_checkpoint_binds_nobody(corpus, tmp_path):
+def test_a_launch_without_a_checkpoint_binds_nobody(corpus, tmp_path):
+    """And leaves no curve, and no time, that would count as the next one's."""
     provenance.record(tmp_path, small_config(corpus, train__seed=7), {})
+    for name in ("metrics.jsonl", "goodput.json", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "tensorboard").mkdir()
+    config = small_config(corpus)
+    assert run_settings.check_resumed(config, tmp_path, (), print) == {}
+    run_settings.forget_unsaved(small_config(corpus, train__seed=7), tmp_path)  # its own
+    assert (tmp_path / "metrics.jsonl").exists() and (tmp_path / "tensorboard").exists()
+    run_settings.forget_unsaved(config, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "notes.txt"}
+
+
+def test_results_whose_checkpoints_are_gone_are_not_replaced(corpus, tmp_path):
+    provenance.record(tmp_path, small_config(corpus), {})
+    (tmp_path / "losses.json").write_text("{}")
     assert run_settings.check_resumed(small_config(corpus), tmp_path, (), print) == {}
+    with pytest.raises(UserError, match="results of a run with other settings"):
+        run_settings.check_resumed(small_config(corpus, train__seed=7), tmp_path, (), print)
 
 
 @pytest.mark.parametrize(
