@@ -19,7 +19,7 @@ KERNELS = "kernels_pallas"  # imports jax only; every floor may use it
 
 # Bottom first. Folders end in a slash; those of one floor do not import each other.
 FLOORS: tuple[tuple[str, str], ...] = (
-    ("0 what a model is", "errors config validation native"),
+    ("0 what a model is", "errors config config_difference validation native"),
     ("0 which device has what", "sharding/"),
     ("0 what a compiled program does", "aot/"),
     ("1 tokens to addresses", "address/"),
