@@ -28,10 +28,12 @@ from engram_jax.errors import UserError
 _PACKAGES = (
     "jax",
     "jaxlib",
+    "libtpu",
     "flax",
     "optax",
     "orbax-checkpoint",
     "numpy",
+    "ml-dtypes",
     "grain",
     "tensorflow-datasets",
     "tokenizers",
