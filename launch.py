@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -60,6 +61,11 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_JOIN_SECONDS = flags.DEFINE_float(
+    "join_seconds",
+    300.0,
+    "How long several processes wait for each other at the start, in seconds.",
+)
 _STEP = flags.DEFINE_string(
     "step", "latest", "evaluate, generate, serve, export-memory: latest, best or a step number."
 )
@@ -134,9 +140,17 @@ def main(argv: Sequence[str]) -> None:
         if not report["fits"]:
             sys.exit(1)
         return
-    from engram_jax import distributed
+    from engram_jax import distributed, same_launch
 
-    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    distributed.start(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS.value,
+        lambda: same_launch.describe(
+            config, _shared_flags() | {"workdir": str(workdir.absolute())}
+        ),
+        _JOIN_SECONDS.value,
+    )
     command_line.keep_compiled_programs(config)
     if _MODE.value == "train":
         from engram_jax import profiling, train
@@ -168,6 +182,14 @@ def main(argv: Sequence[str]) -> None:
         from engram_jax.serve import export
 
         export.count_memory(config, Path(_OUTPUT.value), _TOKENS.value, distributed.log)
+
+
+def _shared_flags() -> dict[str, Any]:
+    """The flags of this file that every host of a launch must be given alike."""
+    own = {flag.name for flag in (_CONFIG, _WORKDIR, _COORDINATOR, _PROCESSES, _PROCESS)}
+    own |= {_JOIN_SECONDS.name}
+    known = flags.FLAGS.get_flags_for_module(flags.FLAGS.find_module_defining_flag(_MODE.name))
+    return {f.name: f.value for f in known if "." not in f.name and f.name not in own}
 
 
 if __name__ == "__main__":

@@ -31,10 +31,12 @@ from engram_jax.workdir import RUN
 _PACKAGES = (
     "jax",
     "jaxlib",
+    "libtpu",
     "flax",
     "optax",
     "orbax-checkpoint",
     "numpy",
+    "ml-dtypes",
     "grain",
     "tensorflow-datasets",
     "tokenizers",
