@@ -90,7 +90,7 @@ def measure(chosen: argparse.Namespace, limited: page_cache.Group | None) -> har
             engine.generate(prompts[:warm], params[:warm])
         _same_bits(made, prompts[:3])
         if limited is not None:
-            stays = page_cache.forget(file, mapped(made["disk_cache"]))
+            stays = page_cache.forget(file)
             limited.limit(int(chosen.limit_share * table_bytes))
             if stays > 0.01:
                 sys.exit(f"{stays:.1%} of the file stay in memory: other processes read it")
@@ -168,12 +168,6 @@ def _settle(engine: Any) -> None:
     for found in asked.futures.values():
         jax.block_until_ready(found.result() if isinstance(found, Future) else found)
     jax.block_until_ready(engine._cache)
-
-
-def mapped(engine: Any) -> list[np.ndarray]:
-    """Where a disk_cache engine's file lies in memory."""
-    parts = engine._prefetch.memory[LAYER].source.source._parts
-    return [array for part in parts for array in (part.data, part.checksums)]
 
 
 def _same_bits(made: dict[str, Any], prompts: list[list[int]]) -> None:

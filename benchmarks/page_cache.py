@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import mmap
 import os
 import sys
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 _ROOT = Path("/sys/fs/cgroup/memory")
-_DONTNEED, _PAGE = 4, os.sysconf("SC_PAGE_SIZE")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -64,32 +65,21 @@ def _leave(folder: Path) -> None:
         folder.rmdir()
 
 
-def forget(path: Path, mapped: list[np.ndarray]) -> float:
-    """Drop a file's pages, those of its mappings, too; the share of them that stays.
-
-    mapped: arrays that lie in mappings of the file.
-    """
-    for array in mapped:
-        start, length = _pages(array)
-        if _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _DONTNEED):
-            raise OSError(ctypes.get_errno(), "madvise")
+def forget(path: Path) -> float:
+    """Drop a file's pages; the share of them that stays."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    resident = total = 0
-    for array in mapped:
-        start, length = _pages(array)
-        seen = np.zeros(-(-length // _PAGE), np.uint8)
-        where = seen.ctypes.data_as(ctypes.c_void_p)
-        if _libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(length), where):
-            raise OSError(ctypes.get_errno(), "mincore")
-        resident, total = resident + int((seen & 1).sum()), total + seen.size
-    return resident / total
-
-
-def _pages(array: np.ndarray) -> tuple[int, int]:
-    start = array.ctypes.data // _PAGE * _PAGE
-    return start, array.ctypes.data + array.nbytes - start
+        # Only a mapping can be asked; it is not read, so that it brings no page in.
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            memory = np.frombuffer(mapped, np.uint8)
+            start, length = memory.ctypes.data, memory.size
+            del memory
+            seen = np.zeros(-(-length // _PAGE), np.uint8)
+            where = seen.ctypes.data_as(ctypes.c_void_p)
+            if _libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(length), where):
+                raise OSError(ctypes.get_errno(), "mincore")
+    return int((seen & 1).sum()) / seen.size
 
 
 def read_bytes() -> int:

@@ -23,7 +23,7 @@ from engram_jax.restore import Trained, load
 from engram_jax.serve import server
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import DeviceMemory, Memory, StagedMemory, on_device
-from engram_jax.serve.request import SamplingParams
+from engram_jax.serve.request import Delta, SamplingParams
 from engram_jax.serve.steps import Steps
 from engram_jax.serve.wire import Limits
 from engram_jax.train_state import Program
@@ -141,11 +141,17 @@ def print_continuation(
     room = -(-(len(ids) + config.generate.max_tokens) // page) * page
     serve = replace(serve, sequences=1, prefill_sequences=1, pages=0, capacity=room)
     engine = make_engine(trained, serve)
-    texts = (delta.text for delta in engine.stream(ids, SamplingParams.of(config.generate)))
-    for piece in itertools.chain([prompt], texts, ["\n"]):  # every process decodes, one prints
-        if jax.process_index() == 0:
+    deltas = engine.stream(ids, SamplingParams.of(config.generate))
+    for piece in itertools.chain([prompt], map(_text, deltas), ["\n"]):
+        if jax.process_index() == 0:  # every process decodes, one prints
             print(piece, end="", flush=True)
     engine.close()
+
+
+def _text(delta: Delta) -> str:
+    if delta.error:
+        raise UserError(delta.error)
+    return delta.text
 
 
 def serve(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> None:

@@ -128,6 +128,12 @@ class Engine:
         """Whether `step` has something to do."""
         return bool(self._open or self._deltas)
 
+    @property
+    def memory_error(self) -> str:
+        """Why rows of the memory could not be read, the last time that happened; "" = never.
+        Any thread may ask."""
+        return self._prefetch.error
+
     def stats(self) -> dict[str, float]:
         """Counts since the start, and what there is now."""
         schedule = self._schedule

@@ -54,12 +54,15 @@ class Served(Steps, Protocol):
     tokenizer: Any
     eos_id: int | None
 
+    @property
+    def memory_error(self) -> str: ...
+
 
 class App:
     """The routes of one engine. `asgi` is the application."""
 
     def __init__(self, runner: Runner, engine: Served, limits: Limits):
-        self._runner, self._limits = runner, limits
+        self._runner, self._limits, self._engine = runner, limits, engine
         self._name, self._capacity = engine.name, engine.capacity
         self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
         self._created = int(time.time())
@@ -178,7 +181,10 @@ class App:
 
     async def _health(self, request: Request) -> Response:
         state = self._runner.state
-        return json_response({"status": state}, 200 if state == "ok" else 503)
+        found = {"status": state}
+        if error := self._engine.memory_error:  # others are answered: no reason to restart it
+            found = {"status": "degraded" if state == "ok" else state, "memory": error}
+        return json_response(found, 200 if state == "ok" else 503)
 
     async def _metrics(self, request: Request) -> Response:
         """Prometheus' text format."""

@@ -7,6 +7,7 @@ matters of it: how often the device had nothing left to do when rows arrived.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,6 +56,8 @@ class Prefetch:
         self._dim = program.config.model.engram.dim
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._waits = {"waits": 0, "wait_seconds": 0.0, "late": 0, "late_seconds": 0.0}
+        self._waits["read_errors"] = 0
+        self.error = ""  # the last one of them
 
     def empty_history(self) -> np.ndarray:
         """The n-gram history of a sequence that has not begun, int32 [N - 1]."""
@@ -129,6 +132,10 @@ class Prefetch:
                 parts[row] = self.memory[layer].fetch(own)[0]
             except UserError as error:
                 errors[row] = str(error)
+        if errors:
+            self._waits["read_errors"] += len(errors)
+            self.error = next(iter(errors.values()))
+            logging.error("rows of the memory could not be read: %s", self.error)
         read = next(iter(parts.values()), None)
         shape = (*addresses.shape[1:], self._dim)
         nothing = jnp.zeros(shape) if read is None else jnp.zeros_like(read)
@@ -137,6 +144,7 @@ class Prefetch:
     def stats(self) -> dict[str, float]:
         """Sums over layers, and the engine's waiting for rows.
 
+        read_errors: sequences that ended because their rows could not be read.
         waits, wait_seconds: how often and how long the host waited for rows. late, late_seconds:
         of these, when the device had run out of work meanwhile. Rows that were there when the host
         looked count as no wait, and the move to the device is not seen: this is no measure of all

@@ -26,11 +26,13 @@ from tests.serve.served import (
     host_memory,
     host_tables,
     logprobs,
+    make_engine,
     model,
     prompts,
     rows_of,
     served,
 )
+from tests.serve.web import Running
 from tests.tiny import tiny
 
 
@@ -89,6 +91,34 @@ def test_a_damaged_file_is_no_answer(tmp_path):
     for answer in found:
         assert (answer.finish, answer.tokens) == (Finish.ERROR, ())
         assert "memory.safetensors" in answer.error and "\n" not in answer.error
+
+
+def test_a_file_that_is_copied_over_is_no_answer_either(tmp_path):
+    """The server goes on, says so, and is well again with the file that it opened."""
+    program, weights = model()
+    file = memory_file(tmp_path)
+    path = tmp_path / "memory.safetensors"
+    first = path.read_bytes()
+    stored = RowFormat("float32", program.config.model.engram.dim)
+    other = np.asarray(weights.rows["1"])[::-1]
+    write_memory(tmp_path / "other", {"1": (stored, len(other), [other])}, file.fingerprint)
+    engine = make_engine({"1": StagedMemory(program, file.disk("1"))})
+    with Running(engine) as web:
+        before = web.complete([1, 2, 3], temperature=0, return_token_ids=True).json["choices"]
+        path.write_bytes((tmp_path / "other").read_bytes())
+        answer = web.complete([1, 2, 3], temperature=0)
+        assert answer.status == 500 and answer.error["type"] == "server_error"
+        assert str(path) in answer.error["message"] and "was changed" in answer.error["message"]
+        (event,) = web.complete([1, 2, 3], stream=True).events
+        assert str(path) in event["error"]["message"]
+        health = web.get("/health")
+        assert (health.status, health.json["status"]) == (200, "degraded")
+        assert str(path) in health.json["memory"]
+        assert web.stats()["engram_read_errors"] == 2
+        path.write_bytes(first)
+        again = web.complete([1, 2, 3], temperature=0, return_token_ids=True)
+        assert again.json["choices"] == before
+    engine.close()
 
 
 class Damaged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
@@ -166,6 +167,22 @@ def test_a_damaged_block_is_never_kept(tmp_path):
         with pytest.raises(UserError, match=r"block 1 .*damaged"):
             read(cache, [2, 20])
     check(cache, [2, 40])
+
+
+def test_rows_that_were_read_outlive_their_file(tmp_path):
+    """What the cache has was verified; what it has not, it does not take from another file."""
+    form, path, other = FORMATS[3], tmp_path / "memory", tmp_path / "other"
+    write_memory(path, {"1": (form, ROWS, [numbers(form, ROWS)])}, "f")
+    write_memory(other, {"1": (form, ROWS, [numbers(form, ROWS, 9)])}, "f")
+    cache = CachedTable(open_memory(path).disk("1"), ROWS)
+    check(cache, [2, 40])
+    path.write_bytes(other.read_bytes())
+    for _ in range(2):
+        check(cache, [40, 2, 40])
+        with pytest.raises(UserError, match="was changed while the file was open"):
+            read(cache, [2, 20])
+    os.truncate(path, 0)
+    check(cache, [40, 2, 40])
 
 
 @pytest.mark.parametrize("wrong", [-1, ROWS])
