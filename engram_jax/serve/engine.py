@@ -92,7 +92,7 @@ class Engine:
         Raises UserError for one that can never be served and QueueFullError while too many wait.
         """
         self.check(prompt, params)
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop, prompt)
         number = next(self._numbers)
         tokens = np.asarray(prompt, np.int32)
         sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import uuid
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
-from engram_jax.serve.openai_api import CompletionRequest
+from engram_jax.address.detokenizer import Detokenizer, bytes_of, follows_text, text_of
+from engram_jax.serve.openai_api import CompletionRequest, Prompt
 from engram_jax.serve.request import Completion, Delta, Finish, Logprob
-from engram_jax.serve.text import TokenText
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Tokens, each by its text, where that begins, and whether text comes before it; and the text
+    of all of them, as far as it is certain."""
+
+    tokens: list[str]
+    offsets: list[int]
+    inside: list[bool]
+    text: str
 
 
 class TokenTexts:
@@ -20,69 +30,63 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self._byte_level = tokenizer is not None and "ByteLevel" in repr(tokenizer.decoder)
-        self._echoed: dict[tuple[int, ...], tuple[tuple[list[str], list[int]], Places]] = {}
+        self._texts: dict[tuple[int, bool], str] = {}
+        self._prompts: dict[Prompt, Listed] = {}
 
-    def text(self, token: int) -> str:
-        """A part of a character is "bytes:" and its bytes, as with OpenAI; without a tokenizer,
-        "token_id:" and the id."""
+    def text(self, token: int, inside: bool = True) -> str:
+        """As it stands behind other text, or at a beginning. A part of a character is "bytes:" and
+        its bytes, as with OpenAI; without a tokenizer, "token_id:" and the id."""
+        if (token, inside) not in self._texts:
+            self._texts[token, inside] = self._text(token, inside)
+        return self._texts[token, inside]
+
+    def _text(self, token: int, inside: bool) -> str:
         if self.tokenizer is None:
             return f"token_id:{token}"
-        text = self.tokenizer.decode([token], skip_special_tokens=False)
-        if "\ufffd" not in text:
-            return text
-        piece = self.tokenizer.id_to_token(token) or ""
-        if self._byte_level and all(c in byte_of() for c in piece):
-            return "bytes:" + "".join(f"\\x{byte_of()[c]:02x}" for c in piece)
-        return text
+        if (data := bytes_of(self.tokenizer, token)) is not None:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return text_of(self.tokenizer, token, inside)
 
-    def echoed(self, ids: Sequence[int]) -> tuple[tuple[list[str], list[int]], Places]:
-        """(texts and offsets of a prompt, what goes on behind it); for all choices once."""
-        key = tuple(ids)
-        if key not in self._echoed:
+    def prompt(self, prompt: Prompt) -> Listed:
+        """A prompt's own text, or its tokens' if it was given as ids; for all choices once."""
+        if prompt not in self._prompts:
             places = Places(self)
-            self._echoed[key] = places.add(ids), places
-        listed, places = self._echoed[key]
-        return listed, places.copy()
-
-    def join(self, ids: Sequence[int]) -> str:
-        """The text of a prompt that was given as ids."""
-        if self.tokenizer is None:
-            return ""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-
-@lru_cache
-def byte_of() -> dict[str, int]:
-    """GPT-2's printable stand-ins of bytes (byte-level BPE)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+            found = places.add(prompt.ids, skip_special_tokens=False)
+            text, offsets = found.text + places.rest(), found.offsets
+            if prompt.text is not None:  # what a tokenizer normalises reads otherwise
+                text, offsets = prompt.text, list(prompt.offsets)
+            self._prompts[prompt] = replace(found, text=text, offsets=offsets)
+        return self._prompts[prompt]
 
 
 class Places:
-    """Tokens one after the other: the text each is listed by, and where it begins."""
+    """Tokens one after the other, in a text.
 
-    def __init__(self, texts: TokenTexts):
-        self._texts = texts
-        whole = texts.tokenizer
-        self._stream = None if whole is None else TokenText(whole, skip_special_tokens=False)
-        self._offset = 0  # characters of the text before the next token
+    inside, start: whether text comes before, and how many characters.
+    """
 
-    def add(self, ids: Sequence[int]) -> tuple[list[str], list[int]]:
-        """(texts, offsets in characters) of the next tokens."""
-        offsets = []
+    def __init__(self, texts: TokenTexts, inside: bool = False, start: int = 0):
+        self._texts, self._start, self._tokens = texts, start, None
+        if texts.tokenizer is not None:
+            self._tokens = Detokenizer(texts.tokenizer, inside=inside)
+
+    def add(self, ids: Sequence[int], skip_special_tokens: bool = True) -> Listed:
+        """The next tokens."""
+        if self._tokens is None:
+            return Listed([self._texts.text(t) for t in ids], [0] * len(ids), [True] * len(ids), "")
+        tokens, offsets, insides, text = [], [], [], ""
         for token in ids:
-            offsets.append(self._offset)
-            if self._stream is not None:
-                self._offset += len(self._stream.push(token))
-        return [self._texts.text(token) for token in ids], offsets
+            inside = self._tokens.inside
+            before, own = self._tokens.push(token, skip_special_tokens)
+            tokens.append(self._texts.text(token, inside))
+            offsets.append(self._start + self._tokens.length - len(own))
+            insides.append(inside)
+            text += before + own
+        return Listed(tokens, offsets, insides, text)
 
-    def copy(self) -> Places:
-        """Where this one is, to go on by itself."""
-        one = copy.copy(self)
-        one._stream = copy.copy(self._stream)
-        return one
+    def rest(self) -> str:
+        """The text that was not certain before the end."""
+        return "" if self._tokens is None else self._tokens.flush()
 
 
 class Choice:
@@ -93,7 +97,7 @@ class Choice:
         self._prompt = request.prompts[index // request.n]
         self._index = index
         self._begun = False
-        self._places = Places(texts)
+        self._places: Places | None = None  # behind the tokens that have been listed
         self._last: int | None = None  # token
         self.generated = 0
 
@@ -107,12 +111,11 @@ class Choice:
         first, self._begun = not self._begun, True
         text = delta.text
         ids = list(delta.tokens)
-        echoed: list[int] = []
+        echoed = first and request.echo
         self.generated += len(ids)
         self._last = ids[-1] if ids else self._last
-        if first and request.echo:
-            given, echoed = self._prompt.text, list(self._prompt.ids)
-            text = (self._texts.join(echoed) if given is None else given) + text
+        if echoed:
+            text = self._texts.prompt(self._prompt).text + text
         listed = None
         if request.logprobs is not None:
             entries = [
@@ -120,7 +123,7 @@ class Choice:
                 *(delta.prompt_logprobs if echoed else ()),
                 *delta.logprobs,
             ]
-            listed = self._listed(echoed, ids, entries)
+            listed = self._listed(ids, entries)
         extra: dict[str, Any] = {"token_ids": ids} if request.return_token_ids else {}
         if request.return_token_ids and first:
             extra["prompt_token_ids"] = list(self._prompt.ids)
@@ -138,26 +141,27 @@ class Choice:
             **extra,
         }
 
-    def _listed(
-        self, echoed: list[int], ids: list[int], entries: Sequence[Logprob | None]
-    ) -> dict[str, Any]:
-        tokens: list[str] = []
-        offsets: list[int] = []
-        if echoed:
-            (tokens, offsets), self._places = self._texts.echoed(echoed)
-        more = self._places.add(ids)
+    def _listed(self, ids: list[int], entries: Sequence[Logprob | None]) -> dict[str, Any]:
+        parts: list[Listed] = []
+        if self._places is None:
+            parts = [self._texts.prompt(self._prompt)] if self._request.echo else []
+            whole = self._texts.tokenizer
+            inside = whole is None or follows_text(whole, self._prompt.ids)
+            self._places = Places(self._texts, inside, sum(len(part.text) for part in parts))
+        parts.append(self._places.add(ids))
+        pairs = zip(entries, [inside for part in parts for inside in part.inside], strict=True)
         return {
-            "tokens": [*tokens, *more[0]],
+            "tokens": [token for part in parts for token in part.tokens],
             "token_logprobs": [None if e is None else _finite(e.logprob) for e in entries],
-            "top_logprobs": [None if e is None else self._top(e) for e in entries],
-            "text_offset": [*offsets, *more[1]],
+            "top_logprobs": [None if e is None else self._top(e, inside) for e, inside in pairs],
+            "text_offset": [at for part in parts for at in part.offsets],
         }
 
-    def _top(self, entry: Logprob) -> dict[str, float]:
+    def _top(self, entry: Logprob, inside: bool) -> dict[str, float]:
         """Likeliest first, and the chosen one, too; of tokens with the same text, the likeliest."""
         top: dict[str, float] = {}
         for token, logprob in [*entry.top.items(), (entry.token, entry.logprob)]:
-            top.setdefault(self._texts.text(token), _finite(logprob))
+            top.setdefault(self._texts.text(token, inside), _finite(logprob))
         return top
 
 

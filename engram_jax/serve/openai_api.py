@@ -31,10 +31,11 @@ PROMPT = "a text, a list of texts, a list of token ids or a list of lists of tok
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: None if it was given as ids."""
+    """text: None if it was given as ids. offsets: where in the text each token begins."""
 
     ids: tuple[int, ...]
-    text: str | None
+    text: str | None = None
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,13 @@ def _prompt(fields: Fields, value: Any, tokenizer: Any) -> Prompt:
     if isinstance(value, list):
         if not all(map(is_id, value)):
             fields.wrong("prompt", PROMPT)
-        prompt = Prompt(tuple(value), None)
+        prompt = Prompt(tuple(value))
     else:
         text = fields.text("prompt", value, PROMPT)
         if tokenizer is None:
             fields.wrong("prompt", "token ids: the server has no tokenizer")
-        prompt = Prompt(tuple(tokenizer.encode(text, add_special_tokens=False).ids), text)
+        found = tokenizer.encode(text, add_special_tokens=False)
+        prompt = Prompt(tuple(found.ids), text, tuple(start for start, _ in found.offsets))
     if not prompt.ids:
         raise ApiError(400, "prompt: is empty; must have at least one token", "prompt")
     return prompt

@@ -1,78 +1,34 @@
-"""Tokens of one sequence to text: complete characters only, and nothing of a stop string."""
+"""Tokens of one sequence to text: what is certain, and nothing of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-_HELD = 32  # tokens without a whole character, after which it is tried to let some go
+from engram_jax.address.detokenizer import Detokenizer, follows_text
 
 
-class TokenText:
-    """Text of tokens as they come; together what `tokenizer.decode` makes of all of them.
-
-    What ends in a broken character waits for what may complete it. A tokenizer that takes back
-    what it has said (byte fallback does, where a later byte breaks a row of them) keeps its word
-    here: characters that have been told stay.
-    """
-
-    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._window: list[int] = []  # tokens told last, as context, and those of which nothing is
-        self._text = ""  # of the window
-        self._told = 0  # characters of it
-        self._fresh = 0  # tokens of it of which nothing is told
-
-    def push(self, token: int) -> str:
-        """What is complete now."""
-        text = self._decode([*self._window, token])
-        if text == self._text and not self._decode([token]):
-            return ""  # a special token: in the window it would stand between bytes
-        self._window = [*self._window, token]  # a copy shares the list
-        self._text, self._fresh = text, self._fresh + 1
-        if text.endswith(BROKEN):
-            return self._let_go() if self._fresh % _HELD == 0 else ""
-        return self._tell()
-
-    def flush(self) -> str:
-        """The rest at the end."""
-        return self._tell()
-
-    def _tell(self) -> str:
-        """The rest of the window's text; the tokens it is of are the context of the next."""
-        new = self._text[self._told :]
-        self._window = self._window[len(self._window) - self._fresh :]
-        self._text, self._fresh = self._decode(self._window), 0
-        self._told = len(self._text)
-        return new
-
-    def _let_go(self) -> str:
-        """Of a long row of broken characters, what no later byte can mend: all that waits is
-        decoded again at every token."""
-        window = self._window
-        for at in range(len(window) - 1, max(0, len(window) - 5), -1):
-            gone, kept = self._decode(window[:at]), self._decode(window[at:])
-            if gone + kept == self._text:
-                self._window, self._text = window[at:], kept
-                new, self._told, self._fresh = gone[self._told :], 0, len(window) - at
-                return new
-        return ""
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip))
+def continuation(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` behind a prompt."""
+    stream = TextStream(tokenizer, prompt=prompt)
+    return "".join(stream.push(token)[0] for token in ids) + stream.flush()[0]
 
 
 class TextStream:
-    """push() every token, then flush()."""
+    """The text of a sequence's tokens behind its prompt: push() every one of them, then flush().
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self._tokens, self._stop = TokenText(tokenizer), tuple(stop)
+    prompt: the tokens before. Behind text a word has its space, which at a beginning many
+    tokenizers drop.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
+        inside = follows_text(tokenizer, prompt)
+        self._tokens, self._stop = Detokenizer(tokenizer, inside=inside), tuple(stop)
         self._rest = ""  # what has not been sent
 
     def push(self, token: int) -> tuple[str, bool]:
         """(text that is ready, whether a stop string has appeared)."""
-        return self._ready(self._tokens.push(token), final=False)
+        return self._ready("".join(self._tokens.push(token)), final=False)
 
     def flush(self) -> tuple[str, bool]:
         """The rest at the end: also what might have become a stop string, and broken characters."""

@@ -77,7 +77,8 @@ def test_special_tokens_where_a_row_is_let_go(tokenizer):
 
 
 def test_a_tokenizer_that_takes_back_what_it_said():
-    """Byte fallback: a byte that breaks a row of them breaks the characters before it, too."""
+    """Byte fallback: a byte that breaks a row of them breaks the characters before it, too. So the
+    row is told when it is over."""
     names = ["<0x41>", "<0xE2>", "x", "\u2581hi", "<s>"]
     made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
     made.decoder = decoders.Sequence(
@@ -90,7 +91,8 @@ def test_a_tokenizer_that_takes_back_what_it_said():
     )
     made.add_special_tokens(["<s>"])
     broken = "\N{REPLACEMENT CHARACTER}"
-    assert "".join(run(made, [0, 1, 2])[0]) == f"A{broken}x"
+    assert run(made, [0, 1, 2])[0] == ["", "", f"{broken}{broken}x", ""]
+    assert run(made, [0, 0, 3, 0])[0] == ["", "", "AA hi", "", "A"]
     assert "".join(run(made, [3] + [4] * 40 + [3, 3])[0]) == "hi hi hi"
 
 
