@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from engram_jax.address import load_tokenizer, tokenizer_fingerprint
+from engram_jax.address import as_stored, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
@@ -61,8 +61,10 @@ def evaluate(config: Config, workdir: Path, step: str) -> dict[str, Any]:
     agree(lambda: check_trained(workdir))
     data = open_together(config, log=lambda line: print(line, file=sys.stderr))
     agree(lambda: check_tokenizer(workdir, data))
-    program = build_program(config, data.addressing)
-    with Checkpointer(workdir, addressing=data.addressing, read_only=True) as checkpointer:
+    mine = data.addressing
+    addressing = None if mine is None else agree(lambda: as_stored(mine, workdir))
+    program = build_program(config, addressing)
+    with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         number, state = restore_state(program, checkpointer, step)
     loss = Evaluator(program, data).loss(state)
     return {

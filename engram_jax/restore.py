@@ -1,12 +1,12 @@
 """A trained model back from its workdir, with the text side it was trained with.
 
-workdir/tokenizer.json   the tokenizer        workdir/text.json   its end-of-sequence id
+workdir/tokenizer.json         the tokenizer        workdir/text.json   its end-of-sequence id
+workdir/tokenizer_config.json  how other tools (transformers' AutoTokenizer) are to read it
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from engram_jax import saved_state
-from engram_jax.address import artifact, load_tokenizer
+from engram_jax.address import artifact, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import DEVICE, Config
@@ -26,6 +26,7 @@ from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import check_trained
 
 TOKENIZER, _TEXT = "tokenizer.json", "text.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,40 @@ class Trained:
     step: int
 
 
-def save_text_side(workdir: Path, prepared: PreparedData) -> None:
-    """Copy the tokenizer into the workdir, so that a run can be used without its data.
+def save_text_side(workdir: Path, prepared: PreparedData, config: Config) -> None:
+    """The tokenizer as it was trained with, so that a run can be used without its data, by other
+    tools too.
 
-    Only the first process writes.
+    Only the first process writes. A tokenizer.json that is the same one already stays.
     """
     if jax.process_index() != 0:
         return
-    shutil.copyfile(prepared.tokenizer_path, workdir / TOKENIZER)
+    tokenizer, file = prepared.tokenizer, workdir / TOKENIZER
+    mine = tokenizer_fingerprint(tokenizer)
+    if not file.is_file() or tokenizer_fingerprint(load_tokenizer(file)) != mine:
+        tokenizer.save(str(file))
     (workdir / _TEXT).write_text(json.dumps({"eos_id": prepared.eos_id}) + "\n")
+    text = json.dumps(tokenizer_config(prepared, config), indent=1, ensure_ascii=False)
+    (workdir / _TOKENIZER_CONFIG).write_text(text + "\n")
+
+
+def tokenizer_config(prepared: PreparedData, config: Config) -> dict[str, Any]:
+    """What transformers' AutoTokenizer reads beside a tokenizer.json: the same ids, and the same
+    end of sequence, as in training."""
+    tokenizer, pad_id = prepared.tokenizer, config.tokenizer.pad_id
+    pad = tokenizer.get_added_tokens_decoder().get(pad_id)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.id_to_token(prepared.eos_id),
+        "bos_token": None,  # training puts nothing before a document
+        # A word that only fills gaps must not become a special token.
+        "pad_token": pad.content if pad is not None and pad.special else None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "split_special_tokens": True,  # special tokens that are spelled in a text are text
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.data.seq_len,
+    }
 
 
 def weights_of(program: Program, state: TrainState) -> Weights:
@@ -80,12 +106,14 @@ def load(config: Config, workdir: Path, step: str = "latest", rows: str | None =
 
     def read() -> tuple[Any, int]:
         check_trained(workdir)
-        return load_tokenizer(workdir / TOKENIZER), json.loads((workdir / _TEXT).read_text())[
-            "eos_id"
-        ]
+        parse = config.serve.parse_special
+        tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=parse)
+        return tokenizer, json.loads((workdir / _TEXT).read_text())["eos_id"]
 
     tokenizer, eos_id = agree(read)
     addressing = artifact.build(config, tokenizer) if config.model.engram.layers else None
+    if addressing is not None:
+        addressing = agree(lambda: artifact.as_stored(addressing, workdir))
     program = build_program(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         found = saved_state.restore_weights(program, checkpointer, which(step), rows)

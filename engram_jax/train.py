@@ -127,7 +127,7 @@ class Run:
     def _records(self, data: RunData) -> MetricsWriter:
         """What stands in the workdir before the first step; process 0 writes it."""
         provenance.record(self.workdir, self.config, resumed_at=self.first_step)
-        save_text_side(self.workdir, data.prepared)
+        save_text_side(self.workdir, data.prepared, self.config)
         return MetricsWriter(self.workdir, start_step=self.first_step)
 
     def _start(self) -> TrainState:
