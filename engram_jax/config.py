@@ -310,6 +310,8 @@ class ServeConfig:
       kept in DRAM in front of a disk.
     off_layers, off_orders: Engram layers that add nothing and n-gram orders whose rows read as
       zero, for analysis; off_layers (-1,) = all.
+    parse_special: whether special tokens that are spelled in a prompt become their ids; otherwise
+      they are text, as in training.
     host, port: where HTTP is served; port 0 = any free one.
     max_body: bytes of a request. drain_seconds: for running requests, after SIGTERM.
     """
@@ -328,6 +330,7 @@ class ServeConfig:
     host_cache: float = 0.0
     off_layers: tuple[int, ...] = ()
     off_orders: tuple[int, ...] = ()
+    parse_special: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     max_body: int = 1 << 20

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax import saved_state
-from engram_jax.address import load_tokenizer, tokenizer_fingerprint
+from engram_jax.address import as_stored, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
@@ -70,8 +70,10 @@ def evaluate(
     changes = agree(lambda: check_opened(config, workdir, step, accept))
     data = open_together(config, log=lambda line: print(line, file=sys.stderr))
     agree(lambda: check_tokenizer(workdir, data))
-    program = build_program(config, data.addressing)
-    with Checkpointer(workdir, addressing=data.addressing, read_only=True) as checkpointer:
+    mine = data.addressing
+    addressing = None if mine is None else agree(lambda: as_stored(mine, workdir))
+    program = build_program(config, addressing)
+    with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         restored = saved_state.restore(program, checkpointer, which(step))
     position = restored.iterator
     trained_on = position.get("data") if isinstance(position, dict) else None

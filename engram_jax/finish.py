@@ -20,6 +20,7 @@ from engram_jax.generate import Generator, Weights
 from engram_jax.report import GateSample, write_report
 from engram_jax.restore import weights_of
 from engram_jax.run_data import RunData
+from engram_jax.serve.text import continuation
 from engram_jax.train_state import TrainState
 
 GATE_TOKENS = 160
@@ -108,7 +109,8 @@ def continuations(
     found = generator.complete(
         ids, config.generate, data.prepared.eos_id, max_tokens=config.train.sample_tokens
     )
-    return [(p, tokenizer.decode(f)) for p, f in zip(prompts, found, strict=True)]
+    texts = [continuation(tokenizer, p, f) for p, f in zip(ids, found, strict=True)]
+    return list(zip(prompts, texts, strict=True))
 
 
 def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSample | None:

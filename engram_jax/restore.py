@@ -1,12 +1,12 @@
 """A trained model back from its workdir, with the text side it was trained with.
 
-workdir/tokenizer.json   the tokenizer        workdir/text.json   its end-of-sequence id
+workdir/tokenizer.json         the tokenizer        workdir/text.json   its end-of-sequence id
+workdir/tokenizer_config.json  how other tools (transformers' AutoTokenizer) are to read it
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from engram_jax.run_settings import check_opened
 from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import TOKENIZER
 
-_TEXT = "text.json"
+_TEXT, _TOKENIZER_CONFIG = "text.json", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,40 @@ class Trained:
     step: int
 
 
-def save_text_side(workdir: Path, prepared: PreparedData) -> None:
-    """Copy the tokenizer into the workdir, so that a run can be used without its data.
+def save_text_side(workdir: Path, prepared: PreparedData, config: Config) -> None:
+    """The tokenizer as it was trained with, so that a run can be used without its data, by other
+    tools too.
 
-    Only the first process writes.
+    Only the first process writes. A tokenizer.json that is the same one already stays.
     """
     if jax.process_index() != 0:
         return
-    kept = workdir / TOKENIZER
-    if not (kept.exists() and kept.samefile(prepared.tokenizer_path)):
-        shutil.copyfile(prepared.tokenizer_path, kept)
+    tokenizer, file = prepared.tokenizer, workdir / TOKENIZER
+    mine = tokenizer_fingerprint(tokenizer)
+    if not file.is_file() or tokenizer_fingerprint(load_tokenizer(file)) != mine:
+        tokenizer.save(str(file))
     (workdir / _TEXT).write_text(json.dumps({"eos_id": prepared.eos_id}) + "\n")
+    text = json.dumps(tokenizer_config(prepared, config), indent=1, ensure_ascii=False)
+    (workdir / _TOKENIZER_CONFIG).write_text(text + "\n")
+
+
+def tokenizer_config(prepared: PreparedData, config: Config) -> dict[str, Any]:
+    """What transformers' AutoTokenizer reads beside a tokenizer.json: the same ids, and the same
+    end of sequence, as in training."""
+    tokenizer, pad_id = prepared.tokenizer, config.tokenizer.pad_id
+    pad = tokenizer.get_added_tokens_decoder().get(pad_id)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.id_to_token(prepared.eos_id),
+        "bos_token": None,  # training puts nothing before a document
+        # A word that only fills gaps must not become a special token.
+        "pad_token": pad.content if pad is not None and pad.special else None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "split_special_tokens": True,  # special tokens that are spelled in a text are text
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.data.seq_len,
+    }
 
 
 def weights_of(program: Program, state: TrainState) -> Weights:
@@ -84,12 +107,12 @@ def load(
     def read() -> tuple[Any, int]:
         check_opened(config, workdir, step, accept)
         check_same_tokenizer(config, workdir)
-        return load_tokenizer(workdir / TOKENIZER), json.loads((workdir / _TEXT).read_text())[
-            "eos_id"
-        ]
+        tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=config.serve.parse_special)
+        return tokenizer, json.loads((workdir / _TEXT).read_text())["eos_id"]
 
     tokenizer, eos_id = agree(read)
-    addressing = artifact.build(config, tokenizer) if config.model.engram.layers else None
+    mine = artifact.build(config, tokenizer) if config.model.engram.layers else None
+    addressing = None if mine is None else agree(lambda: artifact.as_stored(mine, workdir))
     program = build_program(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         found = saved_state.restore_weights(program, checkpointer, which(step), rows)

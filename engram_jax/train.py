@@ -148,7 +148,7 @@ class Run:
             resumed_at=self.first_step,
             changed_settings=changes,
         )
-        save_text_side(self.workdir, data.prepared)
+        save_text_side(self.workdir, data.prepared, self.config)
         return MetricsWriter(self.workdir, start_step=self.first_step)
 
     def _start(self) -> TrainState:

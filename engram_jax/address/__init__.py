@@ -7,7 +7,7 @@
 (batches on the host).
 """
 
-from engram_jax.address.artifact import Addressing, build, check_same
+from engram_jax.address.artifact import Addressing, as_stored, build, check_same
 from engram_jax.address.compression import build_compression
 from engram_jax.address.layout import LayerAddressing, plan
 from engram_jax.address.pipeline import BatchAddresser
@@ -17,6 +17,7 @@ __all__ = [
     "Addressing",
     "BatchAddresser",
     "LayerAddressing",
+    "as_stored",
     "build",
     "build_compression",
     "check_same",

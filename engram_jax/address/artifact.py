@@ -21,7 +21,12 @@ from tokenizers import Tokenizer
 
 from engram_jax.address.compression import build_compression
 from engram_jax.address.layout import LayerAddressing, plan
-from engram_jax.address.tokenizer import tokenizer_fingerprint, tokenizer_size
+from engram_jax.address.tokenizer import (
+    former_fingerprint,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_size,
+)
 from engram_jax.config import QWEN, Config, TokenizerConfig
 from engram_jax.errors import UserError
 
@@ -139,10 +144,27 @@ def check_same(stored: Addressing, mine: Addressing) -> None:
     if "tokenizer_fingerprint" in different:
         message += (
             "; the tokenizer is another one, or the text that it is trained on has changed (the"
-            " embedded text does with another Python version): go back to the former, or start a"
-            " new run with another --workdir"
+            " embedded text does with another Python version), or older code, which read some"
+            " tokenizers otherwise, has trained it: go back to them, or start a new run with"
+            " another --workdir"
         )
     raise UserError(message)
+
+
+def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
+    """`mine`, under the name that an older run in `workdir` knows its tokenizer by.
+
+    A post-processor once counted in tokenizers' fingerprints, though it changes no id of a text.
+    The run's tokenizer.json proves that it is the same one; without that proof `mine` comes back.
+    """
+    folder = Path(workdir)
+    if not (folder / "addressing" / _JSON).is_file() or not (folder / "tokenizer.json").is_file():
+        return mine
+    known = Addressing.load(folder / "addressing").tokenizer_fingerprint
+    if known == mine.tokenizer_fingerprint or known != former_fingerprint(folder):
+        return mine
+    same = tokenizer_fingerprint(load_tokenizer(folder)) == mine.tokenizer_fingerprint
+    return dataclasses.replace(mine, tokenizer_fingerprint=known) if same else mine
 
 
 def build(config: Config, tokenizer: Tokenizer | None = None) -> Addressing:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from engram_jax.address.detokenizer import text_of
 from engram_jax.generate import Weights
 from engram_jax.memory.table import lookup
 from engram_jax.sharding.rules import P
@@ -23,7 +24,7 @@ def gates_of_document(
 ) -> tuple[list[str], np.ndarray]:
     """(token strings, gates [Engram layers, T] averaged over the M branches) of one document's T
     token ids, from its first one on."""
-    strings = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    strings = [text_of(tokenizer, i, inside=place > 0) for place, i in enumerate(ids)]
     tokens = np.asarray([ids], np.int32)
     everywhere = NamedSharding(program.mesh, P())
     gates = program.jit(partial(_gates, program), out_shardings=everywhere)(weights, tokens)

@@ -53,20 +53,15 @@ def open_tokenizer(
     if config.path:
         path = Path(config.path).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
-        tokenizer = load_tokenizer(path)
     else:
         path = _trained(config, corpus, cache, log)
-        tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     size = tokenizer_size(tokenizer)
     if size > config.vocab_size:
         raise UserError(
             f"config.tokenizer.vocab_size = {config.vocab_size}: the tokenizer {path} has {size} "
             f"ids; must be at least {size}"
         )
-    # Text that spells a special token is text: only the pipeline writes ends of documents.
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer, path
 
 

@@ -83,7 +83,7 @@ def test_log_probabilities_and_echo(web, alone):
         offsets = listed["text_offset"]
         assert offsets[0] == 0 and offsets == sorted(offsets)
         for at, text in zip(offsets, listed["tokens"], strict=True):
-            if not text.startswith("bytes:") and text != "<eos>" and "\ufffd" not in answer["text"]:
+            if not text.startswith("bytes:") and text != "<eos>":
                 assert answer["text"][at : at + len(text)] == text
         only = web.complete(prompt, max_tokens=0, logprobs=3, echo=True).json
         n = len(web.engine.tokenizer.encode(prompt).ids)
@@ -92,6 +92,21 @@ def test_log_probabilities_and_echo(web, alone):
         plain = web.complete(prompt, **fields, logprobs=0).json["choices"][0]
         assert plain["text"] == expected.text
         assert all(len(top) == 1 for top in plain["logprobs"]["top_logprobs"])
+
+
+def test_special_tokens_in_an_answer_have_no_text(web):
+    """Drawn in the middle of an answer, also between the bytes of a character."""
+    ends = 0
+    for seed in range(12):
+        fields = {"max_tokens": 50, "temperature": 1.5, "seed": seed, "logprobs": 0}
+        choice = web.complete("x = 1", ignore_eos=True, **fields).json["choices"][0]
+        text, listed = choice["text"], choice["logprobs"]
+        places = list(zip(listed["tokens"], listed["text_offset"], strict=True))
+        assert "<eos>" not in text and [at for _, at in places] == sorted(at for _, at in places)
+        plain = [(token, at) for token, at in places if not token.startswith("bytes:")]
+        assert all(text[at : at + len(t)] == t for t, at in plain if t != "<eos>")
+        ends += sum(token == "<eos>" for token, _ in places[:-1])
+    assert ends > 3
 
 
 def test_scoring_as_lm_eval_does_it(web):
