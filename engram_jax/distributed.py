@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import sys
 
 import jax
 
@@ -45,6 +46,12 @@ def log(line: str) -> None:
     """What the user reads, once: from process 0."""
     if jax.process_index() == 0:
         print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """What the user should know and did not ask for, once, on standard error."""
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _on_tpu() -> bool:
