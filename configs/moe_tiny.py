@@ -44,5 +44,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.eval_batches = 16
     config.train.checkpoint_every = 100
     config.train.count_models = True
+    config.generate.max_tokens = 64
     config.train.samples = ("def main(", "The following example shows")
     return config

@@ -46,6 +46,7 @@ from engram_jax.checkpoint_files import (
     check_arrays,
     compare,
     decode_iterator,
+    digest,
     gather_iterators,
     read_meta,
     seal,
@@ -64,6 +65,7 @@ class Restored:
     state: the arrays, in the abstract tree's structure.
     iterator, metrics, metadata: as they were given to `save` (tuples became lists); where the
       processes' iterators differed, this process's.
+    digest: what this checkpoint is known by (`checkpoint_files.digest`).
     """
 
     step: int
@@ -71,6 +73,7 @@ class Restored:
     iterator: IteratorState
     metrics: dict[str, float | None]
     metadata: dict[str, Any]
+    digest: str
 
 
 class Checkpointer:
@@ -239,6 +242,7 @@ class Checkpointer:
             iterator=decode_iterator(content["iterators"]),
             metrics=content["metrics"],
             metadata=content["metadata"],
+            digest=agree(lambda: digest(path, content)),
         )
 
     def _examine(

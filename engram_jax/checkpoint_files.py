@@ -7,6 +7,7 @@ and a flipped bit in an array not at all. So sizes and CRC-32 are written down w
 from __future__ import annotations
 
 import base64
+import hashlib
 import heapq
 import json
 import logging
@@ -162,6 +163,17 @@ def check_arrays(path: epath.Path, *, share: bool) -> None:
             raise UserError(f"state/{name} has {found} bytes of {size}")
         if share and crc is not None and _crc_of_file(file) != crc:
             raise UserError(f"state/{name} was altered after it was written")
+
+
+def digest(path: epath.Path, content: dict[str, Any]) -> str:
+    """What a checkpoint is known by: SHA-256 (hex) of its `content` (of `read_meta`) and of the
+    sizes and CRC-32s of the files of `path`/state, which `check_arrays` has compared with them.
+
+    A copy has the same; every save has another, of the same numbers, too (Orbax writes the time
+    into its files). So it is of one save on one mesh, and takes no second look at the arrays.
+    """
+    listed = json.loads((path / "state" / _LIST).read_text())
+    return hashlib.sha256(json.dumps([content, listed], sort_keys=True).encode()).hexdigest()
 
 
 def _share(sizes: dict[str, int]) -> set[str]:

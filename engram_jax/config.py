@@ -298,13 +298,16 @@ class GenerateConfig:
 class ServeConfig:
     """Inference: what the engine keeps, and where the memory lies.
 
-    sequences: decoded together. capacity: most tokens of one, prompt and answer.
+    sequences: decoded together. capacity: most tokens of one, prompt and answer; 0 = as many as
+      the checkpoint was last trained on (data.seq_len). accept_longer: more, with a warning; for
+      --mode=generate, too.
     page: tokens of a page of the key-value cache. pages: of all sequences together; 0 = room for
       `sequences` of full length, fewer = long ones wait, or are moved to host memory and back.
     prefill_chunk: tokens of a prompt that are computed at a time, of `prefill_sequences` at once.
     queue: requests that may wait.
     memory: where the tables lie: "device", "host" (DRAM) or "disk" (memory-mapped).
     memory_file: what --mode=export-memory wrote; "" = the checkpoint's own tables.
+    accept_other_memory: a memory_file of another checkpoint, with a warning.
     frequency_file: what --mode=count-memory wrote: which rows are read most.
     device_cache, host_cache: share of the rows, the most frequent ones, kept on the device, and
       kept in DRAM in front of a disk.
@@ -317,7 +320,8 @@ class ServeConfig:
     """
 
     sequences: int = 8
-    capacity: int = 1024
+    capacity: int = 0
+    accept_longer: bool = False
     page: int = 64
     pages: int = 0
     prefill_chunk: int = 128
@@ -325,6 +329,7 @@ class ServeConfig:
     queue: int = 256
     memory: str = DEVICE
     memory_file: str = ""
+    accept_other_memory: bool = False
     frequency_file: str = ""
     device_cache: float = 0.0
     host_cache: float = 0.0

@@ -6,6 +6,7 @@ import glob
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,12 @@ def log(line: str) -> None:
     """What the user reads, once: from process 0."""
     if jax.process_index() == 0:
         print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """What the user should know and did not ask for, once, on standard error."""
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _on_tpu() -> bool:

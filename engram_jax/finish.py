@@ -84,15 +84,27 @@ def loss_table(losses: dict[str, float]) -> str:
 
 
 def check_samples(config: Config, tokenizer: Any) -> None:
-    """Raises UserError for a configured prompt that is no token: known before training, not after.
+    """Raises UserError for a configured prompt that is no token, or that becomes longer than what
+    is trained on: known before training, not after.
 
     Some tokenizers strip what they normalise or do not know.
     """
-    for prompt in config.train.samples:
-        if not tokenizer.encode(prompt, add_special_tokens=False).ids:
+    lengths = {
+        prompt: len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+        for prompt in config.train.samples
+    }
+    for prompt, tokens in lengths.items():
+        if not tokens:
             raise UserError(
                 f"config.train.samples: {prompt!r} is no token of this tokenizer; every prompt must"
                 " have at least one"
+            )
+    most, trained = config.train.sample_tokens, config.data.seq_len
+    for prompt, tokens in lengths.items():
+        if tokens + most > trained:
+            raise UserError(
+                f"config.train.sample_tokens = {most}: must be at most {trained - tokens}, what the"
+                f" {tokens} tokens of {prompt!r} leave of data.seq_len = {trained}"
             )
 
 

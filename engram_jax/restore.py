@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from engram_jax import saved_state
+from engram_jax import provenance, saved_state
 from engram_jax.address import artifact, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
@@ -32,13 +32,25 @@ _TEXT, _TOKENIZER_CONFIG = "text.json", "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """A restored model: what inference needs."""
+    """A restored model: what inference needs.
+
+    run: name of its folder. digest: of the checkpoint (checkpoint_files.py). seq_len: tokens of the
+    sequences it was last trained on, the longest that it knows.
+    """
 
     program: Program
     weights: Weights
     tokenizer: Any
     eos_id: int
     step: int
+    run: str
+    digest: str
+    seq_len: int
+
+    @property
+    def name(self) -> str:
+        """This checkpoint, in messages."""
+        return f"{self.program.config.name}, run {self.run}, step {self.step}"
 
 
 def save_text_side(workdir: Path, prepared: PreparedData, config: Config) -> None:
@@ -119,7 +131,19 @@ def load(
     state = found.state
     tables = {} if rows is None else {k: t.rows for k, t in state.memory.items()}
     weights = Weights(state.params, state.router_bias, tables)
-    return Trained(program, weights, tokenizer, eos_id, found.step)
+    seq_len = agree(lambda: _trained_length(found.metadata, workdir, config))
+    run = workdir.resolve().name
+    return Trained(program, weights, tokenizer, eos_id, found.step, run, found.digest, seq_len)
+
+
+def _trained_length(metadata: dict[str, Any], workdir: Path, config: Config) -> int:
+    """From the checkpoint; one of before has it from the run's last launch, or from `config`."""
+    if "seq_len" in metadata:
+        return int(metadata["seq_len"])
+    record = workdir / "run.json"
+    if record.exists() and (launches := provenance.read(record)):
+        return int(launches[-1]["config"]["data"]["seq_len"])
+    return config.data.seq_len
 
 
 def check_same_tokenizer(config: Config, workdir: Path) -> None:

@@ -19,12 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from engram_jax import provenance
+from engram_jax import distributed, provenance
 from engram_jax.config import Config, parse, section_types, to_dict
 from engram_jax.config_difference import differences
 from engram_jax.errors import UserError
@@ -259,11 +258,15 @@ def _stored(workdir: Path, step: int) -> Config | None:
     """The configuration that checkpoint `step` was trained with; None if no record says so."""
     launch = _launch(workdir, step)
     if launch is None:
-        _warn(f"{workdir} has no {RUN}: whether its run had other settings was not checked")
+        distributed.warn(
+            f"{workdir} has no {RUN}: whether its run had other settings was not checked"
+        )
         return None
     config, unknown = _config_of(workdir, launch)
     if unknown:
-        _warn(f"{workdir / RUN} has keys that this version does not know: {', '.join(unknown)}")
+        distributed.warn(
+            f"{workdir / RUN} has keys that this version does not know: {', '.join(unknown)}"
+        )
     return config
 
 
@@ -320,8 +323,3 @@ def _number(workdir: Path, step: str) -> int:
         if ranked:
             return min(ranked)[1]
     return max(steps, default=0)
-
-
-def _warn(line: str) -> None:
-    if jax.process_index() == 0:
-        print(f"warning: {line}", file=sys.stderr, flush=True)

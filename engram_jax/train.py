@@ -229,8 +229,12 @@ class Run:
             self.state,
             iterator=self.iterator.get_state(),
             metrics=metrics,
-            metadata={"config": self.config.name},
+            metadata=self._about(),
         )
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run that wrote it (restore.py reads it)."""
+        return {"config": self.config.name, "seq_len": self.config.data.seq_len}
 
     def _preempted(self, step: int, pending: Pending | None, progress: Progress) -> None:
         """Save the state after `step` steps, unless it is where this launch began, and say so."""
@@ -258,6 +262,7 @@ class Run:
                 pending.step,
                 state,
                 iterator=pending.iterator_before,
+                metadata=self._about(),
             )
         raise UserError(
             f"step {pending.step}: loss {float(values['loss'])}, gradient norm"

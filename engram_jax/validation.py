@@ -55,7 +55,7 @@ _POSITIVE = {
     "train": "steps accumulation log_every eval_every eval_batches checkpoint_every keep"
     " sample_tokens",
     "generate": "max_tokens",
-    "serve": "sequences capacity page prefill_chunk prefill_sequences queue max_body host",
+    "serve": "sequences page prefill_chunk prefill_sequences queue max_body host",
 }
 _NOT_NEGATIVE = {
     "model.ffn": "routed_experts shared_experts bias_update_rate",
@@ -66,7 +66,7 @@ _NOT_NEGATIVE = {
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
     "train": "keep_best hang_seconds",
     "generate": "temperature",
-    "serve": "pages device_cache host_cache drain_seconds",
+    "serve": "capacity pages device_cache host_cache drain_seconds",
 }
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float64"),
@@ -301,10 +301,7 @@ def _generate(generate: GenerateConfig, vocab: int) -> None:
 
 
 def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
-    page, capacity = serve.page, serve.capacity
-    multiple = f"a multiple of serve.page = {page}"
-    _require(capacity % page == 0, "serve.capacity", capacity, multiple)
-    one = capacity // page
+    one = -(-serve.capacity // serve.page)  # 0 as long as the checkpoint decides
     room = f"0, or at least the {one} of one sequence (serve.capacity / serve.page)"
     _require(serve.pages == 0 or serve.pages >= one, "serve.pages", serve.pages, room)
     several = serve.prefill_sequences <= serve.sequences
@@ -321,6 +318,8 @@ def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
     needs_file = serve.memory != DISK or serve.memory_file
     a_file = "what --mode=export-memory wrote, for serve.memory = 'disk'"
     _require(bool(needs_file), "serve.memory_file", "", a_file)
+    read = bool(engram.layers) or not serve.memory_file
+    _require(read, "serve.memory_file", serve.memory_file, "'' for a model without Engram layers")
     counted = serve.device_cache == 0 or serve.frequency_file
     a_file = "what --mode=count-memory wrote, for serve.device_cache"
     _require(bool(counted), "serve.frequency_file", "", a_file)

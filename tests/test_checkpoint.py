@@ -94,6 +94,31 @@ def test_restores_bit_for_bit(saved, step, expected):
     assert found.metrics["loss"] == {10: 2.0, 20: 1.0, 30: 3.0}[expected]
 
 
+def test_the_digest_is_of_one_save(saved, tmp_path):
+    """A copy has the same. Other numbers, another step and the same saved again have others."""
+
+    def digest(workdir: Path, step: int) -> str:
+        with Checkpointer(workdir, read_only=True) as checkpointer:
+            return checkpointer.restore(step, make_state(0)).digest
+
+    def saved_again(name: str, step: int, seed: int) -> str:
+        with Checkpointer(tmp_path / name) as checkpointer:
+            checkpointer.save(
+                step,
+                make_state(seed),
+                iterator={"position": 10},
+                metrics={"loss": 2.0},
+                metadata={"tokens": 70},
+            )
+        return digest(tmp_path / name, step)
+
+    found = {digest(saved, step) for step in (10, 20, 30)}
+    copied = shutil.copytree(saved, tmp_path / "copied")
+    assert {digest(copied, step) for step in (10, 20, 30)} == found
+    found |= {saved_again("same", 10, 10), saved_again("seed", 10, 11), saved_again("step", 11, 10)}
+    assert len(found) == 6 and {len(each) for each in found} == {64}
+
+
 def test_restores_onto_abstract_arrays(saved):
     expected = make_state(30)
     abstract = {k: jax.eval_shape(lambda v=v: v) for k, v in expected.items() if k != "host"}

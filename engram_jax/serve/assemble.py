@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from engram_jax import distributed
 from engram_jax.config import DEVICE, DISK, HOST, Config, ServeConfig
 from engram_jax.errors import UserError
 from engram_jax.memory.store.cache import CachedTable
@@ -25,6 +25,7 @@ from engram_jax.serve.engine import Engine
 from engram_jax.serve.memory import DeviceMemory, Memory, StagedMemory, on_device
 from engram_jax.serve.request import Delta, SamplingParams
 from engram_jax.serve.steps import Steps
+from engram_jax.serve.together import Warn, check_memory, for_one, with_capacity
 from engram_jax.serve.wire import Limits
 from engram_jax.train_state import Program
 
@@ -53,24 +54,40 @@ def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = (
     return load(config, workdir, step, rows=rows, accept=accept)
 
 
-def make_engine(trained: Trained, serve: ServeConfig) -> Engine:
-    """An engine over weights and tables of `load_for`."""
+def make_engine(trained: Trained, serve: ServeConfig, warn: Warn = distributed.warn) -> Engine:
+    """An engine over weights and tables of `load_for`. warn: is given lines for the user.
+
+    Raises UserError for what does not belong together (serve/together.py).
+    """
+    return _engine(trained, with_capacity(trained, serve, warn), warn)
+
+
+def _engine(trained: Trained, serve: ServeConfig, warn: Warn) -> Engine:
     program, weights = trained.program, trained.weights
-    memory = open_memories(program, serve, weights.rows)
+    memory = open_memories(
+        program, serve, weights.rows, lambda file: check_memory(file, trained, serve, warn)
+    )
     steps = Steps(program, serve)
     return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
 
 
-def open_memories(program: Program, serve: ServeConfig, rows: Any = None) -> dict[str, Memory]:
+def open_memories(
+    program: Program,
+    serve: ServeConfig,
+    rows: Any = None,
+    check: Callable[[MemoryFile], None] = lambda file: None,
+) -> dict[str, Memory]:
     """Every Engram layer's table where `serve` wants it.
 
     rows: tables [R, dim] by layer id (on the device for memory = "device"), or None or empty = they
-    come from serve.memory_file.
+    come from serve.memory_file. check: of that file, raises UserError.
     """
     if program.addressing is None:
         return {}
     fingerprint = program.addressing.fingerprint
     file = open_memory(serve.memory_file, fingerprint) if serve.memory_file else None
+    if file is not None:
+        check(file)
     counts: dict[str, Frequency] = {}
     if serve.frequency_file:
         counts = load_frequency(serve.frequency_file, fingerprint).layers
@@ -137,10 +154,10 @@ def print_continuation(
     """Stream a prompt's continuation to standard output. accept: as in `open_engine`."""
     trained = load_for(config, workdir, step, accept)
     ids = trained.tokenizer.encode(prompt, add_special_tokens=False).ids
-    serve, page = config.serve, config.serve.page
-    room = -(-(len(ids) + config.generate.max_tokens) // page) * page
-    serve = replace(serve, sequences=1, prefill_sequences=1, pages=0, capacity=room)
-    engine = make_engine(trained, serve)
+    if not ids:
+        raise UserError("prompt: must have at least one token")
+    warn, most = distributed.warn, config.generate.max_tokens
+    engine = _engine(trained, for_one(trained, config.serve, len(ids), most, warn), warn)
     deltas = engine.stream(ids, SamplingParams.of(config.generate))
     for piece in itertools.chain([prompt], map(_text, deltas), ["\n"]):
         if jax.process_index() == 0:  # every process decodes, one prints

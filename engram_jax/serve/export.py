@@ -15,6 +15,7 @@ from engram_jax.memory.store.frequency import count_accesses, save_frequency
 from engram_jax.memory.store.rows import RowFormat
 from engram_jax.restore import load
 from engram_jax.run_data import open_together
+from engram_jax.serve.together import describe
 
 _CHUNK = 1 << 16  # rows
 Log = Callable[[str], None]
@@ -45,8 +46,7 @@ def export_memory(
         layer: (stored, len(rows), _chunks(np.asarray(rows)))
         for layer, rows in trained.weights.rows.items()
     }
-    about = {"name": config.name, "step": str(trained.step)}
-    write_memory(path, layers, addressing.fingerprint, about)
+    write_memory(path, layers, addressing.fingerprint, describe(trained))
     total = sum(rows for _, rows, _ in layers.values())
     log(f"{path}: {total:,} rows of {stored.dim} as {stored.name}, {path.stat().st_size:,} bytes")
 

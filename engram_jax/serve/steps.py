@@ -8,7 +8,7 @@ whoever runs beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,8 @@ class Steps:
     """The compiled functions of one program."""
 
     def __init__(self, program: Program, serve: ServeConfig):
-        self.program, self.serve = program, serve
+        capacity = serve.capacity or program.config.data.seq_len
+        self.program, self.serve = program, replace(serve, capacity=capacity)
         self.pieces = pieces(program.config.model)
         everywhere = NamedSharding(program.mesh, P())
         cache = Cache(row_major(program.mesh, P(), 4), everywhere, everywhere)
@@ -134,7 +135,7 @@ class Steps:
     @property
     def pages_each(self) -> int:
         """Pages of a sequence of full length."""
-        return self.serve.capacity // self.serve.page
+        return -(-self.serve.capacity // self.serve.page)
 
     @property
     def alternatives(self) -> int:

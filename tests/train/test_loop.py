@@ -236,6 +236,7 @@ def test_generate_prints_the_prompt_and_what_the_generator_says(
 ):
     arguments = small_run(corpus, undisturbed, generate__temperature=temperature)
     arguments.append("--config.generate.max_tokens=20")
+    arguments.append("--config.serve.accept_longer=True")  # trained on 16
     outcome = launched(*arguments, "--mode=generate", "--prompt=document 3\nabcd", "--step=best")
     assert outcome.code == 0, outcome.err
     settings = small_config(

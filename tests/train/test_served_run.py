@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
-from engram_jax.memory.store.file import open_memory
+from engram_jax.checkpoint_files import seal
+from engram_jax.memory.store.file import open_memory, write_memory
 from engram_jax.memory.store.frequency import load_frequency, save_frequency
 from engram_jax.restore import load
 from tests.runs import launched, refused, small_config, small_run
@@ -30,10 +33,26 @@ def made(corpus, undisturbed, tmp_path_factory):
     return memory, counts
 
 
-def generated(corpus, workdir, **serve):
+def generated(corpus, workdir, step="best", **serve):
     arguments = small_run(corpus, workdir, generate__max_tokens=24, generate__temperature=0.9)
+    arguments.append("--config.serve.accept_longer=True")  # trained on 16 tokens
     arguments += [f"--config.serve.{key}={value}" for key, value in serve.items()]
-    return launched(*arguments, "--mode=generate", "--step=best", f"--prompt={PROMPT}")
+    return launched(*arguments, "--mode=generate", f"--step={step}", f"--prompt={PROMPT}")
+
+
+def refused_at_last(outcome, *words):
+    """As `refused`, after the warning that the text is longer than was trained on."""
+    assert outcome.code == 2 and outcome.out == ""
+    *warnings, line = outcome.err.splitlines()
+    assert line.startswith("error: ") and all(w.startswith("warning: ") for w in warnings)
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, undisturbed):
+    """What the best checkpoint says with its own table on the device."""
+    return generated(corpus, undisturbed)
 
 
 def test_the_file_holds_the_checkpoints_rows(corpus, undisturbed, made):
@@ -45,6 +64,7 @@ def test_the_file_holds_the_checkpoints_rows(corpus, undisturbed, made):
     (stored,) = file.host("1").parts
     np.testing.assert_array_equal(stored.view(np.float32), rows)
     assert (file.metadata["name"], file.metadata["step"]) == (config.name, str(trained.step))
+    assert file.metadata["checkpoint"] == trained.digest
     on_host = load(config, undisturbed, "best", rows="host")
     assert isinstance(on_host.weights.rows["1"], np.ndarray)
     np.testing.assert_array_equal(on_host.weights.rows["1"], rows)
@@ -88,33 +108,92 @@ def test_counts_are_those_of_the_training_text(corpus, made):
     ],
     ids=lambda serve: "-".join(str(v) for v in serve.values()),
 )
-def test_generation_is_the_same_wherever_the_memory_lies(corpus, undisturbed, made, serve):
+def test_generation_is_the_same_wherever_the_memory_lies(corpus, undisturbed, made, plain, serve):
     files = {"FILE": made[0], "COUNTS": made[1]}
     given = {key: files.get(value, value) for key, value in serve.items()}
-    wanted = generated(corpus, undisturbed)
-    assert wanted.code == 0 and len(wanted.out) > len(PROMPT) + 10
-    assert generated(corpus, undisturbed, **given) == wanted
+    assert plain.code == 0 and len(plain.out) > len(PROMPT) + 10
+    assert generated(corpus, undisturbed, **given) == plain
 
 
-def test_without_memory_the_text_is_another(corpus, undisturbed):
+@pytest.mark.parametrize("memory", ["device", "disk"])
+def test_rows_of_another_step_are_refused(corpus, undisturbed, made, memory):
+    best = load(small_config(corpus), undisturbed, "best", rows=None)
+    assert best.step != 21
+    other = generated(corpus, undisturbed, "21", memory=memory, memory_file=made[0])
+    words = f"step {best.step}, checkpoint {best.digest[:12]}", "step 21, checkpoint "
+    refused_at_last(other, str(made[0]), *words, "serve.accept_other_memory=True")
+
+
+def test_rows_of_another_step_are_served_on_request(corpus, undisturbed, made):
+    given = {"memory": "host", "memory_file": made[0], "accept_other_memory": True}
+    done = generated(corpus, undisturbed, "21", **given)
+    assert done.code == 0 and f"warning: {made[0]}: holds the rows of" in done.err
+
+
+def test_a_copy_of_the_run_and_a_file_of_before(corpus, undisturbed, made, plain, tmp_path):
+    """A file of before cannot be checked, and that is said."""
+    copied = shutil.copytree(undisturbed, tmp_path / "copied")
+    file, path = open_memory(made[0]), tmp_path / "before"
+    (rows,) = file.host("1").parts
+    layers = {"1": (file.layers["1"][1], len(rows), [rows.view(np.float32)])}
+    about = {key: file.metadata[key] for key in ("name", "step")}
+    write_memory(path, layers, file.fingerprint, about)
+    done = generated(corpus, copied, memory="host", memory_file=made[0])
+    assert done.out == plain.out and str(made[0]) not in done.err
+    done = generated(corpus, copied, memory="host", memory_file=path)
+    assert done.out == plain.out
+    assert f"warning: {path}" in done.err and "was not checked" in done.err
+
+
+def test_another_format_is_of_the_same_checkpoint(corpus, undisturbed, made, tmp_path):
+    arguments = [*small_run(corpus, undisturbed), "--mode=export-memory", "--step=best"]
+    done = launched(*arguments, "--format=bfloat16", f"--output={tmp_path / 'bf16'}")
+    assert done.code == 0
+    mine, other = (open_memory(path).metadata for path in (tmp_path / "bf16", made[0]))
+    assert mine["checkpoint"] == other["checkpoint"] and mine["layers"] != other["layers"]
+
+
+def test_nothing_longer_than_was_trained(corpus, undisturbed, tmp_path):
+    """16 tokens: the checkpoint says so, else the run's record, else the configuration."""
+    arguments = small_run(corpus, undisturbed, generate__max_tokens=24, data__seq_len=32)
+    done = launched(*arguments, "--mode=generate", f"--prompt={PROMPT}")
+    words = "config.generate.max_tokens = 24", "sequences of 16 tokens", "serve.accept_longer"
+    refused_at_last(done, *words)
+    arguments = small_run(corpus, undisturbed, serve__port=0, serve__capacity=64)
+    refused_at_last(launched(*arguments, "--mode=serve"), "serve.capacity = 64", "of 16 tokens")
+
+    workdir = shutil.copytree(undisturbed, tmp_path / "before")
+    for meta in (workdir / "checkpoints").glob("*/meta/metadata"):
+        content = json.loads(meta.read_text())["content"]
+        assert content["metadata"].pop("seq_len") == 16
+        meta.write_text(json.dumps(seal(content)))
+    config = small_config(corpus, data__seq_len=32)
+    assert load(config, workdir, rows=None).seq_len == 16
+    (workdir / "run.json").unlink()
+    assert load(config, workdir, rows=None).seq_len == 32
+
+
+def test_without_memory_the_text_is_another(corpus, undisturbed, plain):
     off = generated(corpus, undisturbed, off_layers="(-1,)")
-    assert off.code == 0 and off.out != generated(corpus, undisturbed).out
+    assert off.code == 0 and off.out != plain.out
 
 
 def test_files_of_others_are_refused(corpus, undisturbed, made, tmp_path):
-    refused(
+    refused_at_last(
         generated(corpus, undisturbed, memory="disk", memory_file=tmp_path / "none"),
         "none",
         "cannot be read",
     )
     (tmp_path / "text").write_text("no table")
-    refused(generated(corpus, undisturbed, memory="host", memory_file=tmp_path / "text"), "text")
+    refused_at_last(
+        generated(corpus, undisturbed, memory="host", memory_file=tmp_path / "text"), "text"
+    )
     other = [*small_run(corpus, undisturbed), "--config.model.engram.seed=9"]
     other += ["--config.serve.memory=disk", f"--config.serve.memory_file={made[0]}"]
     other += ["--accept_changes=model.engram.seed"]
     refused(launched(*other, "--mode=generate", "--prompt=a"), "addressing")
     foreign = {"memory": "host", "memory_file": made[0], "device_cache": 0.5}
-    refused(
+    refused_at_last(
         generated(corpus, undisturbed, **foreign, frequency_file=made[0]),
         "no usable frequency file",
     )
@@ -125,7 +204,7 @@ def test_counts_of_another_layer_are_refused(corpus, undisturbed, made, tmp_path
     path = tmp_path / "counts.npz"
     save_frequency(path, {"7": counts.layers["1"]}, counts.fingerprint, counts.tokens)
     given = {"memory": "host", "device_cache": 0.5, "frequency_file": path}
-    refused(generated(corpus, undisturbed, **given), "no Engram layer 1; it has 7")
+    refused_at_last(generated(corpus, undisturbed, **given), "no Engram layer 1; it has 7")
 
 
 def test_what_cannot_be_exported(corpus, undisturbed, tmp_path):
