@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 
-from engram_jax import provenance
 from engram_jax.config import parse
 from engram_jax.describe import describe
 
@@ -44,8 +43,8 @@ def run(model: str, seed: int, out: Path, core: int, extra: list[str]) -> dict[s
     with (out / f"{model}_{seed}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     losses = json.loads((workdir / "losses.json").read_text())
-    text = provenance.read(workdir / "run.json")[-1]["data"]
-    return {"name": model, "seed": seed, "loss": losses[model], "text": text}
+    loss = losses["held_out_loss"]["nats_per_token"][model]
+    return {"name": model, "seed": seed, "loss": loss, "text": losses["data"]}
 
 
 def main() -> None:

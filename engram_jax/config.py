@@ -264,7 +264,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """hang_seconds: report a hang when no step has ended for so long (10 times that for the first
+    """eval_batches: the first so many batches of the held-out split are what `validation_loss` is
+      measured on, every eval_every steps and at the end; the whole split's loss, `held_out_loss`,
+      is measured at the end and by --mode=evaluate.
+    count_models: fit unigram, bigram and Kneser-Ney models to the same training tokens at the end.
+    hang_seconds: report a hang when no step has ended for so long (10 times that for the first
       step and for evaluation and checkpoints); 0 = never.
     hang_exit: then also end the process, with status 3, so that a supervisor can start it again.
     """

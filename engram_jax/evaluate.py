@@ -1,10 +1,17 @@
-"""Held-out loss."""
+"""Two losses on held-out text, each with one meaning wherever it is shown.
+
+validation_loss   over the first train.eval_batches batches of the held-out split: while training
+held_out_loss     over the whole split: at the end of training, and by --mode=evaluate
+
+Both in nats per target, a target being a token that is predicted (`loss_mask`).
+"""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +35,18 @@ from engram_jax.train_step import eval_step
 from engram_jax.workdir import TOKENIZER
 
 
+@dataclass(frozen=True)
+class Score:
+    """loss: nats per target, the mean over all `targets` of `batches` held-out batches."""
+
+    loss: float
+    batches: int
+    targets: int
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} ({self.batches:,} batches, {self.targets:,} targets)"
+
+
 class Evaluator:
     """The mean loss over held-out batches, compiled once."""
 
@@ -38,22 +57,26 @@ class Evaluator:
         )
 
     def loss(self, state: TrainState, batches: int | None = None) -> float:
-        """Nats per target over the first `batches` held-out batches (None: all of them).
+        """The loss of `score`."""
+        return self.score(state, batches).loss
+
+    def score(self, state: TrainState, batches: int | None = None) -> Score:
+        """Over the first `batches` held-out batches (None: all of them).
 
         Each batch's sum is read only after the next is dispatched.
         """
         pending: tuple[jax.Array, jax.Array] | None = None
-        total = np.zeros(2)
+        total, count = np.zeros(2), 0
         mesh, size = self.program.mesh, self.program.config.data.batch_size
         for host_batch in self.data.validation_batches(mesh, batches):
             batch = place_batch(mesh, host_batch, size)
             sums = self._step(state.params, state.router_bias, state.memory, batch)
             if pending is not None:
                 total += jax.device_get(pending)
-            pending = sums
+            pending, count = sums, count + 1
         if pending is not None:
             total += jax.device_get(pending)
-        return float(total[0] / max(total[1], 1.0))
+        return Score(float(total[0] / max(total[1], 1.0)), count, round(total[1]))
 
 
 def evaluate(
@@ -80,13 +103,15 @@ def evaluate(
     fingerprint = data.prepared.fingerprint
     same_text = agree(lambda: check_text(workdir, trained_on, fingerprint, accept))
     number, state = restored.step, restored.state
-    loss = Evaluator(program, data).loss(state)
+    score = Evaluator(program, data).score(state)
     result = {
         "name": config.name,
         "step": number,
-        "validation_loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / data.prepared.bytes_per_token,
+        "held_out_loss": score.loss,
+        "held_out_batches": score.batches,
+        "held_out_targets": score.targets,
+        "perplexity": math.exp(score.loss),
+        "bits_per_byte": score.loss / math.log(2) / data.prepared.bytes_per_token,
     }
     if changes:
         result["changed_settings"] = {key: list(values) for key, values in changes.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import numpy as np
 from engram_jax.analysis.count_models import fit_and_score
 from engram_jax.analysis.gates import gates_of_document
 from engram_jax.config import Config
+from engram_jax.describe import describe
 from engram_jax.errors import UserError
-from engram_jax.evaluate import Evaluator
+from engram_jax.evaluate import Evaluator, Score
 from engram_jax.generate import Generator, Weights
-from engram_jax.report import GateSample, write_report
+from engram_jax.metrics import MetricsWriter, json_value, read_metrics
+from engram_jax.report import LOSSES, GateSample, write_report
 from engram_jax.restore import weights_of
 from engram_jax.run_data import RunData
 from engram_jax.serve.text import continuation
@@ -39,48 +42,100 @@ def finish(
     evaluator: Evaluator,
     state: TrainState,
     log: Callable[[str], None],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Evaluate on the whole held-out split, compare, sample, and write the report.
 
-    Returns the losses by model name, nats per token on the same held-out targets; process 0 also
-    writes them to `workdir`/losses.json.
+    Returns `loss_record`; process 0 also writes it to `workdir`/losses.json, and the held-out loss
+    to the metrics.
     """
-    losses = {config.name: evaluator.loss(state)}
+    held_out = evaluator.score(state)
+    validation = evaluator.score(state, config.train.eval_batches)
     weights = weights_of(evaluator.program, state)
+    nats: dict[str, np.ndarray] = {}
     if config.train.count_models:
         log("fitting the count models to the same training tokens")
-        losses |= count_model_losses(config, data)
+        nats = count_model_nats(config, data)
+    losses = loss_record(config.name, int(state.step), data, held_out, validation, nats)
     log(loss_table(losses))
     samples = continuations(config, data, evaluator, weights)
     for prompt, text in samples:
         log(f"--- {prompt!r} continues:\n{prompt}{text}")
     gates = gate_sample(data, evaluator, weights)
     if jax.process_index() == 0:
-        (workdir / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
-        report = write_report(
-            workdir,
-            title=config.name,
-            figures={"held-out loss": losses[config.name]},
-            baselines={k: v for k, v in losses.items() if k != config.name},
-            gates=gates,
-            samples=samples,
-        )
+        write_held_out(workdir, int(state.step), held_out)
+        text = json.dumps(json_value(losses), indent=1, allow_nan=False)
+        (workdir / LOSSES).write_text(text + "\n")
+        model = describe(config)
+        report = write_report(workdir, title=config.name, model=model, gates=gates, samples=samples)
         log(f"report: {report}")
     return losses
 
 
-def count_model_losses(config: Config, data: RunData) -> dict[str, float]:
-    """Count models fitted on the very batches the run trained on, scored on the same targets."""
+def count_model_nats(config: Config, data: RunData) -> dict[str, np.ndarray]:
+    """Nats of every held-out target, float64 [n] in their order, by count model; fitted on the very
+    batches the run trained on."""
     batches = islice(data.train_iterator(), config.train.steps)
-    scores = fit_and_score(batches, data.validation_batches(), config.tokenizer.vocab_size)
-    return {_TITLES[name]: loss for name, loss in scores.items() if name in _TITLES}
+    nats = fit_and_score(batches, data.validation_batches(), config.tokenizer.vocab_size)
+    return {_TITLES[name]: found for name, found in nats.items() if name in _TITLES}
 
 
-def loss_table(losses: dict[str, float]) -> str:
-    width = max(len(name) for name in losses) + 2
-    lines = ["", f"{'held-out loss':{width}} nats per token"]
-    lines += [f"{name:{width}} {loss:.3f}" for name, loss in losses.items()]
+def loss_record(
+    name: str,
+    step: int,
+    data: RunData,
+    held_out: Score,
+    validation: Score,
+    counts: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """What losses.json holds: for both losses of evaluate.py what they are of, and their values for
+    the model and, on the same targets, for every count model.
+
+    counts: nats of every held-out target, in order, by count model.
+    """
+
+    def losses(score: Score, of: str) -> dict[str, Any]:
+        found = {name: score.loss}
+        for title, nats in counts.items():
+            if len(nats) != held_out.targets:
+                raise RuntimeError(f"{title}: {len(nats):,} targets, not {held_out.targets:,}")
+            found[title] = float(nats[: score.targets].mean())
+        per_byte = 1 / math.log(2) / data.prepared.bytes_per_token
+        return {
+            "of": of,
+            "batches": score.batches,
+            "targets": score.targets,
+            "nats_per_token": found,
+            "bits_per_byte": {name: loss * per_byte for name, loss in found.items()},
+        }
+
+    first = f"the first {validation.batches:,} batches of the held-out split"
+    return {
+        "step": step,
+        "held_out_loss": losses(held_out, "the whole held-out split"),
+        "validation_loss": losses(validation, first),
+        "data": data.prepared.summary(),
+    }
+
+
+def loss_table(losses: Mapping[str, Any]) -> str:
+    """The held-out losses of `loss_record` as text for a terminal."""
+    held_out = losses["held_out_loss"]
+    bits = held_out["bits_per_byte"]
+    width = max(map(len, [*bits, "held-out loss"])) + 2
+    lines = ["", f"{'held-out loss':{width}} nats per token  bits per byte"]
+    for name, loss in held_out["nats_per_token"].items():
+        lines.append(f"{name:{width}} {loss:<14.3f}  {bits[name]:.3f}")
+    lines.append(f"of {held_out['of']}: {held_out['targets']:,} tokens are predicted")
     return "\n".join([*lines, ""])
+
+
+def write_held_out(workdir: Path, step: int, score: Score) -> None:
+    """Add the held-out loss after `step` to the run's metrics, unless it stands there already."""
+    for record in read_metrics(workdir):
+        if record["step"] == step and record.get("held_out_loss") == score.loss:
+            return
+    with MetricsWriter(workdir, start_step=step) as writer:
+        writer.write(step, {"held_out_loss": score.loss, "held_out_targets": score.targets})
 
 
 def check_samples(config: Config, tokenizer: Any) -> None:

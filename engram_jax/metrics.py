@@ -3,6 +3,10 @@
 metrics.jsonl holds one JSON object per line: "step" (updates applied), "time" (seconds since the
 epoch), then metrics: numbers, or nested lists for arrays. NaN and infinities are the strings "NaN",
 "Infinity" and "-Infinity", because JSON has no others; `read_metrics` turns them back.
+
+While training: loss, grad_norm, validation_loss with its validation_targets, and what train_step.py
+and throughput.py name; what belongs to a layer ends in its id. At the end: held_out_loss with its
+held_out_targets. evaluate.py says what these losses are of.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ class MetricsWriter:
             return
         now = time.time()
         values = {name: np.asarray(value) for name, value in metrics.items()}
-        record = {name: _json_value(value.tolist()) for name, value in values.items()}
+        record = {name: json_value(value.tolist()) for name, value in values.items()}
         line = json.dumps({"step": int(step), "time": now, **record}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
@@ -120,9 +124,12 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "step" in record else None
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """`value` (nested lists and dicts of plain values) with what is not finite as a string."""
+    if isinstance(value, dict):
+        return {key: json_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_json_value(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

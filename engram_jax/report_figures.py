@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
@@ -14,14 +15,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 INK, QUIET, FAINT = "#22272e", "#6b7480", "#d9dee4"
 COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#b8860b", "#35978f")
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#fdd49e", "#fc8d59", "#d7301f"])
 _BALANCE = LinearSegmentedColormap.from_list("balance", ["#2166ac", "#f7f7f7", "#d6604d"])
 _MONO = "DejaVu Sans Mono"  # comes with matplotlib
+_DPI = 144
+_FEW = 12  # a curve of at most so many points shows them
 _CELL, _LINE = 0.088, 0.24  # inches: width of a monospaced character, height of a line of text
 
 
@@ -34,7 +38,7 @@ class Curve:
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
@@ -43,13 +47,72 @@ def _style(axes: Axes, title: str, xlabel: str = "step", ylabel: str = "") -> No
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
     axes.set_xlabel(xlabel, color=QUIET, fontsize=9)
     axes.set_ylabel(ylabel, color=QUIET, fontsize=9)
-    axes.tick_params(colors=QUIET, labelsize=8.5, length=0)
+    axes.tick_params(which="both", colors=QUIET, labelsize=8.5, length=0)
     axes.grid(True, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(FAINT)
+
+
+def _plot(axes: Axes, curve: Curve, colour: str, width: float = 1.6, **options: Any) -> Line2D:
+    """A line through the finite values, with markers where they are few: one point is no line."""
+    marker = "o" if np.isfinite(curve.values).sum() <= _FEW else ""
+    if len(curve.steps):
+        axes.set_xlim(0, max(axes.get_xlim()[1], 1.02 * float(curve.steps[-1])))
+    (line,) = axes.plot(
+        curve.steps,
+        curve.values,
+        color=colour,
+        linewidth=width,
+        marker=marker,
+        markersize=3.5,
+        **options,
+    )
+    return line
+
+
+def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
+    """Name lines to the right of the axes, at the height of their ends and no two over each other.
+
+    labels: (text, value at the end, colour). The limits of the axes must be final.
+    """
+    inches = axes.bbox.height / _DPI
+    axes.get_ylim()  # scales what is not scaled yet
+    labels = sorted(labels, key=lambda label: label[1])
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(np.clip(to_axes.transform((1, value))[1], 0, 1)) for _, value, _ in labels]
+    gap = 0.16 / inches
+    for i in range(1, len(heights)):  # up, where two are too close, then down from the top
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    limit = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], limit)
+        limit = heights[i] - gap
+    for (text, _, colour), height in zip(labels, heights, strict=True):
+        axes.annotate(
+            text,
+            (1, height),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=colour,
+            annotation_clip=False,
+        )
+
+
+def _end(name: str, curve: Curve, colour: str) -> list[tuple[str, float, str]]:
+    """The label of a curve for `_label_ends`; none if no value is finite."""
+    finite = curve.values[np.isfinite(curve.values)]
+    return [(name, float(finite[-1]), colour)] if len(finite) else []
+
+
+def _plain(value: float, _: object = None) -> str:
+    """A tick's label: no offset, no power of ten set apart."""
+    return f"{value:.4g}"
 
 
 def smooth(values: np.ndarray, share: int = 40) -> np.ndarray:
@@ -66,102 +129,127 @@ def smooth(values: np.ndarray, share: int = 40) -> np.ndarray:
 def loss_figure(
     train: Curve, validation: Curve | None = None, baselines: Mapping[str, float] | None = None
 ) -> Figure:
-    """Loss in nats per token. baselines: horizontal lines by name."""
+    """Loss in nats per token. baselines: horizontal lines by name, of the validation's tokens."""
     baselines = baselines or {}
     figure, (axes,) = _figure(8.6, 4.4)
     _style(axes, "Loss", ylabel="nats per token")
-    smoothed = smooth(train.values)
-    axes.plot(train.steps, train.values, color=COLOURS[0], alpha=0.22, linewidth=0.9)
-    axes.plot(train.steps, smoothed, color=COLOURS[0], linewidth=1.8, label="training (smoothed)")
-    ends = [smoothed[np.isfinite(smoothed)][-1:]]
+    smoothed = Curve(train.steps, smooth(train.values))
+    _plot(axes, train, COLOURS[0], 0.9, alpha=0.22)
+    _plot(axes, smoothed, COLOURS[0], 1.8)
+    curves = [("training", smoothed, COLOURS[0])]
     if validation is not None and len(validation.steps):
-        label = f"validation, last {validation.values[-1]:.3f}"
-        axes.plot(
-            validation.steps,
-            validation.values,
-            color=COLOURS[1],
-            linewidth=1.6,
-            marker="o",
-            markersize=3.5,
-            label=label,
-        )
-        ends.append(validation.values[np.isfinite(validation.values)])
+        _plot(axes, validation, COLOURS[1])
+        curves.append(("validation", validation, COLOURS[1]))
     for value in baselines.values():
         axes.axhline(value, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    labels = [(f"{name} {value:.3f}", value, QUIET) for name, value in baselines.items()]
+    for name, curve, colour in curves:
+        labels += [(f"{name} {value:.3f}", value, c) for _, value, c in _end(name, curve, colour)]
     # The first steps fall from log V: start the axis where the curve has left them behind.
-    after = smoothed[min(len(smoothed) - 1, max(1, len(smoothed) // 20)) :]
-    shown = np.concatenate([after[np.isfinite(after)], *ends, list(baselines.values())])
+    after = smoothed.values[min(len(train.steps) - 1, max(1, len(train.steps) // 20)) :]
+    shown = np.array([*after[np.isfinite(after)], *(value for _, value, _ in labels)])
     if len(shown):
-        low, high = float(shown.min()), float(shown.max())
-        margin = 0.06 * max(high - low, 0.1)
-        axes.set_ylim(low - margin, high + 2 * margin)
-        _label_lines(axes, baselines, gap=margin)
-    axes.margins(x=0.01)
-    axes.legend(
-        loc="upper center",
-        fontsize=9,
-        labelcolor=INK,
-        framealpha=1,
-        edgecolor="white",
-        borderpad=0.2,
-    )
+        margin = 0.06 * max(float(np.ptp(shown)), 0.1)
+        axes.set_ylim(float(shown.min()) - margin, float(shown.max()) + 2 * margin)
+    _label_ends(axes, labels)
     return figure
 
 
-def _label_lines(axes: Axes, lines: Mapping[str, float], gap: float) -> None:
-    """Name horizontal lines at the right, from the bottom up and at least `gap` apart."""
-    place = -np.inf
-    for name, value in sorted(lines.items(), key=lambda item: item[1]):
-        place = max(value, place + gap)
-        axes.annotate(
-            f"{name} {value:.3f}",
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8.5,
-            color=QUIET,
-        )
+def optimisation_figure(rate: Curve, norms: Mapping[str, Curve], clip: float | None) -> Figure:
+    """Learning rate; gradient norms by name on a logarithmic scale, clipped at `clip`."""
+    figure, (left, right) = _figure(8.6, 2.9, columns=2)
+    _style(left, "Learning rate")
+    _plot(left, rate, COLOURS[0])
+    left.set_ylim(bottom=0)
+    left.yaxis.set_major_formatter(_plain)
+    _style(right, "Gradient norm")
+    labels = []
+    for colour, (name, curve) in zip(COLOURS, norms.items(), strict=False):
+        positive = np.isfinite(curve.values) & (curve.values > 0)
+        shown = Curve(curve.steps, np.where(positive, curve.values, np.nan))
+        _plot(right, shown, colour, 1.2)
+        labels += _end(name, shown, colour)
+    if labels:
+        right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        right.yaxis.set_major_formatter(_plain)
+        right.yaxis.set_minor_formatter(NullFormatter())
+        if clip:
+            right.axhline(clip, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            labels.append((f"clip {clip:g}", clip, QUIET))
+    _label_ends(right, labels)
+    return figure
 
 
 def memory_figure(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """Numbers between 0 and 1 over training: a panel by title, in it a curve by name."""
+    """Shares (numbers in [0, 1]) over training: a panel by title, in it a curve by name."""
     figure, all_axes = _figure(8.6, 2.9, columns=len(panels))
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         _style(axes, title)
+        labels, widths = [], np.linspace(2.6 if len(curves) > 1 else 1.6, 1.2, len(curves))
         for i, (name, curve) in enumerate(curves.items()):
             colour = COLOURS[i % len(COLOURS)]
-            axes.plot(curve.steps, curve.values, color=colour, linewidth=1.5, label=name)
-        if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+            _plot(axes, curve, colour, widths[i])
+            labels += _end(name, curve, colour)
+        top = max((np.nanmax(c.values, initial=0) for c in curves.values()), default=0.0)
+        axes.set_ylim(0, 1.06 * top if np.isfinite(top) and top > 0 else 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if len(curves) <= len(COLOURS):
+            _label_ends(axes, labels if len(curves) > 1 else [])
     return figure
 
 
-def expert_figure(load: np.ndarray, steps: np.ndarray, loads: np.ndarray) -> Figure:
+def expert_figure(loads: Mapping[str, Curve]) -> Figure:
     """Load of the routed experts: where it ended, and how even it was on the way.
 
-    load: [L, E] assignments or shares of each MoE layer. loads: [n, L, E] likewise, at steps [n].
+    loads: by layer id assignments or shares of its experts, values [n, E].
     """
-    relative = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-30)
-    layers, experts = relative.shape
-    figure = Figure(figsize=(8.6, max(2.4, 1.3 + 0.28 * layers)), dpi=144, layout="constrained")
+    ends = [c.values[-max(1, len(c.steps) // 10) :].mean(axis=0) for c in loads.values()]
+    relative = np.stack([end / max(end.mean(), 1e-30) for end in ends])
+    layers = len(relative)
+    figure = Figure(figsize=(8.6, max(2.6, 1.5 + 0.28 * layers)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    heat, line = figure.subplots(1, 2, width_ratios=(2, 1))
-    spread = max(0.25, float(np.abs(relative - 1).max()))
+    heat, line = figure.subplots(1, 2, width_ratios=(3, 2))
+    _heat_map(figure, heat, relative, list(loads))
+    _style(line, "Busiest expert, of an even share")
+    busiest = {
+        layer: Curve(
+            c.steps, smooth(c.values.max(axis=1) / np.maximum(c.values.mean(axis=1), 1e-30))
+        )
+        for layer, c in loads.items()
+    }
+    few = layers <= len(COLOURS)
+    labels = []
+    for i, (layer, curve) in enumerate(busiest.items()):
+        colour = COLOURS[i] if few else COLOURS[0]
+        _plot(line, curve, colour, 1.4 if few else 0.7, alpha=1.0 if few else 0.4)
+        labels += _end(f"layer {layer}", curve, colour)
+    top = np.nanmax([np.nanmax(c.values, initial=1.0) for c in busiest.values()])
+    line.set_ylim(1, 1 + 1.08 * max(float(top) - 1, 0.1))
+    line.yaxis.set_major_formatter(_plain)
+    # Of many layers, the highest and the lowest at the end.
+    labels.sort(key=lambda label: label[1])
+    _label_ends(line, labels if few else [*labels[:1], *labels[-1:]])
+    return figure
+
+
+def _heat_map(figure: Figure, axes: Axes, relative: np.ndarray, layers: Sequence[str]) -> None:
+    """relative: [L, E], 1 = an even share."""
+    spread = max(0.25, float(np.nanmax(np.abs(relative - 1))))
     norm = TwoSlopeNorm(1, vmin=max(0.0, 1 - spread), vmax=1 + spread)
-    image = heat.imshow(relative, cmap=_BALANCE, norm=norm, aspect="auto")
-    _style(heat, "Expert load at the end (1 = even)", "expert", "MoE layer")
-    heat.grid(False)
-    heat.spines["bottom"].set_visible(False)
-    if layers <= 32:
-        heat.set_yticks(range(layers))
+    image = axes.imshow(relative, cmap=_BALANCE, norm=norm, aspect="auto")
+    _style(axes, "Expert load at the end (1 = even)", "expert", "layer")
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    every = -(-len(layers) // 32)
+    axes.set_yticks(range(0, len(layers), every), layers[::every])
+    experts = relative.shape[1]
     if experts <= 16:
-        heat.set_xticks(range(experts))
-    if experts <= 16 and layers <= 32:
+        axes.set_xticks(range(experts))
+    if experts <= 16 and len(layers) <= 32:
         for (row, column), value in np.ndenumerate(relative):
             dark = abs(value - 1) > 0.65 * spread
-            heat.text(
+            axes.text(
                 column,
                 row,
                 f"{value:.2f}",
@@ -170,19 +258,9 @@ def expert_figure(load: np.ndarray, steps: np.ndarray, loads: np.ndarray) -> Fig
                 fontsize=7.5,
                 color="white" if dark else INK,
             )
-    bar = figure.colorbar(image, ax=heat, shrink=0.9, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=QUIET, labelsize=8, length=0)
-    busiest = loads.max(axis=2) / np.maximum(loads.mean(axis=2), 1e-30)
-    _style(line, "Busiest expert over even share")
-    for layer in range(layers):
-        line.plot(steps, busiest[:, layer], color=COLOURS[0], alpha=0.35, linewidth=0.9)
-    line.plot(
-        steps, smooth(busiest.max(axis=1)), color=COLOURS[1], linewidth=1.8, label="worst layer"
-    )
-    line.set_ylim(bottom=1)
-    line.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return figure
 
 
 def gate_figure(
@@ -199,7 +277,7 @@ def gate_figure(
     block = lines + 1.7  # with its heading and the space below
     width, height = columns * _CELL, (len(layers) * block - 0.5) * _LINE
     full_width, full_height = width + 1.0, height + 0.2
-    figure = Figure(figsize=(full_width, full_height), dpi=144)
+    figure = Figure(figsize=(full_width, full_height), dpi=_DPI)
     FigureCanvasAgg(figure)
     area = (0.1 / full_width, 0.1 / full_height, width / full_width, height / full_height)
     axes = figure.add_axes(area)

@@ -27,6 +27,7 @@ from engram_jax.evaluate import Evaluator
 from engram_jax.finish import check_samples, finish
 from engram_jax.instruments import Instruments
 from engram_jax.metrics import MetricsWriter, Progress
+from engram_jax.model.transformer import moe_layers
 from engram_jax.planning import with_planned_exchange
 from engram_jax.preemption import Preemption
 from engram_jax.restore import save_text_side
@@ -210,18 +211,20 @@ class Run:
         self.instruments.finished(step)
         progress.update(step, loss=float(values["loss"]))
         if step % self.config.train.log_every == 0 or step == 1:
-            self.writer.write(step, {**_named(values), **self.instruments.rates()})
+            self.writer.write(step, {**self._named(values), **self.instruments.rates()})
 
     def _pause(self, step: int, evaluate: bool, progress: Progress) -> None:
         """Evaluate and save between two steps."""
         metrics = {}
         if evaluate:
-            loss = self.evaluator.loss(self.state, self.config.train.eval_batches)
-            metrics["loss"] = loss
+            score = self.evaluator.score(self.state, self.config.train.eval_batches)
+            metrics["loss"] = score.loss
             used = jax.device_get(self.utilisation(self.state.memory))
             extra = {f"utilisation/{k}": float(v) for k, v in used.items()}
-            self.writer.write(step, {"validation_loss": loss, **extra})
-            progress.note(f"step {step}: validation loss {loss:.4f}")
+            self.writer.write(
+                step, {"validation_loss": score.loss, "validation_targets": score.targets, **extra}
+            )
+            progress.note(f"step {step}: validation loss {score}")
         saved_state.save(
             self.program,
             self.checkpointer,
@@ -271,12 +274,11 @@ class Run:
             f" {path.name}"
         )
 
-
-def _named(values: dict[str, Any]) -> dict[str, Any]:
-    """Step metrics under the names they are logged by."""
-    out = dict(values)
-    out.pop("finite")
-    load = np.asarray(out.pop("load"))
-    if load.size:
-        out["expert_load"] = load / np.maximum(load.sum(axis=1, keepdims=True), 1)
-    return out
+    def _named(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Step metrics under the names they are logged by, layers by their ids."""
+        out = dict(values)
+        out.pop("finite")
+        loads = np.asarray(out.pop("load"))
+        for layer, load in zip(moe_layers(self.config.model), loads, strict=True):
+            out[f"expert_load/{layer}"] = load / np.maximum(load.sum(), 1)
+        return out

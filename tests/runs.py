@@ -59,7 +59,7 @@ SMALL = {
     "train.eval_every": 12,
     "train.eval_batches": 2,
     "train.checkpoint_every": 3,
-    "train.count_models": False,
+    "train.count_models": True,
     "train.samples": (),
     "optimizer.warmup_steps": 2,
     "optimizer.peak_lr": 1e-2,

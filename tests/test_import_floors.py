@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, str], ...] = (
         " metrics provenance preemption watchdog profiling throughput goodput device_peaks"
         " distributed same_launch rendezvous run_settings",
     ),
-    ("6 a run's report", "report report_figures"),
+    ("6 a run's report", "report report_figures report_page report_tables"),
     (
         "7 what is done with a model",
         "describe train_step sampling generate run_data planning restore evaluate compile_step",

@@ -1,39 +1,117 @@
-"""The report: the numbers it shows, the pictures' contents, and files that stand alone."""
+"""The report: the numbers it shows, where they come from, and files that stand alone."""
 
 from __future__ import annotations
 
-import itertools
+import json
+import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engram_jax.metrics import MetricsWriter
-from engram_jax.report import GateSample, curve, key_figures, write_report
-from engram_jax.report_figures import Curve, expert_figure, gate_figure, loss_figure, smooth
+from engram_jax.config import Config, OptimizerConfig, TrainConfig, to_dict
+from engram_jax.metrics import MetricsWriter, json_value
+from engram_jax.report import GateSample, write_report
+from engram_jax.report_tables import curve, launch_rows, run_rows
 
 STEPS = np.arange(10, 210, 10)
+MODEL = {
+    "total_params": 12_345_678,
+    "active_params": 2_345_678,
+    "flops_per_token": 8914704.0,
+    "parts": {"routed experts": 12_000_000, "norms": 345_678},
+    "engram": {"1": {"rows": 101, "dim": 16, "orders": [2, 3], "heads_per_order": 4}},
+}
+DATA = {
+    "source": "standard library of Python 3.11.7",
+    "digest": "0123456789abcdef",
+    "python": "3.11.7",
+    "train_documents": 351,
+    "train_bytes": 7_140_000,
+    "train_tokens": 2_188_698,
+    "validation_documents": 19,
+    "validation_bytes": 360_000,
+    "validation_tokens": 115_520,
+    "validation_bytes_per_token": 3.122,
+}
+GATES = GateSample(["def", " f", "(", "x", "):\n"], np.linspace(0.1, 0.9, 10).reshape(2, 5), [1, 3])
 
 
-@pytest.fixture
-def workdir(tmp_path):
+def losses(mine: float, **counts: float) -> dict:
+    """losses.json after step 203; validation losses are lower by 0.25."""
+
+    def of(text: str, batches: int, targets: int, less: float) -> dict:
+        found = {name: value - less for name, value in {"tiny": mine, **counts}.items()}
+        bits = {name: value / math.log(2) / 3.122 for name, value in found.items()}
+        size = {"of": text, "batches": batches, "targets": targets}
+        return {**size, "nats_per_token": found, "bits_per_byte": bits}
+
+    return {
+        "step": 203,
+        "held_out_loss": of("the whole held-out split", 57, 114_880, 0.0),
+        "validation_loss": of("the first 16 batches of the held-out split", 16, 32_411, 0.25),
+        "data": DATA,
+    }
+
+
+def launch(step: int, commit: str, **found) -> dict:
+    config = Config(
+        train=TrainConfig(steps=203, log_every=10), optimizer=OptimizerConfig(peak_lr=0.004)
+    )
+    return {
+        "time": f"2026-07-0{1 + step // 100}T10:00:00+00:00",
+        "resumed_at": step,
+        "command": "python launch.py --config=configs/tiny.py",
+        "git": {"commit": commit, "dirty": step > 0},
+        "versions": {"python": "3.11.7", "jax": "0.10.2", "tensorflow-datasets": None},
+        "host": "here",
+        "devices": {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1},
+        "config": to_dict(config),
+        "data": DATA,
+        **found,
+    }
+
+
+def run(
+    workdir: Path,
+    steps=STEPS,
+    *,
+    memory: bool = True,
+    experts: bool = True,
+    loss=lambda step: 3 + 50 / step,
+    found: dict | None = None,
+    launches: list[dict] | None = None,
+) -> Path:
+    """The files of a run."""
     rng = np.random.default_rng(0)
-    with MetricsWriter(tmp_path) as writer:
-        for step in STEPS:
+    with MetricsWriter(workdir) as writer:
+        for step in map(int, steps):
             values = {
-                "loss": 3 + 50 / step,
+                "loss": loss(step),
+                "learning_rate": 0.004,
+                "grad_norm": 50 / step,
                 "tokens_per_second": 1000.0 + step,
                 "step_seconds": 0.5,
-                "expert_load": rng.dirichlet(np.ones(4), size=3),
-                "hit_rate/1": step / 400,
-                "gate/1": np.array([0.25, 0.75]),
+                "goodput": 0.9,
             }
-            writer.write(int(step), values)
-            if step % 50 == 0:
-                writer.write(int(step), {"validation_loss": 3.5 - (step == 150) / 2})
-    return tmp_path
+            if memory:
+                values |= {"hit_rate/1": step / 400, "gate/1": np.array([0.25, 0.75])}
+                values |= {"hit_rate/12": step / 500, "grad_norm_memory": 1 / step}
+            if experts:
+                values |= {f"expert_load/{n}": rng.dirichlet(np.ones(4)) for n in (2, 11)}
+            writer.write(step, values)
+            if step % 50 == 0 or len(steps) == 1:
+                used = {"utilisation/1": 0.99963, "utilisation/12": 0.99964} if memory else {}
+                value = loss(step) and 3.5 - (step == 150) / 2
+                writer.write(step, {"validation_loss": value, **used})
+    if found:
+        (workdir / "losses.json").write_text(json.dumps(json_value(found)))
+    begun = launches or [launch(0, "a" * 40)]
+    (workdir / "run.json").write_text(json.dumps({"launches": begun}))
+    return workdir
 
 
 class Page(HTMLParser):
@@ -52,46 +130,63 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_whole_report(workdir):
-    tokens = ["def", " f", "(", "x", "):\n", "    ", "return", " x", "\n"]
+def pictures(workdir: Path) -> set[str]:
+    return {path.stem for path in (workdir / "report").iterdir()}
+
+
+def test_a_whole_report(tmp_path):
+    found = losses(3.5, **{"bigram|counts": 3.75, "best ever": 1.0})
     path = write_report(
-        workdir,
-        title="tiny <1>",
-        figures={"total parameters": 12345678, "tokenizer": "a|b"},
-        baselines={"bigram": 3.75, "best ever": 1.0},
-        gates=GateSample(tokens, np.linspace(0.1, 0.9, 18).reshape(2, 9), [1, 4]),
+        run(tmp_path, found=found),
+        title="tiny",
+        model=MODEL,
+        gates=GATES,
         samples=[("def ", "f(x):\n    return '<b>'\n")],
     )
-    assert path == workdir / "report.html"
-    source, markdown = path.read_text(), (workdir / "report.md").read_text()
+    assert path == tmp_path / "report.html"
+    source, markdown = path.read_text(), (tmp_path / "report.md").read_text()
     page = Page(source)
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 4
+    assert len(images) == 5
     assert all(src.startswith("data:image/png;base64,") for src in images)
     assert not re.search(r"(src|href)=.(https?:|/|\.)", source)  # stands alone
-    assert "b" in [tag for tag, _ in page.tags]  # the prompt; the sample's own <b> is text
-    assert [tag for tag, _ in page.tags].count("b") == 1
+    assert [tag for tag, _ in page.tags].count("b") == 1  # the prompt; the sample's <b> is text
     assert "f(x):\n    return '<b>'" in page.text
     linked = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
-    assert len(linked) == 4
+    assert len(linked) == 5
     for name in linked:
-        with Image.open(workdir / name) as image:
+        with Image.open(tmp_path / name) as image:
             assert image.width > 400
             assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # not an empty canvas
-    for text in (page.text, markdown):
-        for shown in ("12,345,678", "3.7500; the model is 0.2500 below", "2.5000 above"):
-            assert shown in text
-    assert "| tokenizer | a\\|b |" in markdown
-    assert markdown.startswith("# tiny <1>\n")
+    assert markdown.startswith(
+        "# tiny\n\n12.35 M parameters, 203 steps, standard library of Python"
+    )
+    assert "commit aaaaaaaaaaaa\n" in markdown
+    bits = 3.5 / math.log(2) / 3.122
+    for line in (
+        f"| tiny | 3.5000 | {math.exp(3.5):.2f} | {bits:.4f} |  |",
+        f"| bigram\\|counts | 3.7500 | {math.exp(3.75):.2f} |",
+        "| the model is 0.2500 below |",
+        "| the model is 2.5000 above |",
+        "held_out_loss after step 203: the whole held-out split (57 batches, 114,880 predicted",
+        "Validation: the first 16 batches of the held-out split, 32,411 predicted tokens; dashed:",
+        "| steps | 203 |",
+        "| parameters | 12,345,678 |",
+        "| memory at layer 1 | 101 rows of 16 | n-grams of 2 and 3, 4 heads each |",
+        "| digest of the text | 0123456789abcdef |",
+        "| to train on | 351 documents, 7.14 MB, 2,188,698 tokens |",
+        f"| commit | {'a' * 40} |",
+        "| command | python launch.py --config=configs/tiny.py |",
+        "| versions | python 3.11.7, jax 0.10.2 |",
+        "| optimizer.peak_lr | 0.004 | 0.0004 |",
+        "| model.norm_eps | 1e-06 |  |",
+    ):
+        assert line in markdown
+        assert line.startswith("|") or line[:40] in page.text
 
 
-def test_a_report_without_metrics(tmp_path):
-    path = write_report(tmp_path, title="nothing yet", figures={"steps": 0})
-    assert "<td>steps</td><td>0</td>" in path.read_text()
-    assert list((tmp_path / "report").iterdir()) == []
-
-
-def test_curves_and_key_figures():
+def test_run_rows_are_the_steps_done_and_the_losses_by_their_definitions(tmp_path):
+    """20 of 203 steps are logged; the last of them is not the number of steps."""
     records = [
         {"step": 2, "loss": 4.0, "tokens_per_second": 100.0},
         {"step": 4, "loss": 3.0, "tokens_per_second": 300.0},
@@ -103,83 +198,55 @@ def test_curves_and_key_figures():
     found = curve(records, "validation_loss")
     assert found.steps.tolist() == [4, 6]
     assert found.values.tolist() == [3.25, 3.375]
-    rows = dict(key_figures(records, {"x": 0.123456, "y": True}, {"unigram": 5.0}))
-    assert rows == {
-        "validation loss at the end": "3.3750 nats per token",
-        "lowest validation loss": "3.2500 at step 4",
-        "unigram on the same tokens": "5.0000; the model is 1.6250 below",
-        "training loss, last records": "3.0000",
-        "steps": "6",
-        "tokens per second": "200",
-        "x": "0.1235",
-        "y": "True",
+    config = to_dict(Config(train=TrainConfig(steps=400)))
+    assert dict(run_rows(records, losses(3.5), {"config": config})) == {
+        "steps": "203 of 400",
+        "tokens": "831,488 in batches of 4,096",
+        "validation loss, last": "3.3750 after step 6; the first 16 batches of the held-out split"
+        " (16 batches, 32,411 predicted tokens)",
+        "validation loss, lowest": "3.2500 after step 4",
+        "training loss, last": "2.0000, of the batch of step 6",
+        "tokens per second, median": "200",
     }
+    assert dict(run_rows(records, {}, {}))["steps"] == "6"
 
 
-def test_smooth_is_a_centred_mean_of_finite_values():
-    values = np.arange(100.0)
-    np.testing.assert_allclose(smooth(values, share=50)[2:-2], values[2:-2], rtol=1e-14)
-    values[[10, 11]] = np.nan, np.inf
-    found = smooth(values, share=50)
-    assert found[10] == np.mean([8, 9, 12])
-    assert found[0] == np.mean([0, 1, 2])
-    assert np.isnan(smooth(np.array([np.nan]))[0])
+ALL = {"loss", "optimisation", "memory", "experts"}
+EDGES = {
+    "one logged step": ({"steps": [1]}, ALL),
+    "no memory, no experts": ({"memory": False, "experts": False}, {"loss", "optimisation"}),
+    "not finite": ({"loss": lambda step: math.nan, "found": losses(math.nan, bigram=4.0)}, ALL),
+}
 
 
-def test_loss_figure_holds_the_curves():
-    train = Curve(STEPS, 3 + 50 / STEPS)
-    validation = Curve(STEPS[::5], np.full(4, 3.5))
-    (axes,) = loss_figure(train, validation, {"bigram": 4.0, "3-gram": 3.99}).axes
-    raw, smoothed, held_out, *lines = axes.lines
-    np.testing.assert_array_equal(raw.get_ydata(), train.values)
-    np.testing.assert_array_equal(smoothed.get_ydata(), smooth(train.values))
-    np.testing.assert_array_equal(held_out.get_ydata(), validation.values)
-    assert [line.get_ydata()[0] for line in lines] == [4.0, 3.99]
-    low, high = axes.get_ylim()
-    assert low < 3.25
-    assert high > 4.0
-    lower, upper = (text.xy[1] for text in axes.texts)
-    assert [text.get_text() for text in axes.texts] == ["3-gram 3.990", "bigram 4.000"]
-    assert upper - lower > 0.02  # close lines, readable names
+@pytest.mark.parametrize("case", EDGES)
+def test_a_report_of_less(tmp_path, case, monkeypatch):
+    monkeypatch.setattr("engram_jax.report_figures._DPI", 40)  # quick
+    files, expected = EDGES[case]
+    workdir = run(tmp_path, **{"found": losses(3.5), **files})
+    write_report(workdir, title="tiny")
+    assert pictures(workdir) == expected
+    markdown = (workdir / "report.md").read_text()
+    assert "count models" not in markdown.lower() or "bigram" in markdown
+    assert ("| tiny | nan | nan | nan |" in markdown) == (case == "not finite")
 
 
-def test_loss_figure_survives_a_diverged_run():
-    train = Curve(STEPS, np.where(STEPS > 100, np.nan, 5.0))
-    (axes,) = loss_figure(train, Curve(STEPS[-1:], np.array([np.nan]))).axes
-    assert np.isfinite(axes.get_ylim()).all()
+def test_a_resumed_run_shows_its_launches():
+    changed = {"changed_settings": {"optimizer.peak_lr": [0.003, 0.004]}}
+    rows = launch_rows([launch(0, "a" * 40), launch(100, "b" * 40, **changed)])
+    assert rows[1:3] == (
+        ("commit", "b" * 40 + " with changes"),
+        ("started", "2026-07-02T10:00:00+00:00 at step 100"),
+    )
+    assert rows[5:] == (
+        ("started before", f"2026-07-01T10:00:00+00:00 at step 0, commit {'a' * 40}"),
+        ("changed at step 100", "optimizer.peak_lr"),
+    )
+    assert dict(launch_rows([launch(0, "") | {"git": None}]))["commit"] == "unknown"
 
 
-def test_expert_figure_shows_relative_loads():
-    loads = np.zeros((2, 3, 4))
-    loads[0], loads[1] = 5.0, [[1, 2, 3, 2], [8, 0, 0, 0], [4, 4, 4, 4]]
-    heat, line, *_ = expert_figure(loads[1], np.array([10, 20]), loads).axes
-    expected = [[0.5, 1, 1.5, 1], [4, 0, 0, 0], [1, 1, 1, 1]]
-    np.testing.assert_allclose(heat.images[0].get_array(), expected)
-    assert [text.get_text() for text in heat.texts][:4] == ["0.50", "1.00", "1.50", "1.00"]
-    busiest = [curve.get_ydata().tolist() for curve in line.lines[:3]]
-    assert busiest == [[1, 1.5], [1, 4], [1, 1]]
-
-
-def test_gate_figure_colours_every_token_by_its_gate():
-    tokens = ["a", " b$", "\n  c", "日", ""]
-    gates = np.array([[0.0, 0.25, 0.5, 0.75, 1.0], [1.0, 0.5, np.nan, 0.5, 0.0]])
-    axes = gate_figure(tokens, gates, ["1", "3"]).axes[0]
-    texts = [text.get_text() for text in axes.texts]
-    pieces = ["a", " b$", "↵", "  c", "□", "∅"]
-    assert texts == ["Engram at layer 1", *pieces, "Engram at layer 3", *pieces]
-    assert len(axes.patches) == 12
-    red_to_green = [patch.get_facecolor()[1] for patch in axes.patches[:6]]
-    assert red_to_green[0] == 1.0  # white at the lowest gate
-    assert red_to_green[2] == red_to_green[3]  # a token broken over two lines keeps its colour
-    assert all(a > b for a, b in itertools.pairwise(red_to_green[3:]))
-    corners = [patch.get_xy() for patch in axes.patches[:6]]
-    assert [corner[0] for corner in corners] == [0, 1, 4, 0, 3, 4]
-    assert corners[3][1] == corners[0][1] + 1
-    assert corners[4][1] == corners[3][1]
-
-
-def test_gate_figure_breaks_full_lines():
-    axes = gate_figure(["abcd", "efgh", "i" * 12], np.zeros((1, 3)), ["1"], columns=6).axes[0]
-    pieces = [text.get_text() for text in axes.texts[1:]]
-    assert pieces == ["abcd", "efgh", "ii", "iiiiii", "iiii"]
-    assert [patch.get_xy()[0] for patch in axes.patches] == [0, 0, 4, 0, 0]
+def test_a_report_of_nothing(tmp_path):
+    path = write_report(tmp_path, title="nothing <yet>", model=MODEL)
+    assert "<h1>nothing &lt;yet&gt;</h1>" in path.read_text()
+    assert "<td>parameters</td><td>12,345,678</td>" in path.read_text()
+    assert pictures(tmp_path) == set()

@@ -75,7 +75,7 @@ class TrainIterator(Iterator[Batch]):
             if state.get(key) != mine:
                 what = "data settings"
                 if key == "data":  # a fingerprint: say of what
-                    what = "text and tokenizer (the embedded text changes with Python and packages)"
+                    what = "text and tokenizer (the embedded text changes with the Python version)"
                 raise UserError(
                     f"the stored position in the data has {key} = {state.get(key)!r}, this run has "
                     f"{mine!r}; resume with the same {what}, or start a new run with another "

@@ -38,6 +38,12 @@ class Stage:
         return str(self.first)
 
 
+def moe_layers(config: ModelConfig) -> list[int]:
+    """The ids of the layers with routed experts, in the order of `Output.loads`."""
+    moe = [stage for stage in stages(config) if stage.kind == MOE]
+    return [layer for stage in moe for layer in range(stage.first, stage.first + stage.count)]
+
+
 def stages(config: ModelConfig) -> tuple[Stage, ...]:
     """Cut the depth where the kind of block changes and in front of every Engram layer."""
     moe = config.ffn.routed_experts > 0

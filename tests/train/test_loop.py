@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax import provenance, train
+from engram_jax import describe, provenance, train
+from engram_jax.analysis.count_models import fit_and_score
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config, to_dict
 from engram_jax.generate import Generator
@@ -23,6 +25,7 @@ from engram_jax.run_data import RunData, open_data
 from engram_jax.train_state import build_program
 from engram_jax.workdir import held
 from tests.runs import launched, small_config, small_run
+from tests.test_metrics import events
 
 EVERY_STEP = {
     "step": (),
@@ -31,7 +34,7 @@ EVERY_STEP = {
     "grad_norm": (),
     "grad_norm_memory": (),
     "learning_rate": (),
-    "expert_load": (1, 4),
+    "expert_load/1": (4,),
     "gate/1": (2,),
     "rows_touched/1": (),
     "hit_rate/1": (),
@@ -48,7 +51,14 @@ FROM_THE_SECOND = {
     "tokens_per_second_per_device": (),
     "goodput": (),  # and no "mfu": a CPU's peak is unknown
 }
-EVALUATION = {"step": (), "time": (), "validation_loss": (), "utilisation/1": ()}
+EVALUATION = {
+    "step": (),
+    "time": (),
+    "validation_loss": (),
+    "validation_targets": (),
+    "utilisation/1": (),
+}
+AT_THE_END = {"step": (), "time": (), "held_out_loss": (), "held_out_targets": ()}
 
 
 def shapes(record: dict) -> dict[str, tuple[int, ...]]:
@@ -80,14 +90,15 @@ def test_every_metric_at_every_step(undisturbed):
     assert shapes(steps[0]) == EVERY_STEP
     assert all(shapes(r) == EVERY_STEP | FROM_THE_SECOND for r in steps[1:])
     assert all(shapes(r) == EVALUATION for r in evaluations)
-    assert len(records) == len(steps) + len(evaluations)
+    assert shapes(records[-1]) == AT_THE_END and records[-1]["step"] == 24
+    assert len(records) == len(steps) + len(evaluations) + 1
 
 
 def test_the_metrics_mean_what_they_say(undisturbed, config):
     steps = [r for r in read_metrics(undisturbed) if "loss" in r]
     tokens = config.data.batch_size * config.data.seq_len
     for r in steps:
-        np.testing.assert_allclose(r["expert_load"].sum(axis=1), 1, rtol=1e-6)
+        np.testing.assert_allclose(r["expert_load/1"].sum(), 1, rtol=1e-6)
         assert np.all((r["gate/1"] > 0) & (r["gate/1"] < 1))
         assert 0 < r["rows_touched/1"] <= tokens * config.model.engram.heads
         assert r["distinct/1"] * tokens * config.model.engram.heads == r["rows_touched/1"]
@@ -103,12 +114,67 @@ def test_the_metrics_mean_what_they_say(undisturbed, config):
     np.testing.assert_allclose([r["learning_rate"] for r in steps], expected, rtol=1e-6)
 
 
-def test_a_run_leaves_a_report_curves_and_its_record(undisturbed, config):
+def test_every_loss_has_one_meaning(undisturbed, config, data):
+    """validation_loss is of the first batches and held_out_loss of all, for the model and for the
+    count models, in losses.json, the metrics and TensorBoard."""
+    losses = json.loads((undisturbed / "losses.json").read_text())
+    assert losses["step"] == 24
+    records = read_metrics(undisturbed)
+    shown = {tag: value for step, tag, value in events(undisturbed) if step == 24}
+    vocabulary, trained = config.tokenizer.vocab_size, list(islice(data.train_iterator(), 24))
+    for name, limit in (("validation", config.train.eval_batches), ("held_out", None)):
+        scored = list(data.validation_batches(limit=limit))
+        found = losses[f"{name}_loss"]
+        targets = sum(int(batch["loss_mask"].sum()) for batch in scored)
+        assert (found["batches"], found["targets"]) == (len(scored), targets)
+        mine = found["nats_per_token"]["engram_tiny"]
+        (record,) = (r for r in records if r["step"] == 24 and f"{name}_loss" in r)
+        assert (record[f"{name}_loss"], record[f"{name}_targets"]) == (mine, targets)
+        assert shown[f"{name}_loss"] == pytest.approx(mine, rel=1e-6)
+        for count_model, nats in fit_and_score(trained, scored, vocabulary).items():
+            title = {"kneser_ney_3gram": "Kneser-Ney 3-gram"}.get(count_model, count_model)
+            expected = pytest.approx(nats.mean(), rel=1e-12)
+            assert found["nats_per_token"][f"{title} counts"] == expected
+        for title, loss in found["nats_per_token"].items():
+            bits = loss / math.log(2) / data.prepared.bytes_per_token
+            assert found["bits_per_byte"][title] == pytest.approx(bits, rel=1e-12)
+    assert losses["validation_loss"]["of"] == "the first 2 batches of the held-out split"
+    assert losses["held_out_loss"]["batches"] > 2
+    assert losses["data"] == data.prepared.summary()
+
+
+def test_the_report_says_what_was_trained_on_what(undisturbed, config, data):
+    losses = json.loads((undisturbed / "losses.json").read_text())
+    (launch,) = provenance.read(undisturbed / "run.json")
+    held_out, validation = losses["held_out_loss"], losses["validation_loss"]
+    nats = held_out["nats_per_token"]
+    wanted = [
+        f"| engram_tiny | {nats['engram_tiny']:.4f} |",
+        f"{held_out['bits_per_byte']['engram_tiny']:.4f}",
+        f"| bigram counts | {nats['bigram counts']:.4f} |",
+        f"whole held-out split ({held_out['batches']} batches, {held_out['targets']:,} predicted",
+        f"{validation['nats_per_token']['engram_tiny']:.4f} after step 24; the first 2 batches of",
+        "| steps | 24 |",
+        f"| parameters | {describe.describe(config)['total_params']:,} |",
+        f"| source | {config.data.path} |",
+        f"| digest of the text | {data.prepared.report.digest} |",
+        f"{len(data.prepared.store_train):,} tokens",
+        f"| command | {launch['command']} |",
+        f"| commit | {launch['git']['commit'] if launch['git'] else 'unknown'}",
+        "| optimizer.peak_lr | 0.01 | 0.0004 |",
+        "| optimizer.clip_norm | 1.0 |  |",
+    ]
+    text = (undisturbed / "report.md").read_text()
+    assert not [line for line in wanted if line not in text]
+    pictures = {path.stem for path in (undisturbed / "report").iterdir()}
+    assert pictures == {"loss", "optimisation", "memory", "gates", "experts"}
     html = (undisturbed / "report.html").read_text()
-    assert "<img" in html and "data:image/png;base64," in html
-    assert "engram_tiny" in (undisturbed / "report.md").read_text()
-    events = list((undisturbed / "tensorboard").iterdir())
-    assert events and all(event.stat().st_size > 1000 for event in events)
+    assert html.count('src="data:image/png;base64,') == len(pictures)
+
+
+def test_a_run_leaves_curves_and_its_record(undisturbed, config):
+    boards = list((undisturbed / "tensorboard").iterdir())
+    assert any(board.stat().st_size > 1000 for board in boards)
     (launch,) = provenance.read(undisturbed / "run.json")
     assert launch["config"] == json.loads(json.dumps(to_dict(config)))
     assert launch["versions"]["jax"] == jax.__version__
@@ -203,10 +269,14 @@ def evaluated(corpus: Path, workdir: Path, *arguments: str) -> dict:
 
 def test_evaluate_prints_one_object(corpus, undisturbed, data):
     result = evaluated(corpus, undisturbed)
-    assert set(result) == {"name", "step", "validation_loss", "perplexity", "bits_per_byte"}
+    names = {"held_out_loss", "held_out_batches", "held_out_targets", "perplexity", "bits_per_byte"}
+    assert set(result) == {"name", "step", *names}
     assert (result["name"], result["step"]) == ("engram_tiny", 24)
-    loss = result["validation_loss"]
-    assert loss == json.loads((undisturbed / "losses.json").read_text())["engram_tiny"]
+    loss = result["held_out_loss"]
+    trained = json.loads((undisturbed / "losses.json").read_text())["held_out_loss"]
+    assert loss == trained["nats_per_token"]["engram_tiny"]
+    assert result["held_out_batches"] == trained["batches"]
+    assert result["held_out_targets"] == trained["targets"]
     assert result["perplexity"] == pytest.approx(math.exp(loss))
     held_out = data.prepared.store_valid
     text = data.prepared.tokenizer.decode(held_out.tokens.tolist())
@@ -227,7 +297,7 @@ def test_evaluate_as_text(corpus, undisturbed):
     outcome = launched(*small_run(corpus, undisturbed), "--mode=evaluate", "--step=21")
     assert outcome.code == 0
     lines = dict(line.split() for line in outcome.out.splitlines())
-    assert lines["step"] == "21" and float(lines["validation_loss"]) > 0
+    assert lines["step"] == "21" and float(lines["held_out_loss"]) > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

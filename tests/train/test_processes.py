@@ -98,14 +98,17 @@ def test_two_processes_and_back_to_one(corpus, alone, tmp_path):
     for name in ("report.html", "losses.json"):
         assert (two / name).is_file()
     losses = [json.loads((folder / "losses.json").read_text()) for folder in (two, alone)]
-    for name, value in losses[1].items():
-        assert losses[0][name] == pytest.approx(value, rel=TOLERANCE), name
+    for loss in ("held_out_loss", "validation_loss"):
+        mine, other = (found[loss] for found in losses)
+        assert (mine["batches"], mine["targets"]) == (other["batches"], other["targets"])
+        for name, value in other["nats_per_token"].items():
+            assert mine["nats_per_token"][name] == pytest.approx(value, rel=TOLERANCE), name
 
     evaluated = run_among(2, *arguments(corpus, two), "--mode=evaluate", "--json")
-    assert "validation_loss" not in evaluated[1]
+    assert "held_out_loss" not in evaluated[1]
     line = next(line for line in evaluated[0].splitlines() if line.startswith("{"))
-    loss = losses[0]["engram_tiny"]
-    assert json.loads(line)["validation_loss"] == pytest.approx(loss, rel=TOLERANCE)
+    loss = losses[0]["held_out_loss"]["nats_per_token"]["engram_tiny"]
+    assert json.loads(line)["held_out_loss"] == pytest.approx(loss, rel=TOLERANCE)
 
     back = rewound(two, tmp_path / "back")
     assert f"resumed from step {MIDDLE}" in run_among(1, *arguments(corpus, back))[0]

@@ -88,7 +88,7 @@ def test_an_accepted_change_stands_in_the_result(corpus, undisturbed):
     assert "changed_settings" not in as_trained
     other = evaluated(*arguments, "--config.model.norm_eps=0.1", "--accept_changes=model.norm_eps")
     assert other["changed_settings"] == {"model.norm_eps": [1e-06, 0.1]}
-    assert abs(other["validation_loss"] - as_trained["validation_loss"]) > 1e-4
+    assert abs(other["held_out_loss"] - as_trained["held_out_loss"]) > 1e-4
 
 
 def test_accepted_changes_are_recorded_and_then_the_runs_own(corpus, undisturbed, tmp_path):
@@ -212,7 +212,7 @@ def test_another_text_is_scored_on_purpose_only(corpus, undisturbed, tmp_path):
     assert outcome.code == 2 and outcome.out == ""
     assert "config.data: the text" in outcome.err and "--accept_changes=data" in outcome.err
     result = json.loads(finished(launched(*arguments, "--accept_changes=data.path")).out)
-    assert result["another_text"] is True and result["validation_loss"] > 0
+    assert result["another_text"] is True and result["held_out_loss"] > 0
 
 
 def test_a_tokenizer_that_would_not_be_used_is_refused(corpus, undisturbed, deepseek_tokenizer):
