@@ -16,6 +16,7 @@ from engram_jax.address import load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
+from engram_jax.data.packing import PackedSequences
 from engram_jax.errors import UserError
 from engram_jax.restore import TOKENIZER, restore_state
 from engram_jax.run_data import RunData, open_together, place_batch
@@ -37,8 +38,10 @@ class Evaluator:
     def loss(self, state: TrainState, batches: int | None = None) -> float:
         """Nats per target over the first `batches` held-out batches (None: all of them).
 
-        Each batch's sum is read only after the next is dispatched.
+        Each batch's sum is read only after the next is dispatched. Raises UserError as
+        `check_held_out`.
         """
+        check_held_out(self.data, batches)
         pending: tuple[jax.Array, jax.Array] | None = None
         total = np.zeros(2)
         mesh, size = self.program.mesh, self.program.config.data.batch_size
@@ -50,7 +53,22 @@ class Evaluator:
             pending = sums
         if pending is not None:
             total += jax.device_get(pending)
-        return float(total[0] / max(total[1], 1.0))
+        return float(total[0] / total[1])
+
+
+def check_held_out(data: RunData, batches: int | None = None) -> None:
+    """Raises UserError if the first `batches` held-out batches (None: all) have no target: their
+    mean loss is not defined, and as 0 would be the best of all."""
+    config, store = data.config, data.prepared.store_valid
+    sequences = PackedSequences(store, config.data.seq_len, config.tokenizer.pad_id, pad_tail=True)
+    count = None if batches is None else batches * config.data.batch_size
+    if not sequences.targets(count):
+        first = "" if batches is None else f"first {batches} batches of the "
+        raise UserError(
+            f"the {first}held-out text ({store.documents:,} documents, {len(store):,} tokens) has"
+            " no token to predict, the first of a document being none; give more text, or set"
+            " config.data.validation_fraction or config.train.eval_batches higher"
+        )
 
 
 def evaluate(config: Config, workdir: Path, step: str) -> dict[str, Any]:
@@ -69,9 +87,17 @@ def evaluate(config: Config, workdir: Path, step: str) -> dict[str, Any]:
         "name": config.name,
         "step": number,
         "validation_loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": loss / math.log(2) / data.prepared.bytes_per_token,
     }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def check_tokenizer(workdir: Path, data: RunData) -> None:
