@@ -25,6 +25,7 @@ from engram_jax.address import as_stored, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
+from engram_jax.data.packing import PackedSequences
 from engram_jax.errors import UserError
 from engram_jax.restore import which
 from engram_jax.run_data import RunData, open_together, place_batch
@@ -63,8 +64,10 @@ class Evaluator:
     def score(self, state: TrainState, batches: int | None = None) -> Score:
         """Over the first `batches` held-out batches (None: all of them).
 
-        Each batch's sum is read only after the next is dispatched.
+        Each batch's sum is read only after the next is dispatched. Raises UserError as
+        `check_held_out`.
         """
+        check_held_out(self.data, batches)
         pending: tuple[jax.Array, jax.Array] | None = None
         total, count = np.zeros(2), 0
         mesh, size = self.program.mesh, self.program.config.data.batch_size
@@ -76,7 +79,22 @@ class Evaluator:
             pending, count = sums, count + 1
         if pending is not None:
             total += jax.device_get(pending)
-        return Score(float(total[0] / max(total[1], 1.0)), count, round(total[1]))
+        return Score(float(total[0] / total[1]), count, round(total[1]))
+
+
+def check_held_out(data: RunData, batches: int | None = None) -> None:
+    """Raises UserError if the first `batches` held-out batches (None: all) have no target: their
+    mean loss is not defined, and as 0 would be the best of all."""
+    config, store = data.config, data.prepared.store_valid
+    sequences = PackedSequences(store, config.data.seq_len, config.tokenizer.pad_id, pad_tail=True)
+    count = None if batches is None else batches * config.data.batch_size
+    if not sequences.targets(count):
+        first = "" if batches is None else f"first {batches} batches of the "
+        raise UserError(
+            f"the {first}held-out text ({store.documents:,} documents, {len(store):,} tokens) has"
+            " no token to predict, the first of a document being none; give more text, or set"
+            " config.data.validation_fraction or config.train.eval_batches higher"
+        )
 
 
 def evaluate(
@@ -110,12 +128,20 @@ def evaluate(
         "held_out_loss": score.loss,
         "held_out_batches": score.batches,
         "held_out_targets": score.targets,
-        "perplexity": math.exp(score.loss),
+        "perplexity": perplexity(score.loss),
         "bits_per_byte": score.loss / math.log(2) / data.prepared.bytes_per_token,
     }
     if changes:
         result["changed_settings"] = {key: list(values) for key, values in changes.items()}
     return result if same_text else {**result, "another_text": True}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def check_tokenizer(workdir: Path, data: RunData) -> None:

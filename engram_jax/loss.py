@@ -95,13 +95,10 @@ def _forward(h: jax.Array, matrix: jax.Array, targets: jax.Array, mask: jax.Arra
 
 
 def _backward(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> Any:
-    grad_h, grad_matrix = residuals
-    return (
-        grad_h * cotangent.astype(grad_h.dtype),
-        grad_matrix * cotangent.astype(grad_matrix.dtype),
-        None,
-        None,
-    )
+    # Multiplied in the cotangent's float32: 1 / targets in bfloat16 would be off by up to 0.4 % in
+    # every entry.
+    grad_h, grad_matrix = ((x * cotangent).astype(x.dtype) for x in residuals)
+    return grad_h, grad_matrix, None, None
 
 
 _summed.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
 from engram_jax.config import Config
 from engram_jax.errors import UserError
-from engram_jax.evaluate import Evaluator
+from engram_jax.evaluate import Evaluator, check_held_out
 from engram_jax.finish import check_samples, finish
 from engram_jax.instruments import Instruments
 from engram_jax.metrics import MetricsWriter, Progress
@@ -84,6 +84,7 @@ def _train(
     changes = agree(lambda: check_resumed(config, workdir, accept, log))
     data = open_together(config, log)
     agree(lambda: check_samples(config, data.prepared.tokenizer))
+    agree(lambda: check_held_out(data, config.train.eval_batches))
     program = build_program(config, data.addressing)
     agree(lambda: check_memory(program))
     program = with_planned_exchange(program, data, log)

@@ -36,6 +36,12 @@ class PackedSequences:
         targets = max(0, len(self.store) - 1)
         return -(-targets // self.seq_len) if self.pad_tail else targets // self.seq_len
 
+    def targets(self, count: int | None = None) -> int:
+        """Targets of the first `count` sequences (None: all): tokens but the documents' first."""
+        count = len(self) if count is None else min(count, len(self))
+        end = min(len(self.store), count * self.seq_len + 1)
+        return end - int(np.searchsorted(self.store.starts[:-1], end))
+
     def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
         """Sequences `numbers` as the arrays a training step reads; a number past the last sequence
         gives padding alone.

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from engram_jax.address.tokenizer import tokenizer_fingerprint
-from engram_jax.config import Config
+from engram_jax.config import Config, DataConfig
 from engram_jax.data import pipeline
 from engram_jax.data.bpe import find_eos, open_tokenizer
 from engram_jax.data.cache import build_once, cache_root, key_of
@@ -20,6 +20,7 @@ from engram_jax.data.corpus import open_corpus
 from engram_jax.data.packing import Batch
 from engram_jax.data.report import SourceReport
 from engram_jax.data.token_store import TokenStore, write_store
+from engram_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,24 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
 
     folder = build_once(cache / "tokens" / key, make)
     train, valid = TokenStore(folder / "train"), TokenStore(folder / "validation")
+    for what, store in (("training", train), ("held-out", valid)):
+        check_targets(what, store, config.data)
     log(
         f"data: {len(train):,} tokens to train on, {len(valid):,} held out, "
         f"{valid.bytes_per_token:.2f} bytes per token, tokenizer {path}"
     )
     return PreparedData(tokenizer, path, eos_id, train, valid, corpus.report, key)
+
+
+def check_targets(what: str, store: TokenStore, config: DataConfig) -> None:
+    """Raises UserError for a text on which no loss is defined: the first token of a document is no
+    target."""
+    if len(store) <= store.documents:
+        raise UserError(
+            f"the {what} text has no token to predict: {store.documents:,} document(s),"
+            f" {len(store):,} tokens; give more text, or another config.data.validation_fraction"
+            f" (now {config.validation_fraction}; not used where the source has a split of its own)"
+        )
 
 
 def train_iterator(

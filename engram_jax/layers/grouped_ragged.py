@@ -1,4 +1,9 @@
-"""Grouped products by `lax.ragged_dot`, of all slots or chunk by chunk (see grouped_matmul.py)."""
+"""Grouped products by `lax.ragged_dot`, of all slots or chunk by chunk (see grouped_matmul.py).
+
+Rows behind the last group, and sums over a group without rows, are whatever `ragged_dot` leaves
+there (zeros on a CPU, memory never written elsewhere): they are selected away at once, since
+0 * NaN is not 0.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +25,8 @@ def ragged_forward(
     """By slot: outputs [N, d] before weighting; kept for later: gate and up products [N, f]."""
     gate, up, down = matrices
     rows = x[token_and_weight(weights, routing)[0]]
-    g = lax.ragged_dot(rows, gate, routing.sizes)
-    u = lax.ragged_dot(rows, up, routing.sizes)
-    return lax.ragged_dot(gated(g, u), down, routing.sizes), g, u
+    g, u = _product(rows, gate, routing.sizes), _product(rows, up, routing.sizes)
+    return _product(gated(g, u), down, routing.sizes), g, u
 
 
 def ragged_backward(
@@ -45,15 +49,27 @@ def ragged_backward(
     return dx, dweight, _outer(rows, dg, sizes), _outer(rows, du, sizes), _outer(h, drows, sizes)
 
 
+def _product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+    """rows [N, a] times each group's matrix [a, b]: [N, b], zero behind the last group."""
+    return _grouped(lax.ragged_dot(rows, matrices, sizes), sizes)
+
+
 def _transposed(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
     """rows [N, f] times each group's matrix [d, f], transposed: [N, d]."""
-    return lax.ragged_dot(rows, matrices.swapaxes(1, 2), sizes)
+    return _product(rows, matrices.swapaxes(1, 2), sizes)
 
 
 def _outer(rows: jax.Array, drows: jax.Array, sizes: jax.Array) -> jax.Array:
     """The sum of outer products of each group: [N, a], [N, b] -> [E, a, b]."""
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return lax.ragged_dot_general(rows, drows, sizes, dimensions)
+    rows, drows = _grouped(rows, sizes), _grouped(drows, sizes)
+    sums = lax.ragged_dot_general(rows, drows, sizes, dimensions)
+    return jnp.where(sizes[:, None, None] > 0, sums, 0)
+
+
+def _grouped(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """rows [N, a], zero behind the last group."""
+    return jnp.where((jnp.arange(len(rows)) < jnp.sum(sizes))[:, None], rows, 0)
 
 
 # ---- chunked ---------------------------------------------------------------------------------
@@ -108,9 +124,8 @@ def chunked_forward(
 
     def body(chunk: _Chunk, y: jax.Array) -> jax.Array:
         rows = _rows(x, chunk.token)
-        g = lax.ragged_dot(rows, gate, chunk.sizes)
-        u = lax.ragged_dot(rows, up, chunk.sizes)
-        out = lax.ragged_dot(gated(g, u), down, chunk.sizes)
+        g, u = _product(rows, gate, chunk.sizes), _product(rows, up, chunk.sizes)
+        out = _product(gated(g, u), down, chunk.sizes)
         out = out.astype(y.dtype) * chunk.weight[:, None].astype(y.dtype)
         return y.at[chunk.token].add(out, mode="drop")
 
@@ -132,8 +147,7 @@ def chunked_backward(
     def body(chunk: _Chunk, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         dx, dweights, dgate, dup, ddown = carry
         rows, drows = _rows(x, chunk.token), _rows(dy, chunk.token)
-        g = lax.ragged_dot(rows, gate, chunk.sizes)
-        u = lax.ragged_dot(rows, up, chunk.sizes)
+        g, u = _product(rows, gate, chunk.sizes), _product(rows, up, chunk.sizes)
         dh = _transposed(drows, down, chunk.sizes)
         h, dg, du, dweight = expert_backward(g, u, dh, chunk.weight)
         drow = _transposed(dg, gate, chunk.sizes) + _transposed(du, up, chunk.sizes)

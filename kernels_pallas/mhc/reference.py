@@ -90,7 +90,8 @@ def _normalised_product_backward(eps: float, residuals: tuple, g: jax.Array) -> 
     wide, scaled = x.astype(fn.dtype), g * scale
     high = lax.Precision.HIGH
     # A product with ones: as a sum, XLA's CPU code makes it part of the pass over x and slow.
-    along = (jnp.ones((1, len(out)), out.dtype) @ (out * g))[0] * scale**2 / x.shape[1]
+    ones = jnp.ones((1, len(out)), out.dtype)
+    along = jnp.matmul(ones, out * g, precision=high)[0] * scale**2 / x.shape[1]
     dx = lax.dot_general(scaled, fn, (((0,), (1,)), ((), ())), precision=high)
     dx = dx - along[:, None] * wide
     # The barrier keeps XLA from computing the transpose itself, 5 times as slow a product on CPU.
@@ -119,7 +120,8 @@ def _mix_forward(weights: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple]:
 
 def _mix_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     weights, x = residuals
-    dweights = jnp.einsum("pmd,pnd->pmn", g, x.astype(g.dtype))
+    wide = x.astype(g.dtype)
+    dweights = jnp.einsum("pmd,pnd->pmn", g, wide, precision=lax.Precision.HIGH)
     return dweights, _mix(weights.swapaxes(1, 2), g).astype(x.dtype)
 
 

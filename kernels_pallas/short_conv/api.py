@@ -39,7 +39,7 @@ def short_conv(
       implementation: of dispatch.IMPLEMENTATIONS.
 
     Returns:
-      [B, T, M, d] in the dtype of u. A kernel rounds to it once, at the end.
+      [B, T, M, d] in the dtype of u, rounded to it once, at the end.
 
     Raises:
       dispatch.UnsupportedError: "pallas", and the kernel cannot take these arguments.
@@ -80,7 +80,8 @@ def short_conv_cached(
         for S < 8.
 
     Returns:
-      (out [B, S, M, d], the tail after the last real position, in its dtype).
+      (out [B, S, M, d] in the wider dtype of u and tail, the tail after the last real position, in
+      its dtype).
 
     Raises:
       dispatch.UnsupportedError, ValueError: as `short_conv`.

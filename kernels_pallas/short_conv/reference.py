@@ -1,4 +1,9 @@
-"""The short convolution in plain jax.numpy: the meaning of the operation, and what a CPU runs."""
+"""The short convolution in plain jax.numpy: the meaning of the operation, and what a CPU runs.
+
+Rounding is the kernels': everything is computed in float32 (float64 if u is float64), gradients
+too, and rounded once at the end. Only a continued sequence rounds what it normalised: to the dtype
+of its tail, in which later positions will read it.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +23,9 @@ def short_conv(
     eps: float,
 ) -> jax.Array:
     """As `api.short_conv`."""
-    before = tail_length(taps, dilation)
-    padded = jnp.pad(normalised(u, gain, eps), ((0, 0), (before, 0), (0, 0), (0, 0)))
-    return masked(u + convolved(padded, taps, segments, dilation), mask)
+    before, x = tail_length(taps, dilation), wide(u)
+    padded = jnp.pad(normalised(x, gain, eps), ((0, 0), (before, 0), (0, 0), (0, 0)))
+    return masked(x + convolved(padded, taps, segments, dilation), mask).astype(u.dtype)
 
 
 def short_conv_cached(
@@ -35,10 +40,17 @@ def short_conv_cached(
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.short_conv_cached`."""
-    padded = jnp.concatenate([tail, normalised(u, gain, eps).astype(tail.dtype)], axis=1)
-    out = masked(u + convolved(padded, taps, None, dilation), mask)
+    x = wide(u)
+    padded = jnp.concatenate([tail, normalised(x, gain, eps).astype(tail.dtype)], axis=1)
+    out = masked(x + convolved(wide(padded), taps, None, dilation), mask)
     index = valid[:, None] + jnp.arange(tail.shape[1])
-    return out, jax.vmap(lambda x, i: x[i])(padded, index)
+    new = jax.vmap(lambda x, i: x[i])(padded, index)
+    return out.astype(jnp.promote_types(u.dtype, tail.dtype)), new
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """In at least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def tail_length(taps: jax.Array, dilation: int) -> int:
@@ -47,10 +59,9 @@ def tail_length(taps: jax.Array, dilation: int) -> int:
 
 
 def normalised(u: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, computed in at least float32; shape and dtype of `u`."""
-    wide = u.astype(jnp.promote_types(u.dtype, jnp.float32))
-    y = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (y * gain.astype(y.dtype)).astype(u.dtype)
+    """RMSNorm over the last axis of a wide u."""
+    y = u * lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + eps)
+    return y * gain.astype(y.dtype)
 
 
 def convolved(

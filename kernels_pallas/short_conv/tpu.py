@@ -206,6 +206,8 @@ def _forward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, ch
                 own = u * r
                 if "gain" in refs:
                     own *= refs["gain"][:, lanes]
+                    # As the new tail will have it: a sequence does not depend on where it is cut.
+                    own = own.astype(refs["tail"].dtype).astype(jnp.float32)
                 x[j, pl.ds(before + first, chunk)] = own
                 h = own * refs["filters"][kernel - 1 :, lanes]
                 for k in range(kernel - 1):

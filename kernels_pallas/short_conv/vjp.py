@@ -58,9 +58,7 @@ def gradients(
         def plain(u: jax.Array, gain: jax.Array, taps: jax.Array) -> jax.Array:
             return reference.short_conv(u, gain, taps, segments, mask, dilation=dilation, eps=eps)
 
-        wide = u.astype(jnp.float32)
-        du, d_gain, d_taps = jax.vjp(plain, wide, gain, taps)[1](g.astype(jnp.float32))
-        return du.astype(u.dtype), d_gain, d_taps
+        return jax.vjp(plain, u, gain, taps)[1](g)
     du, d_filters = tpu_backward.backward(
         jnp.moveaxis(u, 2, 0),
         _filters(gain, taps),
@@ -139,7 +137,7 @@ def _new_tail(
     first = (jnp.arange(m) * b + jnp.arange(b)[:, None])[:, None] * s
     rows = jnp.moveaxis(u, 2, 0).reshape(m * b * s, d)
     new = rows[first + jnp.maximum(index - keep, 0)[..., None]]
-    new = reference.normalised(new, gain, eps).astype(tail.dtype)
+    new = reference.normalised(reference.wide(new), gain, eps).astype(tail.dtype)
     return jnp.where((index < keep)[..., None, None], old, new)
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from engram_jax.config import DataConfig
 from engram_jax.data.packing import PackedSequences
+from engram_jax.data.prepared import check_targets
 from engram_jax.data.token_store import TokenStore, write_store
 from engram_jax.errors import UserError
 
@@ -31,6 +33,26 @@ def make_store(
     texts = (" ".join(f"w{i}" for i in document[:-1]) for document in documents)
     write_store(folder, texts, tokenizer, EOS, vocab_size)
     return TokenStore(folder), documents
+
+
+def test_targets_are_counted_as_the_sequences_have_them(tmp_path):
+    for number, lengths in enumerate(([5, 1, 1, 9, 2], [1], [1, 1, 1, 1, 1, 4], [40])):
+        store, documents = make_store(tmp_path / str(number), lengths)
+        for seq_len in (1, 3, 4, 50):
+            for pad_tail in (True, False):
+                sequences = PackedSequences(store, seq_len, PAD, pad_tail=pad_tail)
+                found = [sum(s["loss_mask"]) for s in oracle(documents, seq_len, pad_tail)]
+                for count in (*range(len(found) + 2), None):
+                    assert sequences.targets(count) == sum(found[:count])
+
+
+def test_a_text_without_targets_is_refused(tmp_path):
+    """A tokenizer that strips what it does not know leaves the ends of documents alone."""
+    check_targets("held-out", make_store(tmp_path / "some", [1, 2])[0], DataConfig())
+    with pytest.raises(
+        UserError, match=r"held-out text has no token to predict: 3 document\(s\), 3"
+    ):
+        check_targets("held-out", make_store(tmp_path / "none", [1, 1, 1])[0], DataConfig())
 
 
 def oracle(documents: list[list[int]], seq_len: int, pad_tail: bool) -> list[dict[str, list]]:

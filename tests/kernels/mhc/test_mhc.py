@@ -101,20 +101,19 @@ def test_pre_and_its_gradients(shape, dtype, transpose):
     values, g = pre_arguments(shape, dtype)
     options = OPTIONS | {"transpose": transpose}
     args, cotangents = cast(values, dtype, 1), as_cotangents(g, dtype)
-    out, gradients = with_gradients(pre(transpose=transpose), args, cotangents)
     want, want_gradients = expected_pre(values, g, **options)
     forward, backward = LIMITS[dtype]
-    for name, ours, exact in zip(("collapsed", "post", "res"), out, want, strict=True):
-        limit = forward if name == "collapsed" else 1e-5  # coefficients are float32 always
-        assert error(ours, exact) <= limit, name
-    for name, ours, exact in zip(NAMES, gradients, want_gradients, strict=True):
-        assert error(ours, exact) <= (backward if name == "x" else 1e-5), name
-    assert [a.dtype for a in out] == [dtype, jnp.float32, jnp.float32]
-    assert [a.dtype for a in gradients] == [a.dtype for a in args]
-
-    same, same_gradients = with_gradients(pre("reference", transpose=transpose), args, cotangents)
-    for ours, theirs in zip((*out, *gradients), (*same, *same_gradients), strict=True):
-        assert error(ours, theirs) <= (1e-5 if ours.dtype == jnp.float32 else forward)
+    for implementation in ("pallas", "reference"):
+        function = pre(implementation, transpose=transpose)
+        out, gradients = with_gradients(function, args, cotangents)
+        for name, ours, exact in zip(("collapsed", "post", "res"), out, want, strict=True):
+            limit = forward if name == "collapsed" else 1e-5  # coefficients are float32 always
+            assert error(ours, exact) <= limit, (implementation, name)
+        for name, ours, exact in zip(NAMES, gradients, want_gradients, strict=True):
+            limit = backward if name == "x" else 1e-5
+            assert error(ours, exact) <= limit, (implementation, name)
+        assert [a.dtype for a in out] == [dtype, jnp.float32, jnp.float32]
+        assert [a.dtype for a in gradients] == [a.dtype for a in args]
 
 
 @pytest.mark.parametrize(
@@ -130,16 +129,14 @@ def test_pre_and_its_gradients(shape, dtype, transpose):
 def test_merge_and_its_gradients(shape, dtype):
     values, g = merge_arguments(shape, dtype)
     args, cotangent = cast(values, dtype, 2), jnp.asarray(g, dtype)
-    out, gradients = with_gradients(merge(), args, cotangent)
     forward, backward = LIMITS[dtype]
-    assert error(out, oracle.merge(*values)) <= forward
     wanted = oracle.merge_gradients(*values, g)
-    for k, (ours, exact) in enumerate(zip(gradients, wanted, strict=True)):
-        assert error(ours, exact) <= (backward if k < 2 else 1e-5), k
-    assert [a.dtype for a in gradients] == [a.dtype for a in args]
-    same, same_gradients = with_gradients(merge("reference"), args, cotangent)
-    for ours, theirs in zip((out, *gradients), (same, *same_gradients), strict=True):
-        assert error(ours, theirs) <= (1e-5 if ours.dtype == jnp.float32 else forward)
+    for implementation in ("pallas", "reference"):
+        out, gradients = with_gradients(merge(implementation), args, cotangent)
+        assert error(out, oracle.merge(*values)) <= forward
+        for k, (ours, exact) in enumerate(zip(gradients, wanted, strict=True)):
+            assert error(ours, exact) <= (backward if k < 2 else 1e-5), (implementation, k)
+        assert [a.dtype for a in gradients] == [a.dtype for a in args]
 
 
 @pytest.mark.parametrize("iterations", [3, pytest.param(1, marks=pytest.mark.slow)])

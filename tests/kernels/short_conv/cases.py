@@ -77,9 +77,9 @@ def oracle_of(found, segments, mask, g, dilation, eps=EPS):
     return np.stack(outs), (np.stack(d_u), sum(d_gain), sum(d_taps))
 
 
-def check(found, segments, mask, g, shape, dtype):
-    """The kernel's output and gradients are the oracle's, and finite."""
-    out, gradients = run("pallas", shape, found, segments, mask, g, dtype)
+def check(found, segments, mask, g, shape, dtype, implementation="pallas"):
+    """Output and gradients are the oracle's, and finite."""
+    out, gradients = run(implementation, shape, found, segments, mask, g, dtype)
     expected, true = oracle_of(found, segments, mask, g, shape.dilation)
     forward, backward = LIMITS[dtype]
     assert out.dtype == dtype and gradients[0].dtype == dtype
