@@ -42,7 +42,10 @@ def answers(tokenizer, prompt, ids, **fields):
     whole = Answer(request, "m", tokenizer).whole([deltas])["choices"][0]
     streaming = Answer(request, "m", tokenizer).choices[0]
     chunks = [chunk for delta in deltas if (chunk := streaming.add(delta)) is not None]
-    together = {key: sum((c["logprobs"][key] for c in chunks), []) for key in whole["logprobs"]}
+    together = {
+        key: [one for chunk in chunks for one in chunk["logprobs"][key]]
+        for key in whole["logprobs"]
+    }
     return whole, {"text": "".join(c["text"] for c in chunks), "logprobs": together}
 
 
