@@ -58,3 +58,12 @@ def test_a_prompt_that_is_no_token_is_refused_before_training(corpus, undisturbe
     assert outcome.err.count("\n") == 1
     assert outcome.err.startswith("error: config.train.samples: '??' is no token")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sample_longer_than_what_is_trained_on_is_refused_before_training(corpus, tmp_path):
+    fits = {"train__samples": ("a", "aaa"), "train__sample_tokens": 16}
+    outcome = launched(*small_run(corpus, tmp_path / "run", **fits))
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    start = "error: config.train.sample_tokens = 16: must be at most 15, what the 1 tokens of 'a'"
+    assert outcome.err.startswith(start) and "data.seq_len = 16" in outcome.err
+    assert not (tmp_path / "run").exists()

@@ -199,6 +199,16 @@ def test_files_of_others_are_refused(corpus, undisturbed, made, tmp_path):
     )
 
 
+def test_a_damaged_file_does_not_end_a_text_in_silence(corpus, undisturbed, made, tmp_path):
+    path = tmp_path / "damaged"
+    content = bytearray(made[0].read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start : start + 4096 * 2] = bytes(4096 * 2)  # most of its rows
+    path.write_bytes(content)
+    done = generated(corpus, undisturbed, memory="disk", memory_file=path)
+    assert done.code == 2 and f"error: {path}: layer 1, tensor" in done.err.splitlines()[-1]
+
+
 def test_counts_of_another_layer_are_refused(corpus, undisturbed, made, tmp_path):
     counts = load_frequency(made[1])
     path = tmp_path / "counts.npz"

@@ -186,8 +186,8 @@ class DiskTable:
             work(0, ids.size)
         else:
             split(ids.size, work, pool="disk")
-        for _, _, block, why in pieces:
-            if why:
-                tell = part.damaged if why == DAMAGED else part.unreadable
-                raise tell(self._file, self._layer, int(block))
+        if wrong := [(int(block), why) for _, _, block, why in pieces if why]:
+            block, why = min(wrong)  # the first, whichever thread came first
+            tell = part.damaged if why == DAMAGED else part.unreadable
+            raise tell(self._file, self._layer, block)
         return int(sum(found[1] for found in pieces))
