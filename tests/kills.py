@@ -22,7 +22,7 @@ from engram_jax.checkpoint import Checkpointer
 from engram_jax.metrics import read_metrics
 from engram_jax.run_data import open_data
 from engram_jax.train_state import TrainState, abstract_state, build_program
-from tests.runs import ROOT, Outcome, small_config, small_run
+from tests.runs import ROOT, Outcome, environment, small_config, small_run
 
 STATUS = {signal.SIGKILL: {-9}, signal.SIGTERM: {0}, signal.SIGINT: {130}}
 
@@ -50,10 +50,9 @@ class Kill:
 
 def start(corpus: Path, workdir: Path, **overrides) -> subprocess.Popen:
     """The same command as a process of its own, which finds the programs that we compiled."""
-    compiled = jax.config.jax_compilation_cache_dir or f"{corpus}-cache/compiled"
     return subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *small_run(corpus, workdir, **overrides)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": compiled},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

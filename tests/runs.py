@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -149,10 +150,17 @@ def _flags_as_before() -> Iterator[None]:
         flagsaver.restore_flag_values(flagsaver.save_flag_values() | saved)
 
 
+def environment() -> dict[str, str]:
+    """Of a process on the CPU that finds the programs we have compiled."""
+    compiled = jax.config.jax_compilation_cache_dir
+    kept = {"JAX_COMPILATION_CACHE_DIR": compiled} if compiled else {}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", **kept}
+
+
 def run_process(*arguments: str) -> Outcome:
     """`python launch.py ARGUMENTS` as a process of its own."""
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
