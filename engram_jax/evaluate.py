@@ -41,7 +41,7 @@ class Score:
     targets: int
 
     def __str__(self) -> str:
-        return f"{self.loss:.4f} ({self.batches:,} batches, {self.targets:,} targets)"
+        return f"{self.loss:.4f} ({self.batches:,} batches, {self.targets:,} predicted tokens)"
 
 
 class Evaluator:

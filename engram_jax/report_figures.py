@@ -132,7 +132,7 @@ def loss_figure(
     """Loss in nats per token. baselines: horizontal lines by name, of the validation's tokens."""
     baselines = baselines or {}
     figure, (axes,) = _figure(8.6, 4.4)
-    _style(axes, "Loss", ylabel="nats per token")
+    _style(axes, "", ylabel="nats per token")
     smoothed = Curve(train.steps, smooth(train.values))
     _plot(axes, train, COLOURS[0], 0.9, alpha=0.22)
     _plot(axes, smoothed, COLOURS[0], 1.8)
