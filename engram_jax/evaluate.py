@@ -53,10 +53,6 @@ class Evaluator:
             partial(eval_step, program), out_shardings=NamedSharding(program.mesh, P())
         )
 
-    def loss(self, state: TrainState, batches: int | None = None) -> float:
-        """The loss of `score`."""
-        return self.score(state, batches).loss
-
     def score(self, state: TrainState, batches: int | None = None) -> Score:
         """Over the first `batches` held-out batches (None: all of them).
 
