@@ -45,7 +45,7 @@ class Score:
     targets: int
 
     def __str__(self) -> str:
-        return f"{self.loss:.4f} ({self.batches:,} batches, {self.targets:,} targets)"
+        return f"{self.loss:.4f} ({self.batches:,} batches, {self.targets:,} predicted tokens)"
 
 
 class Evaluator:
@@ -56,10 +56,6 @@ class Evaluator:
         self._step = program.jit(
             partial(eval_step, program), out_shardings=NamedSharding(program.mesh, P())
         )
-
-    def loss(self, state: TrainState, batches: int | None = None) -> float:
-        """The loss of `score`."""
-        return self.score(state, batches).loss
 
     def score(self, state: TrainState, batches: int | None = None) -> Score:
         """Over the first `batches` held-out batches (None: all of them).

@@ -99,19 +99,16 @@ def loss_record(
             if len(nats) != held_out.targets:
                 raise RuntimeError(f"{title}: {len(nats):,} targets, not {held_out.targets:,}")
             found[title] = float(nats[: score.targets].mean())
-        per_byte = 1 / math.log(2) / data.prepared.bytes_per_token
-        return {
-            "of": of,
-            "batches": score.batches,
-            "targets": score.targets,
-            "nats_per_token": found,
-            "bits_per_byte": {name: loss * per_byte for name, loss in found.items()},
-        }
+        size = {"of": of, "batches": score.batches, "targets": score.targets}
+        return {**size, "nats_per_token": found}
 
+    whole = losses(held_out, f"the whole held-out split, {held_out.batches:,} batches")
+    per_byte = 1 / math.log(2) / data.prepared.bytes_per_token  # which is of the whole split
+    bits = {name: loss * per_byte for name, loss in whole["nats_per_token"].items()}
     first = f"the first {validation.batches:,} batches of the held-out split"
     return {
         "step": step,
-        "held_out_loss": losses(held_out, "the whole held-out split"),
+        "held_out_loss": {**whole, "bits_per_byte": bits},
         "validation_loss": losses(validation, first),
         "data": data.prepared.summary(),
     }
@@ -125,7 +122,7 @@ def loss_table(losses: Mapping[str, Any]) -> str:
     lines = ["", f"{'held-out loss':{width}} nats per token  bits per byte"]
     for name, loss in held_out["nats_per_token"].items():
         lines.append(f"{name:{width}} {loss:<14.3f}  {bits[name]:.3f}")
-    lines.append(f"of {held_out['of']}: {held_out['targets']:,} tokens are predicted")
+    lines.append(f"over {held_out['of']}, {held_out['targets']:,} predicted tokens")
     return "\n".join([*lines, ""])
 
 

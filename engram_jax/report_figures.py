@@ -132,7 +132,7 @@ def loss_figure(
     """Loss in nats per token. baselines: horizontal lines by name, of the validation's tokens."""
     baselines = baselines or {}
     figure, (axes,) = _figure(8.6, 4.4)
-    _style(axes, "Loss", ylabel="nats per token")
+    _style(axes, "", ylabel="nats per token")
     smoothed = Curve(train.steps, smooth(train.values))
     _plot(axes, train, COLOURS[0], 0.9, alpha=0.22)
     _plot(axes, smoothed, COLOURS[0], 1.8)
@@ -207,7 +207,8 @@ def expert_figure(loads: Mapping[str, Curve]) -> Figure:
     ends = [c.values[-max(1, len(c.steps) // 10) :].mean(axis=0) for c in loads.values()]
     relative = np.stack([end / max(end.mean(), 1e-30) for end in ends])
     layers = len(relative)
-    figure = Figure(figsize=(8.6, max(2.6, 1.5 + 0.28 * layers)), dpi=_DPI, layout="constrained")
+    height = min(max(2.6, 1.5 + 0.28 * layers), 6.5)
+    figure = Figure(figsize=(8.6, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     heat, line = figure.subplots(1, 2, width_ratios=(3, 2))
     _heat_map(figure, heat, relative, list(loads))
@@ -258,7 +259,8 @@ def _heat_map(figure: Figure, axes: Axes, relative: np.ndarray, layers: Sequence
                 fontsize=7.5,
                 color="white" if dark else INK,
             )
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+    inches = figure.get_size_inches()[1]
+    bar = figure.colorbar(image, ax=axes, shrink=min(0.9, 2.4 / inches), pad=0.02, aspect=16)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=QUIET, labelsize=8, length=0)
 

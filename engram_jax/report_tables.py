@@ -24,7 +24,7 @@ def curve(records: Sequence[Record], name: str) -> Curve:
 
 def subtitle(losses: Record, model: Record, launch: Record) -> str:
     """One line under the title."""
-    parts = []
+    parts: list[str] = []
     if model:
         parts.append(f"{_short(model['total_params'])} parameters")
     if losses:
@@ -160,7 +160,7 @@ def commit(launch: Record) -> str:
 
 def _of(loss: Record) -> str:
     """loss: an entry of losses.json."""
-    return f"{loss['of']} ({loss['batches']:,} batches, {loss['targets']:,} predicted tokens)"
+    return f"{loss['of']}, {loss['targets']:,} predicted tokens"
 
 
 def _difference(mine: float, loss: float) -> str:

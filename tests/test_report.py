@@ -51,7 +51,7 @@ def losses(mine: float, **counts: float) -> dict:
 
     return {
         "step": 203,
-        "held_out_loss": of("the whole held-out split", 57, 114_880, 0.0),
+        "held_out_loss": of("the whole held-out split, 57 batches", 57, 114_880, 0.0),
         "validation_loss": of("the first 16 batches of the held-out split", 16, 32_411, 0.25),
         "data": DATA,
     }
@@ -168,7 +168,7 @@ def test_a_whole_report(tmp_path):
         f"| bigram\\|counts | 3.7500 | {math.exp(3.75):.2f} |",
         "| the model is 0.2500 below |",
         "| the model is 2.5000 above |",
-        "held_out_loss after step 203: the whole held-out split (57 batches, 114,880 predicted",
+        "held_out_loss after step 203: the whole held-out split, 57 batches, 114,880 predicted",
         "Validation: the first 16 batches of the held-out split, 32,411 predicted tokens; dashed:",
         "| steps | 203 |",
         "| parameters | 12,345,678 |",
@@ -202,8 +202,8 @@ def test_run_rows_are_the_steps_done_and_the_losses_by_their_definitions(tmp_pat
     assert dict(run_rows(records, losses(3.5), {"config": config})) == {
         "steps": "203 of 400",
         "tokens": "831,488 in batches of 4,096",
-        "validation loss, last": "3.3750 after step 6; the first 16 batches of the held-out split"
-        " (16 batches, 32,411 predicted tokens)",
+        "validation loss, last": "3.3750 after step 6; the first 16 batches of the held-out split,"
+        " 32,411 predicted tokens",
         "validation loss, lowest": "3.2500 after step 4",
         "training loss, last": "2.0000, of the batch of step 6",
         "tokens per second, median": "200",

@@ -107,6 +107,29 @@ def test_the_text_is_the_same_whatever_is_installed(tmp_path, make_config):
     assert f"digest {digest}" in lines[0]
 
 
+def test_the_digest_is_that_of_the_text(tmp_path, make_config, monkeypatch):
+    """Another text, another digest; the former text in files of another time: the former digest."""
+    library = tmp_path / "library"
+    library.mkdir()
+    for name in ("abc", "ast", "bisect", "calendar"):
+        (library / f"{name}.py").write_text(f"# About {name}, in words.\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    config = make_config("", source="local")
+
+    def found() -> tuple[str, str]:
+        prepared = prepare(config, lambda line: None)
+        assert prepared.summary()["digest"] == prepared.report.digest
+        return prepared.report.digest, prepared.fingerprint
+
+    first = found()
+    (library / "ast.py").write_text("# About something else.\n")
+    second = found()
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+    (library / "ast.py").write_text("# About ast, in words.\n")
+    assert found() == first
+
+
 def test_a_python_without_sources_is_refused(tmp_path, make_config, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
     config = make_config("", source="local")

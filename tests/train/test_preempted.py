@@ -103,7 +103,7 @@ def test_every_moment_in_one_run(preempted, corpus, tmp_path, undisturbed):
         assert not (tmp_path / "report.html").exists()
 
     stopped(1, preempted(train, "jit_train_step", at_dispatch(0)))  # it compiles there
-    stopped(12, preempted(Evaluator, "loss", first))
+    stopped(12, preempted(Evaluator, "score", first))
     stopped(15, preempted(Checkpointer, "save", afterwards))
     stopped(24, preempted(train, "jit_train_step", at_dispatch(23)))
     line = preempted(train, "finish", first)
