@@ -111,9 +111,10 @@ def load(config: Config, workdir: Path, step: str = "latest", rows: str | None =
         return tokenizer, json.loads((workdir / _TEXT).read_text())["eos_id"]
 
     tokenizer, eos_id = agree(read)
-    addressing = artifact.build(config, tokenizer) if config.model.engram.layers else None
-    if addressing is not None:
-        addressing = agree(lambda: artifact.as_stored(addressing, workdir))
+    addressing = None
+    if config.model.engram.layers:
+        built = artifact.build(config, tokenizer)
+        addressing = agree(lambda: artifact.as_stored(built, workdir))
     program = build_program(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         found = saved_state.restore_weights(program, checkpointer, which(step), rows)

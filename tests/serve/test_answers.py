@@ -65,7 +65,7 @@ def cases(tokenizer, count):
 def test_offsets_are_places_in_the_text(name, echo):
     tokenizer, checked = kind(name), 0
     special = {tokenizer.token_to_id(token) for token in SPECIAL}
-    for prompt, ids in cases(tokenizer, 150):
+    for prompt, ids in cases(tokenizer, 100):
         whole, streamed = answers(tokenizer, prompt, ids, echo=echo)
         text, listed = whole["text"], whole["logprobs"]
         assert streamed == {"text": text, "logprobs": listed}
@@ -96,7 +96,7 @@ def test_an_answer_is_what_decode_makes_of_its_tokens(name):
     """Behind a prompt, so what a tokenizer drops at a beginning only stays."""
     tokenizer = kind(name)
     word = tokenizer.encode("the").ids
-    for _, ids in cases(tokenizer, 150):
+    for _, ids in cases(tokenizer, 100):
         ids = [i for i in ids if bytes_of(tokenizer, i) is None]  # no row across the border
         whole = tokenizer.decode([*word, *ids])
         expected = whole.removeprefix(tokenizer.decode(word))
