@@ -24,7 +24,7 @@ def told(tokenizer, ids, skip_special_tokens=True):
     return text + one.flush(), places
 
 
-def sequences(tokenizer, count=400):
+def sequences(tokenizer, count=250):
     """Random ids: any, unknown ones among them; few different ones; mostly parts of characters."""
     rng, size = np.random.default_rng(0), tokenizer_size(tokenizer)
     parts = [i for i in range(size) if bytes_of(tokenizer, i) is not None] or [0]

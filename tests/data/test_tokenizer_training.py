@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from engram_jax.data.bpe import find_eos, train_bpe
 from engram_jax.data.cache import cache_root
 from engram_jax.data.corpus import open_corpus
 from engram_jax.errors import UserError
+from engram_jax.restore import save_text_side
 
 HARD = "tabs\t\tand  spaces\r\n<|eos|> 日本語 \U0001f600 é \0 <|pad|>"
 
@@ -126,6 +128,11 @@ def test_any_tokenizer_with_a_usual_end_of_document(tmp_path, make_config, name)
     assert set((prepared.store_train.starts[1:] - prepared.store_train.starts[:-1]).tolist()) == {
         10
     }
+    # nor the texts of those who read the run's folder; and what fills gaps stays a word for them
+    save_text_side(tmp_path, prepared, config)
+    assert len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("w1 w2 " * 9).ids) == 18
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (written["eos_token"], written["pad_token"]) == (name, None)
 
 
 def test_tokenizers_that_do_not_fit(tmp_path, make_config, helpers):

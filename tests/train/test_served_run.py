@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from engram_jax.checkpoint_files import seal
 from engram_jax.memory.store.file import open_memory, write_memory
@@ -238,3 +239,36 @@ def test_a_port_in_use_is_told_at_once(corpus, tmp_path):
         arguments = small_run(corpus, tmp_path / "no run")
         done = launched(*arguments, "--mode=serve", f"--config.serve.port={port}")
     refused(done, f"port {port}", "is in use")
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked_for(corpus, undisturbed):
+    """--prompt, requests and samples take the ids of the loader; so does training."""
+    ids = {
+        parse: load(small_config(corpus, serve__parse_special=parse), undisturbed, rows=None)
+        .tokenizer.encode("a<|eos|>b", add_special_tokens=False)
+        .ids
+        for parse in (False, True)
+    }
+    plain = Tokenizer.from_file(str(undisturbed / "tokenizer.json"))
+    assert ids[True] == [plain.token_to_id("a"), 2, plain.token_to_id("b")]
+    assert 2 not in ids[False] and plain.decode(ids[False]) == "a<|eos|>b"
+
+
+def test_the_workdir_is_a_tokenizers_folder(corpus, undisturbed):
+    """What transformers' AutoTokenizer needs to give the same ids as training did."""
+    assert json.loads((undisturbed / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|eos|>",
+        "bos_token": None,
+        "pad_token": "<|pad|>",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 16,
+    }
+    plain = Tokenizer.from_file(str(undisturbed / "tokenizer.json"))
+    assert (
+        plain.token_to_id("<|eos|>")
+        == json.loads((undisturbed / "text.json").read_text())["eos_id"]
+    )
