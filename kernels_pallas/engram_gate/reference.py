@@ -4,10 +4,13 @@ Rounding is the kernels': rows and weights are multiplied in the rows' dtype, bu
 summed and kept in float32, and so is all that follows, up to the gated value, which is rounded once
 to the streams' dtype. (Keys in bfloat16 would move a score near 0 across it, where the gate is
 steepest: gradients were off by 8 to 78 %.) Backward, the gradients of keys and value are rounded to
-the rows' dtype for the two products behind them, which are summed in float32 again.
+the rows' dtype for the two products behind them, which are summed in float32 again. FP8 is taken
+back to float32 and multiplied so; backward in the dtype of what was rounded to it.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +24,18 @@ SMALLEST_SCORE = 1e-6
 
 
 def keys_and_value(
-    rows: jax.Array, weights: jax.Array, bias: jax.Array | None
+    rows: jax.Array, weights: jax.Array, bias: jax.Array | None, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """Equation 3: rows [..., C], weights [C, M + 1, d] -> keys [..., M, d], value [..., 1, d], both
-    in at least float32."""
-    out = _projected(rows, weights.astype(rows.dtype))
+    in at least float32; dtype: of the products of the gradient."""
+    out = _projected(rows, weights.astype(rows.dtype), dtype)
     if bias is not None:
         out = out + bias.astype(out.dtype)
     return out[..., :-1, :], out[..., -1:, :]
 
 
-@jax.custom_vjp
-def _projected(rows: jax.Array, weights: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _projected(rows: jax.Array, weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """rows [..., C] times weights [C, M + 1, d] of their dtype, in at least float32. JAX's own
     gradient would multiply in float32 what the kernels multiply in the rows' dtype."""
     return _product(rows, weights, ([rows.ndim - 1], [0]))
@@ -47,17 +50,20 @@ def _product(a: jax.Array, b: jax.Array, contracted: tuple[list[int], list[int]]
     )
 
 
-def _projected_forward(rows: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple]:
-    return _projected(rows, weights), (rows, weights)
+def _projected_forward(
+    rows: jax.Array, weights: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple]:
+    kept = rows.astype(dtype), weights.astype(dtype), jnp.zeros((), rows.dtype)
+    return _projected(rows, weights, dtype), kept
 
 
-def _projected_backward(kept: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows, weights = kept
-    g = g.astype(rows.dtype)
+def _projected_backward(dtype: jnp.dtype, kept: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows, weights, like = kept
+    g = g.astype(dtype)
     last, tokens = g.ndim - 1, list(range(g.ndim - 2))
     d_rows = _product(g, weights, ([last - 1, last], [1, 2]))
     d_weights = jnp.moveaxis(_product(g, rows, (tokens, tokens)), 2, 0)
-    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype)
+    return d_rows.astype(like.dtype), d_weights.astype(like.dtype)
 
 
 _projected.defvjp(_projected_forward, _projected_backward)
@@ -100,8 +106,9 @@ def engram_gate(
     recipe: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.engram_gate`."""
+    dtype = jnp.dtype(jnp.bfloat16) if isinstance(rows, Quantised) else rows.dtype
     rows, weights = through_fp8(rows, weights, recipe)
-    keys, value = keys_and_value(rows, weights, bias)
+    keys, value = keys_and_value(rows, weights, bias, dtype)
     gate = gates(streams, keys, gain, eps)
     if mask is not None:
         gate = jnp.where(mask[..., None], gate, 0)
