@@ -178,6 +178,10 @@ def test_nothing_as_large_as_the_keys_is_kept():
     assert kept <= sum(x.size for x in args) + statistics + shape.tokens
     _, pullback = jax.vjp(run("reference", jnp.asarray(mask)), *args)  # the measure measures
     assert sum(x.size for x in jax.tree.leaves(pullback)) > kept + args[2].size
+    args = cast(found, "bfloat16")
+    _, pullback = jax.vjp(run("reference", jnp.asarray(mask)), *args)
+    kept = sum(x.nbytes for x in jax.tree.leaves(pullback))
+    assert kept <= sum(x.nbytes for x in args) + shape.tokens
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

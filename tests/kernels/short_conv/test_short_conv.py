@@ -101,17 +101,20 @@ def test_nothing_but_arguments_is_kept():
     args = cast(found, "float32")
     rest = jnp.asarray(segments, jnp.int32), jnp.asarray(mask)
 
-    def pullback_of(implementation):
+    def pullback_of(implementation, args):
         def conv(*args):
             return short_conv(*args, *rest, dilation=3, eps=EPS, implementation=implementation)
 
         return jax.vjp(conv, *args)[1]
 
-    pullback = pullback_of("pallas")
+    pullback = pullback_of("pallas", args)
     kept = sum(x.size for x in jax.tree.leaves(pullback))
     assert kept <= sum(x.size for x in args) + 2 * shape.tokens
-    pullback = pullback_of("reference")  # the measure measures
+    pullback = pullback_of("reference", args)  # the measure measures
     assert sum(x.size for x in jax.tree.leaves(pullback)) > kept + args[0].size
+    args = cast(found, "bfloat16")
+    kept = sum(x.nbytes for x in jax.tree.leaves(pullback_of("reference", args)))
+    assert kept <= sum(x.nbytes for x in args) + 5 * shape.tokens  # segments and mask
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
