@@ -309,7 +309,7 @@ class ServeConfig:
       `sequences` of full length, fewer = long ones wait, or are moved to host memory and back.
     prefill_chunk: tokens of a prompt that are computed at a time, of `prefill_sequences` at once.
     queue: requests that may wait.
-    memory: where the tables lie: "device", "host" (DRAM) or "disk" (memory-mapped).
+    memory: where the tables lie: "device", "host" (DRAM) or "disk" (in the file).
     memory_file: what --mode=export-memory wrote; "" = the checkpoint's own tables.
     accept_other_memory: a memory_file of another checkpoint, with a warning.
     frequency_file: what --mode=count-memory wrote: which rows are read most.

@@ -20,11 +20,12 @@ from engram_jax.errors import UserError
 from engram_jax.evaluate import Evaluator, Score
 from engram_jax.generate import Generator, Weights
 from engram_jax.metrics import MetricsWriter, json_value, read_metrics
-from engram_jax.report import LOSSES, GateSample, write_report
+from engram_jax.report import GateSample, write_report
 from engram_jax.restore import weights_of
 from engram_jax.run_data import RunData
 from engram_jax.serve.text import continuation
 from engram_jax.train_state import TrainState
+from engram_jax.workdir import LOSSES
 
 GATE_TOKENS = 160
 

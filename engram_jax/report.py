@@ -7,6 +7,7 @@ plain values, so a report can be written again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,8 @@ from engram_jax.report_tables import (
     run_rows,
     subtitle,
 )
+from engram_jax.workdir import LOSSES, RUN
 
-LOSSES = "losses.json"
 _FOLDER = "report"
 
 
@@ -75,7 +76,9 @@ def write_report(
     (root / _FOLDER).mkdir(parents=True, exist_ok=True)
     records = read_metrics(root)
     losses = json.loads((root / LOSSES).read_text()) if (root / LOSSES).exists() else {}
-    launches = provenance.read(root / "run.json") if (root / "run.json").exists() else []
+    launches = provenance.read(root / RUN) if (root / RUN).exists() else []
+    # One that found the run finished made no step of what is shown here.
+    launches = [x for x in launches if x["resumed_at"] < losses.get("step", math.inf)] or launches
     launch = launches[-1] if launches else {}
     sections = [loss_section(losses, title)] if losses else []
     if records or losses:

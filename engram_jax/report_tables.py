@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from engram_jax.config import Config, to_dict
+from engram_jax.config import Config
+from engram_jax.config_difference import ABSENT, differences, flat
 from engram_jax.report_figures import Curve
 from engram_jax.report_page import Rows, Section
 
@@ -140,11 +141,10 @@ def launch_rows(launches: Sequence[Record]) -> Rows:
 
 def configuration_section(config: Record) -> Section:
     """Every key, those whose value is not the default first."""
-    default = _flat(to_dict(Config()))
-    mine = _flat(config)
-    changed = {k: v for k, v in mine.items() if v != default.get(k)}
-    rows = [(k, str(v), str(default.get(k, ""))) for k, v in changed.items()]
-    rows += [(k, str(v), "") for k, v in mine.items() if k not in changed]
+    mine = flat(config)
+    changed = {k: default for k, _, default in differences(config, Config()) if k in mine}
+    rows = [(k, _value(mine[k]), _value(default)) for k, default in changed.items()]
+    rows += [(k, _value(v), "") for k, v in mine.items() if k not in changed]
     caption = f"{len(changed)} keys that are not at their default come first."
     header = ("key", "value", "default, where it differs")
     return Section("Configuration", caption, header=header, rows=tuple(rows), folded=True)
@@ -179,11 +179,6 @@ def _short(number: int) -> str:
     return f"{number:,}"
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return found
+def _value(value: Any) -> str:
+    """Of a configuration, or of one that JSON has made lists of the tuples of."""
+    return "" if value is ABSENT else str(list(value) if isinstance(value, tuple) else value)

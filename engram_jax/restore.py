@@ -7,6 +7,7 @@ workdir/tokenizer_config.json  how other tools (transformers' AutoTokenizer) are
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 
-from engram_jax import provenance, saved_state
+from engram_jax import saved_state
 from engram_jax.address import artifact, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
@@ -23,7 +24,7 @@ from engram_jax.data import PreparedData
 from engram_jax.errors import UserError
 from engram_jax.generate import Weights
 from engram_jax.memory.exchange import natural_order
-from engram_jax.run_settings import check_opened
+from engram_jax.run_settings import check_opened, recorded
 from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import TOKENIZER
 
@@ -64,7 +65,9 @@ def save_text_side(workdir: Path, prepared: PreparedData, config: Config) -> Non
     tokenizer, file = prepared.tokenizer, workdir / TOKENIZER
     mine = tokenizer_fingerprint(tokenizer)
     if not file.is_file() or tokenizer_fingerprint(load_tokenizer(file)) != mine:
-        tokenizer.save(str(file))
+        partial = file.with_suffix(".json.partial")  # a killed launch leaves no half of it
+        tokenizer.save(str(partial))
+        os.replace(partial, file)
     (workdir / _TEXT).write_text(json.dumps({"eos_id": prepared.eos_id}) + "\n")
     text = json.dumps(tokenizer_config(prepared, config), indent=1, ensure_ascii=False)
     (workdir / _TOKENIZER_CONFIG).write_text(text + "\n")
@@ -131,19 +134,16 @@ def load(
     state = found.state
     tables = {} if rows is None else {k: t.rows for k, t in state.memory.items()}
     weights = Weights(state.params, state.router_bias, tables)
-    seq_len = agree(lambda: _trained_length(found.metadata, workdir, config))
+    seq_len = agree(lambda: _trained_length(found.metadata, workdir, found.step, config))
     run = workdir.resolve().name
     return Trained(program, weights, tokenizer, eos_id, found.step, run, found.digest, seq_len)
 
 
-def _trained_length(metadata: dict[str, Any], workdir: Path, config: Config) -> int:
-    """From the checkpoint; one of before has it from the run's last launch, or from `config`."""
+def _trained_length(metadata: dict[str, Any], workdir: Path, step: int, config: Config) -> int:
+    """From the checkpoint; one of before has it from the launch that made it, or from `config`."""
     if "seq_len" in metadata:
         return int(metadata["seq_len"])
-    record = workdir / "run.json"
-    if record.exists() and (launches := provenance.read(record)):
-        return int(launches[-1]["config"]["data"]["seq_len"])
-    return config.data.seq_len
+    return (recorded(workdir, step) or config).data.seq_len
 
 
 def check_same_tokenizer(config: Config, workdir: Path) -> None:

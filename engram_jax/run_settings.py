@@ -65,6 +65,8 @@ FREE = (
 )
 # A run's position in its data is that of one stream of batches; no other can be continued.
 DATA = "data"
+# serve.capacity's default in records from before serve.accept_longer, whatever had been trained.
+_FORMER_CAPACITY = 1024
 
 Changes = dict[str, tuple[Any, Any]]  # key -> (the run's value, this launch's)
 
@@ -99,7 +101,8 @@ def check_resumed(
     so far would have had another learning rate; the log then says what becomes of the schedule.
 
     Raises UserError with every other difference, for another data stream, if the run has more steps
-    than are asked for, and for results without checkpoints that are of other settings.
+    than are asked for, or as many and accepted settings that no step would be made with, and for
+    results without checkpoints that are of other settings.
     """
     steps = checkpoint_steps(workdir)
     if not steps:
@@ -129,6 +132,12 @@ def check_resumed(
             " another --workdir"
         )
     _refuse(workdir, changes, accept, "give another --workdir", _schedule(stored, config, done))
+    if wanted <= done and (unused := [key for key in changes if key != "train.steps"]):
+        raise UserError(
+            f"--workdir={workdir}: the run there has made its {done} steps with other settings:"
+            f" {_listed(changes, unused)}; none is left to make with these: set config.train.steps"
+            " higher, or give another --workdir"
+        )
     for key in changes:
         told = _schedule(stored, config, done) if key == "train.steps" else ""
         log(f"settings: {_listed(changes, [key])}{told}")
@@ -176,7 +185,8 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
     """The configuration of "STEP:WORKDIR", as one under configs/ gives it.
 
     The tokenizer is the workdir's own copy, so neither text nor cache is needed to have it; a
-    relative data.path is taken from the folder that the run was launched in.
+    relative data.path is taken from the folder that the run was launched in. A serve.capacity that
+    nobody chose is what it is now, the trained length.
     """
     step, _, folder = argument.partition(":")
     workdir = Path(folder)
@@ -188,18 +198,28 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
     tokens, data = config.tokenizer, config.data
     if (workdir / TOKENIZER).is_file():
         tokens = dataclasses.replace(tokens, path=str((workdir / TOKENIZER).absolute()))
-    if data.source == "folder":
-        there = Path(launch.get("directory") or ".") / Path(data.path).expanduser()
+    there = Path(launch.get("directory") or ".") / Path(data.path).expanduser()
+    if data.source == "folder" or (data.source == "tfds" and there.is_dir()):
         data = dataclasses.replace(data, path=str(there))
+    serve = config.serve
+    former = "accept_longer" not in launch["config"].get("serve", {})
+    if former and serve.capacity == _FORMER_CAPACITY:
+        serve = dataclasses.replace(serve, capacity=0)
     return ml_collections.ConfigDict(
-        to_dict(dataclasses.replace(config, tokenizer=tokens, data=data))
+        to_dict(dataclasses.replace(config, tokenizer=tokens, data=data, serve=serve))
     )
+
+
+def recorded(workdir: Path, step: int) -> Config | None:
+    """The configuration that checkpoint `step` was trained with; None if no record says so."""
+    launch = _launch(workdir, step)
+    return None if launch is None else _config_of(workdir, launch)[0]
 
 
 def _unsaved(config: Config, workdir: Path) -> Changes:
     """What differs from the last launch there, whatever became of it."""
-    launch = _launch(workdir, sys.maxsize)
-    return {} if launch is None else _decisive(_config_of(workdir, launch)[0], config)
+    stored = recorded(workdir, sys.maxsize)
+    return {} if stored is None else _decisive(stored, config)
 
 
 def _decisive(stored: Config, config: Config) -> Changes:
@@ -255,7 +275,7 @@ def _same_rates(stored: Config, config: Config, done: int) -> bool:
 
 
 def _stored(workdir: Path, step: int) -> Config | None:
-    """The configuration that checkpoint `step` was trained with; None if no record says so."""
+    """As `recorded`; tells what could not be compared."""
     launch = _launch(workdir, step)
     if launch is None:
         distributed.warn(

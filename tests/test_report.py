@@ -231,6 +231,15 @@ def test_a_report_of_less(tmp_path, case, monkeypatch):
     assert ("| tiny | nan | nan | nan |" in markdown) == (case == "not finite")
 
 
+def test_a_launch_that_made_no_step_is_not_the_run_s(tmp_path):
+    """The same command again, by other code: what is shown is of the launch before it."""
+    both = [launch(0, "a" * 40), launch(203, "b" * 40, command="python launch.py --again")]
+    write_report(run(tmp_path, found=losses(2.5), launches=both), title="tiny")
+    text = (tmp_path / "report.md").read_text()
+    assert f"commit {'a' * 12}" in text and "| command | python launch.py --config" in text
+    assert "b" * 12 not in text and "--again" not in text
+
+
 def test_a_resumed_run_shows_its_launches():
     changed = {"changed_settings": {"optimizer.peak_lr": [0.003, 0.004]}}
     rows = launch_rows([launch(0, "a" * 40), launch(100, "b" * 40, **changed)])

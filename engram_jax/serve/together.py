@@ -65,7 +65,9 @@ def with_capacity(trained: Trained, serve: ServeConfig, warn: Warn) -> ServeConf
     return serve
 
 
-def for_one(trained: Trained, serve: ServeConfig, prompt: int, answer: int, warn: Warn):
+def for_one(
+    trained: Trained, serve: ServeConfig, prompt: int, answer: int, warn: Warn
+) -> ServeConfig:
     """`serve` for a single sequence of `prompt` + `answer` tokens, of which the latter are
     config.generate.max_tokens. Errors: as `with_capacity`."""
     what = f"config.generate.max_tokens = {answer}, with a prompt of {prompt} tokens"

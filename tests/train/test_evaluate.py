@@ -37,7 +37,7 @@ def test_no_loss_without_a_held_out_target(data, tmp_path):
         with pytest.raises(
             UserError, match=r"held-out text \(3 documents, 3 tokens\) has no token"
         ):
-            evaluator.loss(None, batches)
+            evaluator.score(None, batches)
 
 
 def test_training_does_not_begin_where_its_evaluations_have_no_target(data, tmp_path, monkeypatch):

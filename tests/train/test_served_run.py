@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -157,6 +158,7 @@ def test_another_format_is_of_the_same_checkpoint(corpus, undisturbed, made, tmp
 def test_nothing_longer_than_was_trained(corpus, undisturbed, tmp_path):
     """16 tokens: the checkpoint says so, else the run's record, else the configuration."""
     arguments = small_run(corpus, undisturbed, generate__max_tokens=24, data__seq_len=32)
+    arguments.append("--accept_changes=data.seq_len")
     done = launched(*arguments, "--mode=generate", f"--prompt={PROMPT}")
     words = "config.generate.max_tokens = 24", "sequences of 16 tokens", "serve.accept_longer"
     refused_at_last(done, *words)
@@ -169,7 +171,11 @@ def test_nothing_longer_than_was_trained(corpus, undisturbed, tmp_path):
         assert content["metadata"].pop("seq_len") == 16
         meta.write_text(json.dumps(seal(content)))
     config = small_config(corpus, data__seq_len=32)
-    assert load(config, workdir, rows=None).seq_len == 16
+    launches = json.loads((workdir / "run.json").read_text())["launches"]
+    launches.append(copy.deepcopy(launches[0]) | {"resumed_at": 24})  # has made no checkpoint
+    launches[-1]["config"]["data"]["seq_len"] = 64
+    (workdir / "run.json").write_text(json.dumps({"launches": launches}))
+    assert load(config, workdir, rows=None, accept=["data.seq_len"]).seq_len == 16
     (workdir / "run.json").unlink()
     assert load(config, workdir, rows=None).seq_len == 32
 

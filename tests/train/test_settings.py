@@ -110,6 +110,16 @@ def test_accepted_changes_are_recorded_and_then_the_runs_own(corpus, undisturbed
     assert "settings:" not in again.out
 
 
+@pytest.mark.parametrize("change", [{"optimizer__peak_lr": 0.02}, {"train__eval_batches": 3}])
+def test_a_finished_run_takes_no_settings_that_made_no_step(corpus, undisturbed, change):
+    """Its report would show them beside losses that are of others."""
+    before = contents(undisturbed)
+    accept = "--accept_changes=optimizer,train"
+    line = refused(launched(*small_run(corpus, undisturbed, **change), accept))
+    assert "has made its 24 steps with other settings" in line and "none is left to make" in line
+    assert contents(undisturbed) == before
+
+
 def rates(steps: int, total: int) -> list[float]:
     """Learning rates of SMALL: two steps of warm-up to 0.01, down at 80 % and 90 % of the total."""
     falls = [(round(0.9 * total), 0.1), (round(0.8 * total), 0.316), (0, 1.0)]
@@ -255,6 +265,31 @@ def test_records_of_other_versions(corpus, tmp_path, capsys):
     assert "no run.json: whether its run had other settings was not checked" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("stored", "now"), [(1024, 0), (512, 512)])
+def test_a_capacity_that_nobody_chose_is_the_trained_length(corpus, tmp_path, stored, now):
+    """1,024 was the default before there was serve.accept_longer, whatever had been trained."""
+    values = json.loads(json.dumps(to_dict(small_config(corpus, serve__capacity=stored))))
+    for former, capacity in ((False, stored), (True, now)):
+        workdir = tmp_path / str(former)
+        if former:
+            del values["serve"]["accept_longer"]
+        record(workdir, [{"resumed_at": 0, "config": values}])
+        assert parse(run_settings.get_config(f"latest:{workdir}")).serve.capacity == capacity
+
+
+def test_a_relative_path_is_taken_from_where_the_run_was_launched(corpus, tmp_path):
+    """A folder of text, and a prepared TFDS data set; a name is none."""
+    (tmp_path / "sets" / "mine").mkdir(parents=True)
+    there = str(tmp_path / "sets" / "mine")
+    cases = [("folder", "sets/mine", there), ("tfds", "sets/mine", there), ("tfds", "c4", "c4")]
+    for number, (source, path, wanted) in enumerate(cases):
+        config = to_dict(small_config(corpus, data__source=source, data__path=path))
+        launch = {"resumed_at": 0, "config": config, "directory": str(tmp_path)}
+        record(tmp_path / str(number), [launch])
+        found = parse(run_settings.get_config(f"latest:{tmp_path / str(number)}"))
+        assert found.data.path == wanted
 
 
 @pytest.mark.parametrize("launches", [[3], [{}], [{"config": 3}], [{"config": {"model": 3}}], 3])
