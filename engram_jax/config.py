@@ -378,9 +378,16 @@ def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     from engram_jax.validation import validate  # it reads the sections above
 
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    parsed = _build(Config, values, "config")
+    parsed = build(values)
     validate(parsed)
     return parsed
+
+
+def build(values: dict[str, Any]) -> Config:
+    """A `Config` of known keys whose values have their types; else UserError. It may be one of
+    before, whose values other rules allowed."""
+    built: Config = _build(Config, values, "config")
+    return built
 
 
 def section_types(hint: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 
 from engram_jax import distributed, provenance
-from engram_jax.config import Config, parse, section_types, to_dict
+from engram_jax.config import Config, build, section_types, to_dict
 from engram_jax.config_difference import differences
 from engram_jax.errors import UserError
 from engram_jax.optim.schedule import learning_rate
@@ -306,7 +306,7 @@ def _config_of(workdir: Path, launch: dict[str, Any]) -> tuple[Config, list[str]
     """
     unknown: list[str] = []
     try:
-        return parse(_known(launch["config"], Config, "config", unknown)), unknown
+        return build(_known(launch["config"], Config, "config", unknown)), unknown
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{workdir / RUN}: is not a record of launches; move it away") from error
     except UserError as error:

@@ -292,6 +292,18 @@ def test_a_relative_path_is_taken_from_where_the_run_was_launched(corpus, tmp_pa
         assert found.data.path == wanted
 
 
+def test_a_record_that_today_s_rules_would_not_allow(corpus, tmp_path):
+    """In what decides nothing, it does not keep a run from being opened; the workdir alone says
+    which key is to be set."""
+    values = json.loads(json.dumps(to_dict(small_config(corpus, model__engram__layers=()))))
+    values["serve"]["memory_file"] = "rows"  # was ignored by models without memory
+    record(tmp_path, [{"resumed_at": 0, "config": values}])
+    assert run_settings.check_opened(parse(values | {"serve": {}}), tmp_path, "latest") == {}
+    alone = f"--workdir={tmp_path}", "--mode=describe"
+    refused(launched(*alone), "config.serve.memory_file = 'rows': must be ''")
+    finished(launched(*alone, "--config.serve.memory_file="))
+
+
 @pytest.mark.parametrize("launches", [[3], [{}], [{"config": 3}], [{"config": {"model": 3}}], 3])
 def test_records_that_are_none(corpus, tmp_path, launches):
     record(tmp_path, launches)
