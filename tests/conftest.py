@@ -1,6 +1,8 @@
 """What every test needs: the CPU platform, a compilation cache and the published tokenizers.
 
-Nothing here changes a numerical setting of JAX. A test that needs several devices starts a
+Nothing here changes a numerical setting of JAX. The fast tests let XLA compile for the CPU without
+LLVM's optimisation, which takes most of their time; the slow ones, among them all that prove what
+the README promises, run the programs that a user runs. A test that needs several devices starts a
 subprocess with its own XLA_FLAGS.
 """
 
@@ -19,6 +21,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+
+QUICK = "--xla_backend_optimization_level=0"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before JAX's first computation here, and for the processes that tests start."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if config.getoption("markexpr") == "not slow" and "xla_backend_optimization_level" not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {QUICK}".strip()
 
 
 @pytest.fixture(scope="session", autouse=True)
