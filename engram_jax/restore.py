@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from engram_jax import saved_state
+from engram_jax import distributed, saved_state
 from engram_jax.address import artifact, load_tokenizer, tokenizer_fingerprint
 from engram_jax.agreement import agree
 from engram_jax.checkpoint import Checkpointer
@@ -24,7 +24,7 @@ from engram_jax.data import PreparedData
 from engram_jax.errors import UserError
 from engram_jax.generate import Weights
 from engram_jax.memory.exchange import natural_order
-from engram_jax.run_settings import check_opened, recorded
+from engram_jax.run_settings import check_opened, recorded, told
 from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import TOKENIZER
 
@@ -120,7 +120,8 @@ def load(
     """
 
     def read() -> tuple[Any, int]:
-        check_opened(config, workdir, step, accept)
+        if changes := check_opened(config, workdir, step, accept):
+            distributed.warn(f"other settings than the run's: {told(changes)}")
         check_same_tokenizer(config, workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=config.serve.parse_special)
         return tokenizer, json.loads((workdir / _TEXT).read_text())["eos_id"]

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,14 @@ FREE = (
 )
 # A run's position in its data is that of one stream of batches; no other can be continued.
 DATA = "data"
+# What text there is, and which of it is held out; the other keys of DATA cut it into batches.
+TEXT = tuple(
+    f"{DATA}.{key}"
+    for key in (
+        *("source", "path", "text_key", "max_megabytes", "max_document_bytes"),
+        "validation_fraction",
+    )
+)
 # serve.capacity's default in records from before serve.accept_longer, whatever had been trained.
 _FORMER_CAPACITY = 1024
 
@@ -168,17 +176,43 @@ def check_opened(config: Config, workdir: Path, step: str, accept: Sequence[str]
     return changes
 
 
+def check_resumed_text(workdir: Path, text: Mapping[str, Any]) -> None:
+    """Raises UserError if the run in `workdir` was trained on another text than this one.
+
+    text: `PreparedData.summary`. A record of before does not say; the position in the data does.
+    """
+    steps = checkpoint_steps(workdir)
+    launch = _launch(workdir, max(steps)) if steps else None
+    theirs = (launch or {}).get("data") or {}
+    if theirs.get("digest", text["digest"]) != text["digest"]:
+        raise UserError(
+            f"config.data: {text['source']}, digest {text['digest']}, is not the text that the run"
+            f" in {workdir} was trained on, {theirs['source']}, digest {theirs['digest']}: go back"
+            " to it, or give another --workdir"
+        )
+
+
 def check_text(workdir: Path, trained_on: Any, found: str, accept: Sequence[str]) -> bool:
-    """Whether the text at hand is the run's; raises UserError if it is not and DATA or a key of it
-    is not accepted. Both are fingerprints of text, split and tokenizer."""
-    same = trained_on is None or trained_on == found
-    if not same and not any(covers([DATA], key) for key in accept):
+    """Whether the text at hand is the run's; raises UserError if it is not and neither DATA nor a
+    key of TEXT is accepted. Both are fingerprints of text, split and tokenizer."""
+    if trained_on is None or trained_on == found:
+        return True
+    if not any(covers(accept, key) for key in TEXT):
         raise UserError(
             f"config.data: the text, {found}, is not the one that the run in {workdir} was trained"
             f" and evaluated with, {trained_on}; to score it on another text, add"
             f" --accept_changes={DATA}"
         )
-    return same
+    distributed.warn(
+        f"this is not the text that the run in {workdir} was trained and evaluated with: what is"
+        " held out here may be among what it was trained on"
+    )
+    return False
+
+
+def told(changes: Changes) -> str:
+    """Changes in a line."""
+    return _listed(changes, list(changes))
 
 
 def get_config(argument: str) -> ml_collections.ConfigDict:

@@ -32,7 +32,12 @@ from engram_jax.planning import with_planned_exchange
 from engram_jax.preemption import Preemption
 from engram_jax.restore import save_text_side
 from engram_jax.run_data import RunData, open_together, place_batch
-from engram_jax.run_settings import Changes, check_resumed, forget_unsaved
+from engram_jax.run_settings import (
+    Changes,
+    check_resumed,
+    check_resumed_text,
+    forget_unsaved,
+)
 from engram_jax.train_state import Program, TrainState, build_program, check_memory, create_state
 from engram_jax.train_step import jit_train_step, jit_utilisation
 from engram_jax.workdir import check_writable, held
@@ -83,6 +88,7 @@ def _train(
     agree(lambda: check_writable(workdir))
     changes = agree(lambda: check_resumed(config, workdir, accept, log))
     data = open_together(config, log)
+    agree(lambda: check_resumed_text(workdir, data.prepared.summary()))
     agree(lambda: check_samples(config, data.prepared.tokenizer))
     agree(lambda: check_held_out(data, config.train.eval_batches))
     program = build_program(config, data.addressing)

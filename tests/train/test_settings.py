@@ -221,8 +221,17 @@ def test_another_text_is_scored_on_purpose_only(corpus, undisturbed, tmp_path):
     outcome = launched(*arguments)
     assert outcome.code == 2 and outcome.out == ""
     assert "config.data: the text" in outcome.err and "--accept_changes=data" in outcome.err
-    result = json.loads(finished(launched(*arguments, "--accept_changes=data.path")).out)
+    another = launched(*arguments, "--accept_changes=data.batch_size")  # which is not the text
+    assert another.code == 2 and another.err.splitlines()[-1] == outcome.err.splitlines()[-1]
+    accepted = finished(launched(*arguments, "--accept_changes=data.path"))
+    result = json.loads(accepted.out)
     assert result["another_text"] is True and result["held_out_loss"] > 0
+    assert "held out here may be among what it was trained on" in accepted.err
+    # Training goes on with none but its own.
+    digest = launches(undisturbed)[-1]["data"]["digest"]
+    outcome = launched(*arguments, "--mode=train", "--accept_changes=data.path")
+    assert outcome.code == 2 and "is not the text that the run in" in outcome.err
+    assert f"digest {digest}: go back to it" in outcome.err
 
 
 def test_a_tokenizer_that_would_not_be_used_is_refused(corpus, undisturbed, deepseek_tokenizer):
