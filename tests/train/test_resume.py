@@ -84,7 +84,8 @@ def refused(outcome: Outcome, *words: str) -> str:
 def test_other_addresses_are_refused_with_both_fingerprints(corpus, undisturbed, change, tmp_path):
     stored = json.loads((undisturbed / "addressing" / "addressing.json").read_text())
     before = contents(undisturbed)
-    accept = "--accept_changes=model,tokenizer"  # the settings: see test_settings.py
+    accept = "--accept_changes=model,tokenizer,train"  # the settings: see test_settings.py
+    change = change | {"train__steps": STEPS + 1}  # a finished run takes none
     for mode in ("--mode=train", "--mode=evaluate"):
         line = refused(launched(*small_run(corpus, undisturbed, **change), mode, accept))
         if "tokenizer__vocab_size" in change and mode == "--mode=evaluate":

@@ -198,7 +198,13 @@ def test_files_of_others_are_refused(corpus, undisturbed, made, tmp_path):
     other = [*small_run(corpus, undisturbed), "--config.model.engram.seed=9"]
     other += ["--config.serve.memory=disk", f"--config.serve.memory_file={made[0]}"]
     other += ["--accept_changes=model.engram.seed"]
-    refused(launched(*other, "--mode=generate", "--prompt=a"), "addressing")
+    outcome = launched(*other, "--mode=generate", "--prompt=a")
+    warning, line = outcome.err.splitlines()
+    assert outcome.code == 2 and outcome.out == ""
+    assert warning == (
+        "warning: other settings than the run's: config.model.engram.seed is 0 there and 9 here"
+    )
+    assert line.startswith("error: ") and "addressing" in line
     foreign = {"memory": "host", "memory_file": made[0], "device_cache": 0.5}
     refused_at_last(
         generated(corpus, undisturbed, **foreign, frequency_file=made[0]),
