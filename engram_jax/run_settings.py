@@ -139,7 +139,10 @@ def check_resumed(
             f" {_listed(changes, fixed)}; a run cannot go on with another stream of batches: give"
             " another --workdir"
         )
-    _refuse(workdir, changes, accept, "give another --workdir", _schedule(stored, config, done))
+    instead = "give another --workdir"
+    if wanted <= done:
+        instead += f", or set config.train.steps above {done}"
+    _refuse(workdir, changes, accept, instead, _schedule(stored, config, done))
     if wanted <= done and (unused := [key for key in changes if key != "train.steps"]):
         raise UserError(
             f"--workdir={workdir}: the run there has made its {done} steps with other settings:"
@@ -267,9 +270,10 @@ def _refuse(
     refused = [key for key in changes if not covers(accept, key)]
     if refused:
         told = schedule if "train.steps" in refused else ""
+        join = " and" if ", or " in instead else ", or"
         raise UserError(
             f"--workdir={workdir}: the run there has other settings: {_listed(changes, refused)}"
-            f"{told}; {instead}, or accept the change on purpose:"
+            f"{told}; {instead}{join} accept the change on purpose:"
             f" --accept_changes={','.join(refused)}"
         )
 

@@ -70,6 +70,7 @@ def test_no_mode_gives_the_runs_result_under_other_settings(corpus, undisturbed,
 def test_all_differences_are_listed(corpus, undisturbed):
     line = refused(launched(*small_run(corpus, undisturbed, train__seed=3, model__norm_eps=0.1)))
     assert "config.model.norm_eps is 1e-06 there and 0.1 here, config.train.seed is 0" in line
+    assert "give another --workdir, or set config.train.steps above 24 and accept" in line
     assert "--accept_changes=model.norm_eps,train.seed" in line
 
 
