@@ -48,6 +48,9 @@ from engram_jax.checkpoint_files import (
     decode_iterator,
     digest,
     gather_iterators,
+    loss_in,
+    loss_of,
+    lowest,
     read_meta,
     seal,
     settle_addressing,
@@ -180,7 +183,7 @@ class Checkpointer:
                 "arrays": {k: [list(shapes[k]), v.dtype.name] for k, v in arrays.items()},
             }
         )
-        self._losses[step] = _loss(meta["content"])
+        self._losses[step] = loss_in(meta["content"])
         with OneLine(f"checkpoint {self.directory / str(step)}: cannot be written"):
             self._manager.save(
                 step,
@@ -283,8 +286,7 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """The step of the lowest "loss", None if no checkpoint has one."""
-        ranked = [(self._loss_at(s), s) for s in self.steps()]
-        return min((pair for pair in ranked if pair[0] < math.inf), default=(0.0, None))[1]
+        return lowest({step: self._loss_at(step) for step in self.steps()})
 
     def metadata(self, step: int | str | None = None) -> dict[str, Any]:
         """The metadata given to `save`, without reading any array."""
@@ -329,10 +331,7 @@ class Checkpointer:
 
     def _loss_at(self, step: int) -> float:
         if step not in self._losses:
-            try:
-                self._losses[step] = _loss(read_meta(self.directory / str(step)))
-            except UserError:
-                self._losses[step] = math.inf
+            self._losses[step] = loss_of(self.directory / str(step))
         return self._losses[step]
 
     def _others(self, step: int) -> str:
@@ -355,8 +354,3 @@ class Checkpointer:
 
 def _finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _loss(content: dict[str, Any]) -> float:
-    loss = content["metrics"].get("loss")
-    return math.inf if loss is None else loss

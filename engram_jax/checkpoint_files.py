@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +212,26 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     if version != FORMAT:
         raise UserError(f"has format {version}; this version reads {FORMAT}")
     return content
+
+
+def loss_in(content: dict[str, Any]) -> float:
+    """The "loss" of a checkpoint's content; infinite without one."""
+    loss = content["metrics"].get("loss")
+    return math.inf if loss is None else loss
+
+
+def loss_of(path: epath.PathLike) -> float:
+    """`loss_in` of the checkpoint at `path`; infinite if it cannot be read."""
+    try:
+        return loss_in(read_meta(epath.Path(path)))
+    except UserError:
+        return math.inf
+
+
+def lowest(losses: Mapping[int, float]) -> int | None:
+    """The step of the lowest loss, the first of equals; None if no step has a finite one."""
+    step = min(sorted(losses), key=losses.__getitem__, default=None)
+    return None if step is None or losses[step] == math.inf else step
 
 
 def compare(

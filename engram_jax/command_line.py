@@ -35,7 +35,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, config_flag: str) 
     """absl's parser, after what it words badly has been checked. Raises UserError.
 
     config_flag: names a config_flags file flag; where only the --workdir of a run is given, the
-      run's own configuration takes its place (run_settings.get_config).
+      run's own configuration takes its place (run_record.get_config).
     """
     argv = _with_config_of_run(list(argv), config_flag)
     for name, value in _arguments(argv):
@@ -136,7 +136,7 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
     workdir = given.get("workdir")
     if config_flag in given or not workdir or not Path(workdir, RUN).exists():
         return argv
-    file = Path(__file__).with_name("run_settings.py")
+    file = Path(__file__).with_name("run_record.py")
     own = f"--{config_flag}={file}:{given.get('step') or 'latest'}:{workdir}"
     sys.argv = [argv[0], own, *argv[1:]]  # config_flags looks there for overrides
     return sys.argv

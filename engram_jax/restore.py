@@ -24,7 +24,8 @@ from engram_jax.data import PreparedData
 from engram_jax.errors import UserError
 from engram_jax.generate import Weights
 from engram_jax.memory.exchange import natural_order
-from engram_jax.run_settings import check_opened, recorded, told
+from engram_jax.run_record import recorded
+from engram_jax.run_settings import check_opened, told
 from engram_jax.train_state import Program, TrainState, build_program
 from engram_jax.workdir import TOKENIZER
 

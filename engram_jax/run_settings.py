@@ -3,16 +3,10 @@
 A number belongs to the settings that made it. So whoever opens a workdir that holds checkpoints
 must mean the same run: every key of the configuration decides a result unless FREE lists it, and
 one that differs from the run's is refused, or accepted by name and written down.
-
-As a configuration file this module gives back a run's own configuration:
-`--config=engram_jax/run_settings.py:latest:runs/engram_tiny`, which is what launch.py makes of
-`--workdir=runs/engram_tiny` alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,23 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from engram_jax import distributed, provenance
-from engram_jax.config import Config, build, section_types, to_dict
+from engram_jax import distributed
+from engram_jax.config import Config, section_types
 from engram_jax.config_difference import differences
 from engram_jax.errors import UserError
 from engram_jax.optim.schedule import learning_rate
-from engram_jax.workdir import (
-    CHECKPOINTS,
-    LOGS,
-    LOSSES,
-    RUN,
-    TOKENIZER,
-    check_trained,
-    checkpoint_steps,
-)
+from engram_jax.run_record import config_of, launch_of, recorded, step_number
+from engram_jax.workdir import LOGS, LOSSES, RUN, check_trained, checkpoint_steps
 
 # What decides no result: where and how fast a run computes, when it looks, saves and tells, what is
 # done with a model afterwards. Of the two paths the content is compared (text, tokenizer).
@@ -73,9 +59,6 @@ TEXT = tuple(
         "validation_fraction",
     )
 )
-# serve.capacity's default in records from before serve.accept_longer, whatever had been trained.
-_FORMER_CAPACITY = 1024
-
 Changes = dict[str, tuple[Any, Any]]  # key -> (the run's value, this launch's)
 
 
@@ -139,10 +122,9 @@ def check_resumed(
             f" {_listed(changes, fixed)}; a run cannot go on with another stream of batches: give"
             " another --workdir"
         )
-    instead = "give another --workdir"
-    if wanted <= done:
-        instead += f", or set config.train.steps above {done}"
-    _refuse(workdir, changes, accept, instead, _schedule(stored, config, done))
+    more = f"set config.train.steps above {done} and " if wanted <= done else ""
+    schedule = _schedule(stored, config, done)
+    _refuse(workdir, changes, accept, f"give another --workdir, or {more}", schedule)
     if wanted <= done and (unused := [key for key in changes if key != "train.steps"]):
         raise UserError(
             f"--workdir={workdir}: the run there has made its {done} steps with other settings:"
@@ -150,8 +132,7 @@ def check_resumed(
             " higher, or give another --workdir"
         )
     for key in changes:
-        told = _schedule(stored, config, done) if key == "train.steps" else ""
-        log(f"settings: {_listed(changes, [key])}{told}")
+        log(f"settings: {_listed(changes, [key])}{schedule if key == 'train.steps' else ''}")
     return changes
 
 
@@ -171,11 +152,11 @@ def check_opened(config: Config, workdir: Path, step: str, accept: Sequence[str]
     difference that `accept` (keys or sections) does not cover.
     """
     check_trained(workdir)
-    stored = _stored(workdir, _number(workdir, step))
+    stored = _stored(workdir, step_number(workdir, step))
     if stored is None:
         return {}
     changes = _decisive(stored, config)
-    _refuse(workdir, changes, accept, "leave them out (and --config) to use the run's own")
+    _refuse(workdir, changes, accept, "leave them out (and --config) to use the run's own, or ")
     return changes
 
 
@@ -185,7 +166,7 @@ def check_resumed_text(workdir: Path, text: Mapping[str, Any]) -> None:
     text: `PreparedData.summary`. A record of before does not say; the position in the data does.
     """
     steps = checkpoint_steps(workdir)
-    launch = _launch(workdir, max(steps)) if steps else None
+    launch = launch_of(workdir, max(steps)) if steps else None
     theirs = (launch or {}).get("data") or {}
     if theirs.get("digest", text["digest"]) != text["digest"]:
         raise UserError(
@@ -218,41 +199,6 @@ def told(changes: Changes) -> str:
     return _listed(changes, list(changes))
 
 
-def get_config(argument: str) -> ml_collections.ConfigDict:
-    """The configuration of "STEP:WORKDIR", as one under configs/ gives it.
-
-    The tokenizer is the workdir's own copy, so neither text nor cache is needed to have it; a
-    relative data.path is taken from the folder that the run was launched in. A serve.capacity that
-    nobody chose is what it is now, the trained length.
-    """
-    step, _, folder = argument.partition(":")
-    workdir = Path(folder)
-    check_trained(workdir)
-    launch = _launch(workdir, _number(workdir, step))
-    if launch is None:
-        raise UserError(f"--workdir={workdir}: has no {RUN}; give --config")
-    config, _ = _config_of(workdir, launch)
-    tokens, data = config.tokenizer, config.data
-    if (workdir / TOKENIZER).is_file():
-        tokens = dataclasses.replace(tokens, path=str((workdir / TOKENIZER).absolute()))
-    there = Path(launch.get("directory") or ".") / Path(data.path).expanduser()
-    if data.source == "folder" or (data.source == "tfds" and there.is_dir()):
-        data = dataclasses.replace(data, path=str(there))
-    serve = config.serve
-    former = "accept_longer" not in launch["config"].get("serve", {})
-    if former and serve.capacity == _FORMER_CAPACITY:
-        serve = dataclasses.replace(serve, capacity=0)
-    return ml_collections.ConfigDict(
-        to_dict(dataclasses.replace(config, tokenizer=tokens, data=data, serve=serve))
-    )
-
-
-def recorded(workdir: Path, step: int) -> Config | None:
-    """The configuration that checkpoint `step` was trained with; None if no record says so."""
-    launch = _launch(workdir, step)
-    return None if launch is None else _config_of(workdir, launch)[0]
-
-
 def _unsaved(config: Config, workdir: Path) -> Changes:
     """What differs from the last launch there, whatever became of it."""
     stored = recorded(workdir, sys.maxsize)
@@ -269,11 +215,10 @@ def _refuse(
 ) -> None:
     refused = [key for key in changes if not covers(accept, key)]
     if refused:
-        told = schedule if "train.steps" in refused else ""
-        join = " and" if ", or " in instead else ", or"
+        note = schedule if "train.steps" in refused else ""
         raise UserError(
             f"--workdir={workdir}: the run there has other settings: {_listed(changes, refused)}"
-            f"{told}; {instead}{join} accept the change on purpose:"
+            f"{note}; {instead}accept the change on purpose:"
             f" --accept_changes={','.join(refused)}"
         )
 
@@ -314,70 +259,15 @@ def _same_rates(stored: Config, config: Config, done: int) -> bool:
 
 def _stored(workdir: Path, step: int) -> Config | None:
     """As `recorded`; tells what could not be compared."""
-    launch = _launch(workdir, step)
+    launch = launch_of(workdir, step)
     if launch is None:
         distributed.warn(
             f"{workdir} has no {RUN}: whether its run had other settings was not checked"
         )
         return None
-    config, unknown = _config_of(workdir, launch)
+    config, unknown = config_of(workdir, launch)
     if unknown:
         distributed.warn(
             f"{workdir / RUN} has keys that this version does not know: {', '.join(unknown)}"
         )
     return config
-
-
-def _launch(workdir: Path, step: int) -> dict[str, Any] | None:
-    """The launch that made checkpoint `step`: the last one that began before it."""
-    if not (workdir / RUN).exists():
-        return None
-    launches = provenance.read(workdir / RUN)
-    made = [launch for launch in launches if launch.get("resumed_at", 0) < max(step, 1)]
-    return (made or launches)[-1] if launches else None
-
-
-def _config_of(workdir: Path, launch: dict[str, Any]) -> tuple[Config, list[str]]:
-    """A launch's configuration, and its keys that this version does not know.
-
-    Keys that have been added since have their defaults, which mean what was done before them.
-    """
-    unknown: list[str] = []
-    try:
-        return build(_known(launch["config"], Config, "config", unknown)), unknown
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{workdir / RUN}: is not a record of launches; move it away") from error
-    except UserError as error:
-        raise UserError(f"{workdir / RUN}: {error}") from error
-
-
-def _known(values: Any, section: Any, where: str, unknown: list[str]) -> dict[str, Any]:
-    hints, known = section_types(section), {}
-    for key, value in values.items():
-        if key not in hints:
-            unknown.append(f"{where}.{key}")
-        elif section_types(hints[key]):
-            known[key] = _known(value, hints[key], f"{where}.{key}", unknown)
-        else:
-            known[key] = value
-    return known
-
-
-def _number(workdir: Path, step: str) -> int:
-    """The step that "latest", "best" or a number means. Whether it is there is told when it is
-    read."""
-    steps = checkpoint_steps(workdir)
-    if step.isdecimal():
-        return int(step)
-    if step == "best":
-        from engram_jax.checkpoint_files import read_meta  # imports Orbax
-
-        losses = {}
-        for number in steps:
-            with contextlib.suppress(UserError):
-                content = read_meta(workdir / CHECKPOINTS / str(number))
-                losses[number] = content["metrics"].get("loss")
-        ranked = [(loss, number) for number, loss in losses.items() if loss is not None]
-        if ranked:
-            return min(ranked)[1]
-    return max(steps, default=0)

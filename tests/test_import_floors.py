@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, str], ...] = (
         "6 a run's state and records",
         "train_state workdir checkpoint checkpoint_arrays checkpoint_files saved_state agreement"
         " metrics provenance preemption watchdog profiling throughput goodput device_peaks"
-        " distributed same_launch rendezvous run_settings",
+        " distributed same_launch rendezvous run_record run_settings",
     ),
     ("6 a run's report", "report report_figures report_page report_tables"),
     (

@@ -5,9 +5,7 @@ summed and kept in float32, and so is all that follows, up to the gated value, w
 to the streams' dtype. (Keys in bfloat16 would move a score near 0 across it, where the gate is
 steepest: gradients were off by 8 to 78 %.) Backward, the gradients of keys and value are rounded to
 the rows' dtype for the two products behind them, which are summed in float32 again. FP8 is taken
-back to float32 and multiplied so; backward in the dtype of what was rounded to it. Where rows are
-narrower than float32, only arguments are kept for the backward pass, and keys computed again, as by
-the kernels: what is computed in float32 would fill twice the memory that it once did.
+back to float32 and multiplied so; backward in the dtype of what was rounded to it.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from jax import lax
 
 from kernels_pallas.engram_gate import quantise
 from kernels_pallas.engram_gate.quantise import Quantised
+from kernels_pallas.remat import keeps_arguments
 
 # |s| below this counts as this in the square root (the official demo): its slope stays finite.
 SMALLEST_SCORE = 1e-6
@@ -96,6 +95,7 @@ def gates(streams: jax.Array, keys: jax.Array, gain: jax.Array, eps: float) -> j
     return gate_of_score(dot * scale / jnp.sqrt(jnp.asarray(h.shape[-1], dtype)))
 
 
+@keeps_arguments
 def engram_gate(
     rows: jax.Array | Quantised,
     weights: jax.Array | Quantised,
@@ -108,24 +108,6 @@ def engram_gate(
     recipe: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.engram_gate`."""
-    values = rows.values if isinstance(rows, Quantised) else rows
-    gate = functools.partial(_engram_gate, eps=eps, recipe=recipe)
-    if values.dtype.itemsize < 4:
-        gate = jax.checkpoint(gate)
-    return gate(rows, weights, streams, gain, bias, mask)
-
-
-def _engram_gate(
-    rows: jax.Array | Quantised,
-    weights: jax.Array | Quantised,
-    streams: jax.Array,
-    gain: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    *,
-    eps: float,
-    recipe: str | None,
-) -> tuple[jax.Array, jax.Array]:
     dtype = jnp.dtype(jnp.bfloat16) if isinstance(rows, Quantised) else rows.dtype
     rows, weights = through_fp8(rows, weights, recipe)
     keys, value = keys_and_value(rows, weights, bias, dtype)

@@ -2,19 +2,19 @@
 
 Rounding is the kernels': everything is computed in float32 (float64 if u is float64), gradients
 too, and rounded once at the end. Only a continued sequence rounds what it normalised: to the dtype
-of its tail, in which later positions will read it. Where u is narrower than float32, only arguments
-are kept for the backward pass, as by the kernels: the rest would fill several times u's memory.
+of its tail, in which later positions will read it.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.remat import keeps_arguments
 
+
+@keeps_arguments
 def short_conv(
     u: jax.Array,
     gain: jax.Array,
@@ -26,22 +26,6 @@ def short_conv(
     eps: float,
 ) -> jax.Array:
     """As `api.short_conv`."""
-    conv = functools.partial(_short_conv, dilation=dilation, eps=eps)
-    if u.dtype.itemsize < 4:
-        conv = jax.checkpoint(conv)
-    return conv(u, gain, taps, segments, mask)
-
-
-def _short_conv(
-    u: jax.Array,
-    gain: jax.Array,
-    taps: jax.Array,
-    segments: jax.Array | None,
-    mask: jax.Array | None,
-    *,
-    dilation: int,
-    eps: float,
-) -> jax.Array:
     before, x = tail_length(taps, dilation), wide(u)
     padded = jnp.pad(normalised(x, gain, eps), ((0, 0), (before, 0), (0, 0), (0, 0)))
     return masked(x + convolved(padded, taps, segments, dilation), mask).astype(u.dtype)

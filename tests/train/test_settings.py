@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engram_jax import provenance, run_settings
+from engram_jax import provenance, run_record, run_settings
 from engram_jax.config import Config, parse, to_dict
 from engram_jax.config_difference import flat
 from engram_jax.errors import UserError
@@ -105,7 +105,7 @@ def test_accepted_changes_are_recorded_and_then_the_runs_own(corpus, undisturbed
     # What the run began with is another now; each checkpoint has what it was made with.
     refused(launched(*small_run(corpus, workdir)), "config.train.eval_batches is 3 there and 2")
     for step, batches in ((21, 2), (STEPS, 3)):
-        assert parse(run_settings.get_config(f"{step}:{workdir}")).train.eval_batches == batches
+        assert parse(run_record.get_config(f"{step}:{workdir}")).train.eval_batches == batches
     again = finished(launched(*change, accept))  # the same command, as a supervisor repeats it
     assert "changed_settings" not in launches(workdir)[-1]
     assert "settings:" not in again.out
@@ -286,7 +286,7 @@ def test_a_capacity_that_nobody_chose_is_the_trained_length(corpus, tmp_path, st
         if former:
             del values["serve"]["accept_longer"]
         record(workdir, [{"resumed_at": 0, "config": values}])
-        assert parse(run_settings.get_config(f"latest:{workdir}")).serve.capacity == capacity
+        assert parse(run_record.get_config(f"latest:{workdir}")).serve.capacity == capacity
 
 
 def test_a_relative_path_is_taken_from_where_the_run_was_launched(corpus, tmp_path):
@@ -298,7 +298,7 @@ def test_a_relative_path_is_taken_from_where_the_run_was_launched(corpus, tmp_pa
         config = to_dict(small_config(corpus, data__source=source, data__path=path))
         launch = {"resumed_at": 0, "config": config, "directory": str(tmp_path)}
         record(tmp_path / str(number), [launch])
-        found = parse(run_settings.get_config(f"latest:{tmp_path / str(number)}"))
+        found = parse(run_record.get_config(f"latest:{tmp_path / str(number)}"))
         assert found.data.path == wanted
 
 
