@@ -27,8 +27,8 @@ STREAMS, PREFILL, HISTORY = 64, 2_048, 0.6
 
 def traces(text: Text):
     """{name: trace}, and the frequencies of the first part."""
-    from engram_jax.memory.store.frequency import AccessCounter
-    from engram_jax.memory.store.policy import record
+    from engram_jax.memory.store.cache_policies import record
+    from engram_jax.memory.store.read_counts import AccessCounter
 
     order = np.random.default_rng(0).permutation(len(text.starts) - 1)
     cut = int(len(order) * HISTORY)
@@ -57,16 +57,16 @@ def traces(text: Text):
 
 
 def measure() -> Result:
-    from engram_jax.memory.store import policy
+    from engram_jax.memory.store import cache_policies
 
     text = open_text(ROWS_PER_HEAD)
     found, frequency = traces(text)
     sample = text.rows // 8
     policies = {
-        "static": lambda trace, size: policy.static(trace, size, frequency.ids),
-        **policy.ONLINE,
-        "static, knows the trace": policy.static_best,
-        "Belady, the optimum": policy.belady,
+        "static": lambda trace, size: cache_policies.static(trace, size, frequency.ids),
+        **cache_policies.ONLINE,
+        "static, knows the trace": cache_policies.static_best,
+        "Belady, the optimum": cache_policies.belady,
     }
     figures, rates, seconds = [], {}, {}
     for kind, trace in found.items():

@@ -26,8 +26,8 @@ from typing import Any
 
 import jax
 
-from engram_jax.config import parse
-from engram_jax.describe import describe
+from engram_jax.config import parse_config
+from engram_jax.model.describe import describe
 
 MODELS = ("engram_tiny", "moe_tiny")
 
@@ -78,7 +78,7 @@ def main() -> None:
     table = {}
     for model in known.models:
         losses = [r["loss"] for r in results if r["name"] == model]
-        facts = describe(parse(importlib.import_module(f"configs.{model}").get_config()))
+        facts = describe(parse_config(importlib.import_module(f"configs.{model}").get_config()))
         table[model] = {
             "total_params": facts["total_params"],
             "flops_per_token": facts["flops_per_token"],

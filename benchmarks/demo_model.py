@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from configs import engram_tiny
 from engram_jax import config as config_lib
-from engram_jax.address import artifact
+from engram_jax.addressing import artifact
 from engram_jax.config import Config
-from engram_jax.train_state import Program, build_program, create_state
-from engram_jax.train_step import jit_train_step
+from engram_jax.training.state import TrainingProgram, build_training, create_state
+from engram_jax.training.step import jit_train_step
 
 BATCHES = 8  # distinct ones: a repeated batch would find its rows in the processor's caches
 
@@ -26,7 +26,7 @@ def demo_config(**engram: Any) -> Config:
     config = engram_tiny.get_config()
     config.tokenizer.canonical_vocab_size = canonical_size(config.tokenizer.vocab_size)
     config.model.engram.update(engram)
-    return config_lib.parse(config)
+    return config_lib.parse_config(config)
 
 
 def canonical_size(vocab_size: int) -> int:
@@ -34,14 +34,14 @@ def canonical_size(vocab_size: int) -> int:
     return round(0.766 * vocab_size)
 
 
-def demo_program(config: Config, mesh: Mesh | None = None) -> Program:
+def demo_program(config: Config, mesh: Mesh | None = None) -> TrainingProgram:
     """The program of a configuration, with a made-up map from token ids to canonical ids."""
     if not config.model.engram.layers:
-        return build_program(config, None, mesh)
+        return build_training(config, None, mesh)
     ids = np.arange(config.tokenizer.vocab_size, dtype=np.int32)
     compression = ids % canonical_size(len(ids))
     addressing = dataclasses.replace(artifact.build(config, None), compression=compression)
-    return build_program(config, addressing, mesh)
+    return build_training(config, addressing, mesh)
 
 
 def batches(config: Config) -> list[dict[str, jax.Array]]:
@@ -66,7 +66,7 @@ def batches(config: Config) -> list[dict[str, jax.Array]]:
 class Training:
     """A run in progress: every call is one more step, and returns when it is done."""
 
-    def __init__(self, program: Program, batches: list[dict[str, jax.Array]]):
+    def __init__(self, program: TrainingProgram, batches: list[dict[str, jax.Array]]):
         self.state = create_state(program)
         self.step: Callable[..., Any] = jit_train_step(program)
         self.batches, self.steps = batches, 0

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import Figure, Result, table, write_json
-from engram_jax.memory.store import disk
-from engram_jax.memory.store.file import open_memory, write_memory
-from engram_jax.memory.store.rows import RowFormat
+from engram_jax.memory.store import file_table
+from engram_jax.memory.store.memory_file import open_memory, write_memory
+from engram_jax.memory.store.row_format import RowFormat
 
 FORMAT, ROWS, LOOKUPS, ROUNDS = RowFormat("float32", 64), 32_000_000, 8_192, 5
 
@@ -48,9 +48,9 @@ def measure(folder: Path) -> Result:
     def gather(ahead: int, threads: int) -> float:
         """Microseconds per row. One caller: large requests are shared by the cores."""
         forget()
-        ids, kept = fresh(), disk.AHEAD
+        ids, kept = fresh(), file_table.AHEAD
         pieces = np.array_split(np.arange(len(ids)), threads)
-        disk.AHEAD = ahead
+        file_table.AHEAD = ahead
         try:
             workers = [
                 threading.Thread(
@@ -72,7 +72,7 @@ def measure(folder: Path) -> Result:
                 worker.join()
             return 1e6 * (time.perf_counter() - began) / len(ids)
         finally:
-            disk.AHEAD = kept
+            file_table.AHEAD = kept
 
     cases = {"1 caller, none ahead": (0, 1), "16 callers, none ahead": (0, 16)}
     cases |= {"64 callers, none ahead": (0, 64)}

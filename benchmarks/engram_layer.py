@@ -43,7 +43,7 @@ def build(variant: str, rows_per_head: int) -> Callable[[], None]:
     from engram_jax.layers.engram import Engram
     from engram_jax.memory.row_gradients import deduplicate
     from engram_jax.memory.table import TableLayout, init_table, lookup
-    from engram_jax.optim import rowwise_adam
+    from engram_jax.training.optim import rowwise_adam
 
     config = EngramConfig(layers=(1,), d_mem=640, rows_per_head=(rows_per_head,))
     options = OptimizerConfig()

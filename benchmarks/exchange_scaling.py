@@ -22,16 +22,15 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 
 from configs import engram27b
+from engram_jax.aot.compile_step import _addressing
 from engram_jax.aot.compiling import compile_with_text
-from engram_jax.aot.hlo import collectives, large_copies
-from engram_jax.aot.hlo_text import parse
+from engram_jax.aot.data_movement import collectives, large_copies
 from engram_jax.aot.topology import slice_topology
-from engram_jax.aot.xla_flags import options_for
-from engram_jax.compile_step import _addressing
-from engram_jax.config import parse as parse_config
+from engram_jax.config import parse_config as parse_config
+from engram_jax.hardware.xla_flags import options_for
 from engram_jax.memory.exchange import EVERYWHERE, LOOKUPS, Exchange
 from engram_jax.sharding.rules import make_mesh
-from engram_jax.train_state import build_program
+from engram_jax.training.state import build_training
 
 SLICES = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8")
 TOKENS_PER_CHIP, DISTINCT = 40_960, 0.75
@@ -47,7 +46,7 @@ def measure(name: str) -> dict[str, Any]:
         data=dataclasses.replace(config.data, batch_size=sequences),
         mesh=dataclasses.replace(config.mesh, distinct=DISTINCT),
     )
-    program = build_program(config, _addressing(config), make_mesh(config.mesh, topology.devices))
+    program = build_training(config, _addressing(config), make_mesh(config.mesh, topology.devices))
     exchange = program.exchanges()["1"]
     row_bytes = config.model.engram.dim * jnp.dtype(config.model.dtype).itemsize
     needed = round(program.lookups * DISTINCT) * row_bytes
@@ -106,7 +105,7 @@ def _exchanged(exchange: Exchange, program: Any, topology: Any) -> tuple[dict, d
 def _received(lowered: Any, topology: Any, shard: list) -> dict[str, Any]:
     """By the first round's all-to-alls: those of rows are the ones in floating point."""
     _, text, seconds = compile_with_text(lowered, options_for(topology.generation))
-    module = parse(text)
+    module = parse_config(text)
     moved = [c for c in collectives(module) if not c.unknown_trips and not c.conditional]
     swaps = sorted((c for c in moved if c.kind == "all-to-all"), key=lambda c: -c.bytes)
     return {
@@ -134,7 +133,7 @@ def _gathered(exchange: Exchange, program: Any, topology: Any) -> dict[str, Any]
         fits = True
     except Exception as error:  # too much HBM: the text is there all the same
         text, seconds, fits = getattr(error, "text", ""), getattr(error, "seconds", 0.0), False
-    found = collectives(parse(text)) if text else []
+    found = collectives(parse_config(text)) if text else []
     return {
         "bytes": sum(c.bytes for c in found),
         "kinds": sorted({c.kind for c in found}),

@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from configs import engram_tiny
-from engram_jax import saved_state
-from engram_jax.checkpoint import Checkpointer
-from engram_jax.config import Config, parse
-from engram_jax.restore import which
-from engram_jax.run_data import open_together, place_batch
-from engram_jax.train_state import build_program
-from engram_jax.train_step import batch_addresses, fetch_rows, gradients
+from engram_jax.checkpoint import table_order
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.checkpoint.workdir import parse_step
+from engram_jax.config import Config, parse_config
+from engram_jax.data.placement import place_batch
+from engram_jax.data.run_data import open_together
+from engram_jax.training.state import build_training
+from engram_jax.training.step import batch_addresses, fetch_rows, gradients
 from kernels_pallas.engram_gate.quantise import RECIPES
 
 BATCHES = 2
@@ -66,11 +67,11 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/engram_tiny"))
     parser.add_argument("--step", default="latest")
     flags = parser.parse_args()
-    config = parse(engram_tiny.get_config())
+    config = parse_config(engram_tiny.get_config())
     data = open_together(config)
-    program = build_program(config, data.addressing)
+    program = build_training(config, data.addressing)
     with Checkpointer(flags.workdir, addressing=data.addressing, read_only=True) as checkpointer:
-        restored = saved_state.restore(program, checkpointer, which(flags.step))
+        restored = table_order.restore(program, checkpointer, parse_step(flags.step))
     step, state = restored.step, restored.state
     size = config.data.batch_size
     batches = [
@@ -79,7 +80,7 @@ def main() -> None:
     ]
     found = {}
     for name, variant in variants(config).items():
-        run = build_program(variant, data.addressing)
+        run = build_training(variant, data.addressing)
         found[name] = run.jit(partial(of_batch, run))(state, batches[0])
     found["other text"] = program.jit(partial(of_batch, program))(state, batches[1])
 

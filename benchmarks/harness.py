@@ -140,7 +140,7 @@ def machine() -> dict[str, Any]:
     """Device, versions, commit and date: what the numbers were taken on and with."""
     import jax
 
-    from engram_jax import provenance
+    from engram_jax.monitoring import provenance
 
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.harness import Figure, Result
-from engram_jax.address import Addressing, BatchAddresser, LayerAddressing, hashing_jnp, plan
+from engram_jax.addressing import Addressing, BatchAddresser, LayerAddressing, hash_jax, plan
 from engram_jax.config import EngramConfig
 
 ENGRAM_27B = EngramConfig(layers=(1, 14), rows_per_head=(2_262_400,), d_mem=1280)
@@ -59,7 +59,7 @@ def measure() -> Result:
     addressing = Addressing(None, CANONICAL_VOCAB, PAD_ID, layers, "paper", -1, "")
     pipeline = BatchAddresser(addressing)
     on_device = jax.device_put(ids, jax.devices("cpu")[0])
-    jitted = jax.jit(lambda x: [hashing_jnp.addresses(x, layer) for layer in layers.values()])
+    jitted = jax.jit(lambda x: [hash_jax.addresses(x, layer) for layer in layers.values()])
     forms: dict[str, Callable[[], Any]] = {
         PLAIN: lambda: plain_numpy(ids, list(layers.values())),
         PIPELINE: lambda: list(pipeline(ids).values()),

@@ -23,12 +23,12 @@ from numba import njit, uint64
 
 from benchmarks.harness import Figure, Result, cores, table, take_turns, write_json
 from benchmarks.text_addresses import open_text
-from engram_jax.memory.store.cache import CachedTable
-from engram_jax.memory.store.gather import gather_rows, split
-from engram_jax.memory.store.host import HostTable, host_array
-from engram_jax.memory.store.native import load_8, prefetch
-from engram_jax.memory.store.rows import RowFormat
-from engram_jax.memory.store.source import distinct
+from engram_jax.memory.store.cpu_intrinsics import load_8, prefetch
+from engram_jax.memory.store.distinct_rows import distinct
+from engram_jax.memory.store.dram import HostTable, host_array
+from engram_jax.memory.store.gather_rows import gather_rows, split
+from engram_jax.memory.store.host_cache import CachedTable
+from engram_jax.memory.store.row_format import RowFormat
 
 FORMAT = RowFormat("fp8", 256)
 ROWS_PER_HEAD, HEADS, TOKENS = 720_000, 24, 4_096  # 17.3 M rows: 4.2 GiB of weights

@@ -26,8 +26,9 @@ RUN = {"train__steps": STEPS, "train__eval_every": 12, "optimizer__peak_lr": 3e-
 
 
 def measure(kills: int = 20, seed: int = 0) -> Result:
-    from engram_jax import goodput, provenance
-    from engram_jax.metrics import read_metrics
+    from engram_jax.checkpoint import run_record
+    from engram_jax.monitoring import goodput
+    from engram_jax.monitoring.metrics import read_metrics
     from tests.kills import assert_same_run, campaign, start
     from tests.runs import write_corpus
 
@@ -59,7 +60,7 @@ def measure(kills: int = 20, seed: int = 0) -> Result:
             everything = True
         except AssertionError:
             everything = False
-        launches = provenance.read(workdir / "run.json")
+        launches = run_record.read_launches(workdir / "run.json")
         spent = goodput.read(workdir)
     different = sum(a != b for a, b in zip(*curves, strict=False))
     different += abs(len(curves[0]) - len(curves[1]))

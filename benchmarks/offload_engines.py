@@ -58,7 +58,7 @@ class Replay:
     def steps(program: Any, serve: Any, script: np.ndarray) -> Any:
         import jax.numpy as jnp
 
-        from engram_jax.serve.steps import Batch, Steps
+        from engram_jax.serve.engine_steps import Batch, Steps
 
         class Replayed(Steps):
             def _choose(self, logits: Any, batch: Batch) -> Any:
@@ -78,11 +78,10 @@ def model(chosen: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     from configs import dense4b, engram_tiny
     from engram_jax import config as config_lib
-    from engram_jax.address import artifact
+    from engram_jax.addressing import artifact
     from engram_jax.data.prepared import prepare
-    from engram_jax.generate import Weights
+    from engram_jax.model.program import Weights, build_program, split_model
     from engram_jax.model.transformer import Transformer
-    from engram_jax.train_state import build_program, split_model
 
     backbone = BACKBONES[chosen.backbone]
     settings = dense4b.get_config()
@@ -105,7 +104,7 @@ def model(chosen: argparse.Namespace) -> tuple[Any, Any, Any]:
             "model.engram.rows_per_head": (chosen.rows_per_head,),
         }
     )
-    config = config_lib.parse(settings)
+    config = config_lib.parse_config(settings)
     data = prepare(config)
     program = build_program(config, artifact.build(config, data.tokenizer))
 
@@ -142,8 +141,8 @@ def requests(
 
 def random_table(rows: int) -> Any:
     """A table of finite FP8 rows; what stands in them does not matter for the time."""
-    from engram_jax.memory.store.host import HostTable, host_array
-    from engram_jax.memory.store.rows import RowFormat
+    from engram_jax.memory.store.dram import HostTable, host_array
+    from engram_jax.memory.store.row_format import RowFormat
 
     stored = RowFormat("fp8", 256)
     piece = np.random.default_rng(0).standard_normal((1 << 16, 256)).astype(np.float32)
@@ -161,7 +160,7 @@ def write_file(path: Path, table: Any, fingerprint: str) -> None:
     """The same rows as a memory file."""
     import jax
 
-    from engram_jax.memory.store.file import write_memory
+    from engram_jax.memory.store.memory_file import write_memory
 
     decode = jax.jit(table.format.decode)
     chunk = 1 << 16
@@ -186,10 +185,10 @@ def engines(
     """(engine by variant, bytes of the table)."""
 
     from engram_jax.config import ServeConfig
-    from engram_jax.memory.store.cache import CachedTable
-    from engram_jax.memory.store.file import open_memory
+    from engram_jax.memory.store.host_cache import CachedTable
+    from engram_jax.memory.store.memory_file import open_memory
     from engram_jax.serve.engine import Engine
-    from engram_jax.serve.memory import DeviceMemory, StagedMemory, on_device
+    from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory, on_device
 
     longest = int(chosen.prompt.split(":")[1]) + int(chosen.answer.split(":")[1])
     serve = ServeConfig(
@@ -230,8 +229,8 @@ def engines(
 
 def frequencies(program: Any, store: Any, limit: int = 4_000_000) -> Any:
     """Counts of the second half of the text; what is served comes from the first."""
-    from engram_jax.address.pipeline import BatchAddresser
-    from engram_jax.memory.store.frequency import count_accesses
+    from engram_jax.addressing.hash_batches import BatchAddresser
+    from engram_jax.memory.store.read_counts import count_accesses
 
     addresser, tokens = BatchAddresser(program.addressing), np.asarray(store.tokens, np.int32)
     half = tokens[len(tokens) // 2 :][:limit]

@@ -25,12 +25,12 @@ def parts(config: Any) -> dict[str, Any]:
     from flax import nnx
 
     from benchmarks.demo_model import batches, demo_program
+    from engram_jax.config.random_streams import MEMORY, stream
     from engram_jax.layers.engram import Engram
     from engram_jax.memory.row_gradients import deduplicate
     from engram_jax.memory.table import init_memory, lookup
-    from engram_jax.optim import rowwise_adam
-    from engram_jax.random_streams import MEMORY, stream
-    from engram_jax.train_step import batch_addresses
+    from engram_jax.training.optim import rowwise_adam
+    from engram_jax.training.step import batch_addresses
 
     program, batch = demo_program(config), batches(config)[0]
     model, engram = config.model, config.model.engram

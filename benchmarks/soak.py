@@ -108,7 +108,7 @@ def through_engine(
 ) -> dict[str, float]:
     """One thread; as many at once as the queue takes. Returns the statistics at the end."""
     from benchmarks.soak_reference import Answer, ask
-    from engram_jax.errors import UserError
+    from engram_jax.config.errors import UserError
     from engram_jax.serve.request import Completion, Finish, QueueFullError
 
     vocab = engine.program.config.tokenizer.vocab_size

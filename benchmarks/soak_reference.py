@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.address.hashing import addresses, canonicalise
+from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.memory.table import lookup
-from engram_jax.sampling import key_of_token, sample
+from engram_jax.model.sampling import key_of_token, sample
 from engram_jax.serve.request import Finish, SamplingParams
 
 BATCH = 64

@@ -43,9 +43,9 @@ class Text:
 
 def open_text(rows_per_head: int) -> Text:
     from configs import engram_tiny
-    from engram_jax.address import artifact
-    from engram_jax.address.pipeline import BatchAddresser
-    from engram_jax.config import parse
+    from engram_jax.addressing import artifact
+    from engram_jax.addressing.hash_batches import BatchAddresser
+    from engram_jax.config import parse_config
     from engram_jax.data.prepared import prepare
 
     settings = engram_tiny.get_config()
@@ -57,7 +57,7 @@ def open_text(rows_per_head: int) -> Text:
     engram = settings.model.engram
     engram.layers, engram.orders, engram.heads_per_order = (int(LAYER),), (2, 3, 4), 8
     engram.d_mem, engram.rows_per_head = 6144, (rows_per_head,)
-    config = parse(settings)
+    config = parse_config(settings)
     data = prepare(config)
     addressing = artifact.build(config, data.tokenizer)
     store = data.store_train

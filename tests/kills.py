@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from engram_jax import provenance
-from engram_jax.checkpoint import Checkpointer
-from engram_jax.metrics import read_metrics
-from engram_jax.run_data import open_data
-from engram_jax.train_state import TrainState, abstract_state, build_program
+from engram_jax.checkpoint import run_record
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.data.run_data import open_data
+from engram_jax.monitoring.metrics import read_metrics
+from engram_jax.training.state import TrainState, abstract_state, build_training
 from tests.runs import ROOT, Outcome, environment, small_config, small_run
 
 STATUS = {signal.SIGKILL: {-9}, signal.SIGTERM: {0}, signal.SIGINT: {130}}
@@ -105,7 +105,7 @@ def complete(workdir: Path) -> list[int]:
 
 
 def launches(workdir: Path) -> list[dict]:
-    return provenance.read(workdir / "run.json") if (workdir / "run.json").exists() else []
+    return run_record.read_launches(workdir / "run.json") if (workdir / "run.json").exists() else []
 
 
 def starting(workdir: Path, rng: random.Random) -> Callable[[], bool]:
@@ -157,7 +157,7 @@ def has_begun(workdir: Path) -> Callable[[], bool]:
 def final_state(corpus: Path, workdir: Path, step: int | None = None, **overrides) -> TrainState:
     config = small_config(corpus, **overrides)
     data = open_data(config, log=lambda line: None)
-    program = build_program(config, data.addressing)
+    program = build_training(config, data.addressing)
     with Checkpointer(workdir, addressing=data.addressing, read_only=True) as checkpointer:
         return checkpointer.restore(step, abstract_state(program)).state
 

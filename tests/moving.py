@@ -24,9 +24,9 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax import agreement, checkpoint_files
-from engram_jax.checkpoint import Checkpointer
-from engram_jax.errors import UserError
+from engram_jax.checkpoint import integrity, save_barrier
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.config.errors import UserError
 
 BFLOAT16 = np.dtype(jax.numpy.bfloat16)
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,19 +176,19 @@ def fails(workdir: Path, mesh: Mesh, step: int, where: str) -> str:
     where: rank of the process that may write only small files, or "commit": process 0 fails when
       all have written.
     """
-    kept, crop = resource.getrlimit(resource.RLIMIT_FSIZE), checkpoint_files.crop
+    kept, crop = resource.getrlimit(resource.RLIMIT_FSIZE), integrity.crop
     big = NamedSharding(mesh, P(AXES))
     noise = np.random.default_rng(0).normal(size=(mesh.size, 40_000)).astype(np.float32)
     state = {"x": jax.make_array_from_callback(noise.shape, big, lambda index: noise[index])}
     checkpointer = Checkpointer(workdir, keep=100)
     if where == "commit":
-        checkpoint_files.crop = out_of_space  # what else a commit does cannot be made to fail
+        integrity.crop = out_of_space  # what else a commit does cannot be made to fail
     elif jax.process_index() == int(where):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, kept[1]))
-    may_go = agreement._may_go
+    may_go = save_barrier._may_go
     # The others learn late that process 0 has let them go, when it may be at the next save.
-    agreement._may_go = lambda name: time.sleep(0.3) or may_go(name)
+    save_barrier._may_go = lambda name: time.sleep(0.3) or may_go(name)
     start = time.monotonic()
     try:
         checkpointer.save(step, state)
@@ -198,8 +198,8 @@ def fails(workdir: Path, mesh: Mesh, step: int, where: str) -> str:
         message = str(error)
     assert time.monotonic() - start < 60  # seconds, not the 20 minutes of a timeout
     resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-    checkpoint_files.crop = crop
-    agreement._may_go = may_go
+    integrity.crop = crop
+    save_barrier._may_go = may_go
     assert step not in checkpointer.steps()
     checkpointer.save(step, state)
     checkpointer.close()

@@ -78,7 +78,7 @@ class Outcome:
 
 def configuration(name: str) -> config_lib.Config:
     """What configs/`name`.py returns."""
-    return config_lib.parse(importlib.import_module(f"configs.{name}").get_config())
+    return config_lib.parse_config(importlib.import_module(f"configs.{name}").get_config())
 
 
 def flags_of(overrides: Mapping[str, Any]) -> list[str]:
@@ -98,7 +98,7 @@ def small_config(corpus: Path, **overrides: Any) -> config_lib.Config:
     """The configuration that `small_run` trains."""
     values = engram_tiny.get_config()
     values.update_from_flattened_dict(_small(corpus, overrides))
-    return config_lib.parse(values)
+    return config_lib.parse_config(values)
 
 
 def _small(corpus: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.address.artifact import Addressing
-from engram_jax.checkpoint import Checkpointer
-from engram_jax.errors import UserError
+from engram_jax.addressing.artifact import Addressing
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.config.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -322,7 +322,7 @@ def kill_worker(workdir: str, said) -> None:
 def kill_rounds(workdir: Path, rounds: int, seed: int) -> None:
     rng = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jax", "orbax.checkpoint", "engram_jax.checkpoint"])
+    context.set_forkserver_preload(["jax", "orbax.checkpoint", "engram_jax.checkpoint.manager"])
     latest = 0
     for _ in range(rounds):
         hear, said = context.Pipe(duplex=False)
@@ -381,8 +381,8 @@ def test_a_failed_write_is_one_line_and_leaves_the_older_checkpoint(tmp_path):
     code = """
 import resource, signal, sys
 import jax.numpy as jnp, numpy as np
-from engram_jax.checkpoint import Checkpointer
-from engram_jax.errors import UserError
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.config.errors import UserError
 checkpointer = Checkpointer(sys.argv[1])
 state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(300, 1000)))}
 checkpointer.save(1, state)
@@ -407,7 +407,7 @@ def test_restores_onto_other_shardings(tmp_path):
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from engram_jax.checkpoint import Checkpointer
+from engram_jax.checkpoint.manager import Checkpointer
 values = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
 rows = NamedSharding(jax.make_mesh((4,), ("x",)), P("x"))
 both = NamedSharding(jax.make_mesh((2, 2), ("a", "b")), P(("b"), "a"))
@@ -433,7 +433,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 workdir, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
-from engram_jax.checkpoint import Checkpointer
+from engram_jax.checkpoint.manager import Checkpointer
 values = np.arange(80, dtype=np.float32).reshape(20, 4)
 sharding = NamedSharding(jax.make_mesh((2,), ("x",)), P("x"))
 table = jax.make_array_from_callback((20, 4), sharding, lambda index: values[index])

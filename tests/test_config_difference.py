@@ -9,7 +9,7 @@ import math
 import pytest
 
 from engram_jax.config import Config, to_dict
-from engram_jax.config_difference import ABSENT, differences
+from engram_jax.config.difference import ABSENT, differences
 
 
 def test_a_configuration_and_what_a_file_keeps_of_it_are_equal():

@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 from engram_jax import config as config_lib
-from engram_jax.describe import describe
+from engram_jax.model.describe import describe
 from tests.runs import CONFIGS, ROOT, configuration
 
 PAPER = ("dense4b", "moe27b", "engram27b", "engram40b")
@@ -22,7 +22,7 @@ def test_the_configurations_of_the_issue_are_there():
 def test_every_file_parses_and_is_named_after_itself(name):
     config = configuration(name)
     assert config.name == name
-    assert config_lib.parse(config_lib.to_dict(config)) == config
+    assert config_lib.parse_config(config_lib.to_dict(config)) == config
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -37,10 +37,10 @@ def test_every_file_returns_a_new_configuration(name):
     """They build upon each other: what one changes must not reach the next that asks."""
     module = importlib.import_module(f"configs.{name}")
     first = module.get_config()
-    before = config_lib.parse(first)
+    before = config_lib.parse_config(first)
     first.model.d_model += 1
     first.name = "changed"
-    assert config_lib.parse(module.get_config()) == before
+    assert config_lib.parse_config(module.get_config()) == before
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -11,8 +11,8 @@ import pytest
 
 from configs import engram_tiny
 from engram_jax import config as config_lib
-from engram_jax.address import build
-from engram_jax.train_state import abstract_state, build_program
+from engram_jax.addressing import build
+from engram_jax.training.state import abstract_state, build_training
 from tests.runs import CONFIGS, ROOT, configuration, launched
 
 GB = 1 << 30
@@ -174,8 +174,8 @@ def test_what_is_stored_is_counted():
     assert found["engram_params"] == found["parts"]["engram tables"] == counted
     values = engram_tiny.get_config()
     values.update_from_flattened_dict(qwen)
-    config = config_lib.parse(values)
-    stored = abstract_state(build_program(config, build(config))).memory
+    config = config_lib.parse_config(values)
+    stored = abstract_state(build_training(config, build(config))).memory
     assert counted == sum(table.rows.size for table in stored.values())
     text = launched(f"--config={ROOT}/configs/engram_tiny.py", "--mode=describe", *arguments).out
     assert all(f"({memory['stored_rows']:,} rows stored)" in text for memory in memories)

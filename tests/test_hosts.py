@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from engram_jax import distributed, same_launch
 from engram_jax.config import Config
-from engram_jax.errors import UserError
-from engram_jax.rendezvous import meet
+from engram_jax.config.errors import UserError
+from engram_jax.distributed import processes as distributed
+from engram_jax.distributed import same_launch
+from engram_jax.distributed.rendezvous import meet
 from tests.moving import free_port
 from tests.runs import ROOT
 
@@ -81,7 +82,7 @@ def test_hosts_that_differ_end_with_the_keys_and_both_values(tmp_path):
     for name in ("engram_jax", "kernels_pallas", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "launch.py", tmp_path)
-    with (tmp_path / "engram_jax" / "loss.py").open("a") as file:
+    with (tmp_path / "engram_jax" / "training/loss.py").open("a") as file:
         file.write("# changed\n")
     together = [f"--workdir={tmp_path / 'run'}", f"--coordinator_address=localhost:{free_port()}"]
     together += ["--num_processes=2"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engram_jax.command_line import reported
+from engram_jax.run.command_line import reported
 from kernels_pallas.dispatch import UnsupportedError
 from tests.runs import ROOT, TINY, Outcome, launched, refused, run_process, small_run, write_corpus
 

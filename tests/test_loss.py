@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.loss import cross_entropy
+from engram_jax.training.loss import cross_entropy
 
 
 def oracle(hidden, matrix, targets, mask):

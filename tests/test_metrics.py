@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from engram_jax.metrics import MetricsWriter, Progress, read_metrics
+from engram_jax.monitoring.metrics import MetricsWriter, Progress, read_metrics
 
 
 def lines(workdir: Path) -> list[dict]:

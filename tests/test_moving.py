@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from engram_jax.checkpoint import Checkpointer
-from engram_jax.errors import UserError
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.config.errors import UserError
 from tests import moving
 
 

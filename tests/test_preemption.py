@@ -13,7 +13,7 @@ import threading
 import jax
 import pytest
 
-from engram_jax.preemption import Preempted, Preemption
+from engram_jax.distributed.preemption import Preempted, Preemption
 from tests.runs import ROOT
 
 
@@ -84,7 +84,7 @@ import os, signal, sys, time
 import jax
 rank, port = (int(x) for x in sys.argv[1:])
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
-from engram_jax.preemption import Preemption
+from engram_jax.distributed.preemption import Preemption
 step_fn = jax.jit(lambda x: x + 1)
 for at, slow in ((0, 0), (30, 0), (30, 1), (59, 1)):
     with Preemption() as preemption, preemption.deferred():

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import engram_jax
-from engram_jax import provenance
-from engram_jax.config import Config, TrainConfig, parse
-from engram_jax.errors import UserError
+from engram_jax.checkpoint import run_record
+from engram_jax.config import Config, TrainConfig, parse_config
+from engram_jax.config.errors import UserError
+from engram_jax.monitoring import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,11 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_every_launch_is_added(tmp_path):
     config = Config(name="first", train=TrainConfig(steps=12, samples=("def ", "class ")))
     text = {"source": "a folder", "digest": "0123", "train_tokens": 7}
-    path = provenance.record(tmp_path / "run", config, text)
-    provenance.record(tmp_path / "run", Config(name="second"), {}, resumed_at=7)
+    path = run_record.add_launch(tmp_path / "run", config, text)
+    run_record.add_launch(tmp_path / "run", Config(name="second"), {}, resumed_at=7)
     first, second = json.loads(path.read_text())["launches"]
     assert (first["resumed_at"], second["resumed_at"]) == (0, 7)
-    assert parse(first["config"]) == config  # the whole configuration, lossless
+    assert parse_config(first["config"]) == config  # the whole configuration, lossless
     assert second["config"]["name"] == "second"
     assert first["data"] == text
     assert first["versions"]["jax"] == jax.__version__
@@ -44,7 +45,7 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path):
     for text in ("{", "[]", '{"launches": 3}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UserError, match=r"run\.json: is not a record of launches"):
-            provenance.record(tmp_path, Config(), {})
+            run_record.add_launch(tmp_path, Config(), {})
         assert (tmp_path / "run.json").read_text() == text
 
 

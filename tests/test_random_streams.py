@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from engram_jax import random_streams
-from engram_jax.sampling import key_of_token
-from engram_jax.serve.openai_api import _seed
-from engram_jax.train_state import build_program, init_state
+from engram_jax.config import random_streams
+from engram_jax.model.sampling import key_of_token
+from engram_jax.serve.http.completion_request import _seed
+from engram_jax.training.state import build_training, init_state
 from tests.tiny import tiny_addressing, tiny_config
 
 SEEDS = (0, 1, 2, 2**32 - 1)
@@ -25,7 +25,7 @@ def drawn():
     key split into n counts as the n that come out.
     """
     config = tiny_config(**{"model.engram.layers": (1, 2)})
-    program = build_program(config, tiny_addressing(config))
+    program = build_training(config, tiny_addressing(config))
     keys = []
 
     def watched(derive):

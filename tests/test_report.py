@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from engram_jax.config import Config, OptimizerConfig, TrainConfig, to_dict
-from engram_jax.metrics import MetricsWriter, json_value
-from engram_jax.report import GateSample, write_report
-from engram_jax.report_tables import curve, launch_rows, run_rows
+from engram_jax.monitoring.metrics import MetricsWriter, json_value
+from engram_jax.report.tables import curve, launch_rows, run_rows
+from engram_jax.report.write import GateSample, write_report
 
 STEPS = np.arange(10, 210, 10)
 MODEL = {
@@ -221,7 +221,7 @@ EDGES = {
 
 @pytest.mark.parametrize("case", EDGES)
 def test_a_report_of_less(tmp_path, case, monkeypatch):
-    monkeypatch.setattr("engram_jax.report_figures._DPI", 40)  # quick
+    monkeypatch.setattr("engram_jax.report.figures._DPI", 40)  # quick
     files, expected = EDGES[case]
     workdir = run(tmp_path, **{"found": losses(3.5), **files})
     write_report(workdir, title="tiny")

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from engram_jax.report_figures import (
+from engram_jax.report.figures import (
     Curve,
     expert_figure,
     gate_figure,

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.sampling import key_of_token, log_probabilities, sample, sample_rows
+from engram_jax.model.sampling import key_of_token, log_probabilities, sample, sample_rows
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.05, 0.05, 0.1, 0.8]]))
 

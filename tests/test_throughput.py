@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from engram_jax import describe
-from engram_jax.device_peaks import peak_flops
-from engram_jax.errors import UserError
-from engram_jax.goodput import Goodput, read
-from engram_jax.throughput import Throughput
+from engram_jax.config.errors import UserError
+from engram_jax.hardware.peak_flops import peak_flops
+from engram_jax.model import describe
+from engram_jax.monitoring.goodput import Goodput, read
+from engram_jax.monitoring.throughput import Throughput
 from tests.runs import configuration
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from engram_jax.watchdog import COMPILING, STATUS, Watchdog
+from engram_jax.monitoring.hang_watchdog import COMPILING, STATUS, Watchdog
 from tests.runs import ROOT
 
 
@@ -64,7 +64,7 @@ def test_steps_that_end_in_time_and_a_watchdog_that_is_off_say_nothing(tmp_path)
 
 def test_a_process_that_hangs_ends_if_asked_to():
     code = (
-        "import time\nfrom engram_jax.watchdog import Watchdog\n"
+        "import time\nfrom engram_jax.monitoring.hang_watchdog import Watchdog\n"
         "with Watchdog(0.1, step=7, exits=True) as dog:\n dog.finished(8)\n time.sleep(100)\n"
     )
     done = subprocess.run(

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from engram_jax import config as config_lib
-from engram_jax.address import build
-from engram_jax.train_state import build_program, init_state
+from engram_jax.addressing import build
+from engram_jax.training.state import build_training, init_state
 
 VOCAB, CANONICAL = 61, 50
 
@@ -47,7 +47,7 @@ def tiny_config(**overrides):
             **overrides,
         }
     )
-    return config_lib.parse(values)
+    return config_lib.parse_config(values)
 
 
 def tiny_addressing(config):
@@ -67,7 +67,7 @@ def tiny_addressing(config):
 def tiny(seed=0, **overrides):
     """(program, state) with every parameter, tap and bias away from its special starting value."""
     config = tiny_config(**overrides)
-    program = build_program(config, tiny_addressing(config))
+    program = build_training(config, tiny_addressing(config))
     state = jax.jit(lambda: init_state(program))()
     rng = np.random.default_rng(seed)
 

@@ -1,1 +1,1 @@
-"""Floor 7: studies of data and trained models."""
+"""What a trained memory does: where its gates open."""

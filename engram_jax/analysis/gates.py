@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from engram_jax.address.detokenizer import text_of
-from engram_jax.generate import Weights
+from engram_jax.addressing.detokenizer import text_of
 from engram_jax.memory.table import lookup
+from engram_jax.model.program import Program, Weights
 from engram_jax.sharding.rules import P
-from engram_jax.train_state import Program
-from engram_jax.train_step import batch_addresses
+from engram_jax.training.step import batch_addresses
 
 
 def gates_of_document(

@@ -1,1 +1,1 @@
-"""What a compiled program does, read from the compiler's output: no TPU is needed."""
+"""What a program compiled for a TPU slice costs, by the compiler's own output; no TPU needed."""

@@ -11,9 +11,9 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engram_jax.aot import loops
+from engram_jax.aot import trip_counts
 from engram_jax.aot.compiling import Memory, compile_with_text, memory_of
-from engram_jax.aot.hlo_text import Computation, Instruction, Module, leaves, parse
+from engram_jax.aot.hlo_parser import Computation, Instruction, Module, leaves, parse
 from engram_jax.aot.topology import Topology
 from kernels_pallas import traffic
 
@@ -89,7 +89,7 @@ def _run(
 ) -> Iterator[tuple[Instruction, Computation, int]]:
     for instruction in computation.instructions.values():
         if instruction.opcode == "while":
-            rounds = loops.trip_count(module, instruction, computation)
+            rounds = trip_counts.trip_count(module, instruction, computation)
             if rounds is None:
                 raise ValueError(f"how often {instruction.name} runs is not in the text")
             body = module.computations[str(instruction.attribute("body"))]

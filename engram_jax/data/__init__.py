@@ -1,8 +1,8 @@
-"""Floor 1: text -> documents -> tokenizer -> token store -> packed batches (Grain)."""
+"""Text -> documents -> tokenizer -> tokens on disk -> packed batches (Grain) on the mesh."""
 
-from engram_jax.data.pipeline import AddressesFn, TrainIterator
-from engram_jax.data.prepared import PreparedData, prepare, train_iterator, validation_batches
-from engram_jax.data.report import SourceReport
+from engram_jax.data.pipeline import AddressesFn, TrainIterator, train_batches, validation_batches
+from engram_jax.data.prepared import PreparedData, prepare
+from engram_jax.data.source_report import SourceReport
 
 __all__ = [
     "AddressesFn",
@@ -10,6 +10,6 @@ __all__ = [
     "SourceReport",
     "TrainIterator",
     "prepare",
-    "train_iterator",
+    "train_batches",
     "validation_batches",
 ]

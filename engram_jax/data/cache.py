@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.config import DataConfig
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 
 
 def cache_root(config: DataConfig) -> Path:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config import DataConfig
+from engram_jax.config.errors import UserError
 from engram_jax.data import text_store
 from engram_jax.data.cache import build_once, key_of, read_json, write_json
 from engram_jax.data.documents import Spool, cut
 from engram_jax.data.folder_text import FolderText
 from engram_jax.data.local_text import LocalText
-from engram_jax.data.report import SourceReport
+from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import hold_out
-from engram_jax.errors import UserError
 
 # Raise it when the same files would be prepared differently.
 FORMAT = 1

@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from engram_jax.data import report as why
-from engram_jax.data.report import SourceReport
+from engram_jax.data import source_report as why
+from engram_jax.data.source_report import SourceReport
 
 # A JSON line is parsed whole: beyond this it is skipped, and counted.
 MAX_JSON_LINE = 64 << 20

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.config import DataConfig
-from engram_jax.data import report as why
+from engram_jax.config.errors import UserError
+from engram_jax.data import source_report as why
 from engram_jax.data.documents import Spool, add_file, add_json_lines
-from engram_jax.data.report import SourceReport
-from engram_jax.errors import UserError
+from engram_jax.data.source_report import SourceReport
 
 JSON_LINES = (".jsonl", ".ndjson")
 

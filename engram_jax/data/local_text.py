@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.config import DataConfig
-from engram_jax.data import report as why
+from engram_jax.config.errors import UserError
+from engram_jax.data import source_report as why
 from engram_jax.data.documents import Spool, add_text
 from engram_jax.data.folder_text import File, in_hash_order
-from engram_jax.data.report import SourceReport
-from engram_jax.errors import UserError
+from engram_jax.data.source_report import SourceReport
 
 # What is not the same, or not there, in every installation of one version: Linux distributors make
 # packages of their own of some modules, leave out tests and what macOS alone needs; two modules

@@ -18,9 +18,9 @@ import numpy as np
 from absl import flags
 
 from engram_jax.config import Config
+from engram_jax.config.errors import UserError
 from engram_jax.data.packing import Batch, PackedSequences
-from engram_jax.data.token_store import TokenStore
-from engram_jax.errors import UserError
+from engram_jax.data.prepared import PreparedData
 
 # (tokens int32 [b, T], segments int32 [b, T]) -> {layer id: flat rows int32 [b, T, H]}.
 AddressesFn = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
@@ -47,7 +47,7 @@ class _ReadRows:
 
 
 class TrainIterator(Iterator[Batch]):
-    """Endless batches for one process; see `train_iterator`.
+    """Endless batches for one process; see `train_batches`.
 
     `get_state()` is a small dict of plain values, equal on every process and for any number of
     them; `set_state()` goes there at once.
@@ -106,19 +106,18 @@ class TrainIterator(Iterator[Batch]):
 
 
 def train_batches(
-    store: TokenStore,
+    prepared: PreparedData,
     config: Config,
-    fingerprint: str,
     rows: np.ndarray | None = None,
     addresses_fn: AddressesFn | None = None,
 ) -> TrainIterator:
-    """Some rows of every global batch (see the module; arrays: data/packing.py).
+    """Endless training batches, or some rows of each (see the module; arrays: data/packing.py).
 
     rows: which of the B rows this process reads, in this order; None = all.
     addresses_fn: adds batch["addresses"]; needs to be picklable when config.data.workers > 0.
     Raises UserError when the store holds less than one batch.
     """
-    data = config.data
+    data, store = config.data, prepared.store_train
     sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id)
     if len(sequences) < data.batch_size:
         raise UserError(
@@ -135,7 +134,7 @@ def train_batches(
         .map(_ReadRows(sequences, slice(None) if rows is None else rows, addresses_fn))
     )
     identity = {
-        "data": fingerprint,
+        "data": prepared.fingerprint,
         "seed": data.seed,
         "batch_size": data.batch_size,
         "seq_len": data.seq_len,
@@ -144,7 +143,7 @@ def train_batches(
 
 
 def validation_batches(
-    store: TokenStore,
+    prepared: PreparedData,
     config: Config,
     rows: np.ndarray | None = None,
     addresses_fn: AddressesFn | None = None,
@@ -154,7 +153,7 @@ def validation_batches(
 
     limit: at most so many global batches.
     """
-    data = config.data
+    data, store = config.data, prepared.store_valid
     sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id, pad_tail=True)
     count = -(-len(sequences) // data.batch_size)
     batches = (

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from engram_jax.address.tokenizer import tokenizer_fingerprint
+from engram_jax.addressing.tokenizer import tokenizer_fingerprint
 from engram_jax.config import Config, DataConfig
-from engram_jax.data import pipeline
-from engram_jax.data.bpe import find_eos, open_tokenizer
+from engram_jax.config.errors import UserError
 from engram_jax.data.cache import build_once, cache_root, key_of
 from engram_jax.data.corpus import open_corpus
-from engram_jax.data.packing import Batch
-from engram_jax.data.report import SourceReport
+from engram_jax.data.source_report import SourceReport
 from engram_jax.data.token_store import TokenStore, write_store
-from engram_jax.errors import UserError
+from engram_jax.data.train_bpe import find_eos, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -101,30 +98,3 @@ def check_targets(what: str, store: TokenStore, config: DataConfig) -> None:
             f" {len(store):,} tokens; give more text, or another config.data.validation_fraction"
             f" (now {config.validation_fraction}; not used where the source has a split of its own)"
         )
-
-
-def train_iterator(
-    prepared: PreparedData,
-    config: Config,
-    rows: np.ndarray | None = None,
-    addresses_fn: pipeline.AddressesFn | None = None,
-) -> pipeline.TrainIterator:
-    """Endless training batches, or some rows of each; see pipeline.train_batches."""
-    return pipeline.train_batches(
-        prepared.store_train,
-        config,
-        prepared.fingerprint,
-        rows,
-        addresses_fn,
-    )
-
-
-def validation_batches(
-    prepared: PreparedData,
-    config: Config,
-    rows: np.ndarray | None = None,
-    addresses_fn: pipeline.AddressesFn | None = None,
-    limit: int | None = None,
-) -> Iterator[Batch]:
-    """Held-out batches in a fixed order, or some rows of each; see pipeline.validation_batches."""
-    return pipeline.validation_batches(prepared.store_valid, config, rows, addresses_fn, limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 
 
 def hold_out(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engram_jax.config.errors import UserError
 from engram_jax.data.documents import Spool
-from engram_jax.errors import UserError
 
 TRAIN, VALIDATION = "train", "validation"
 

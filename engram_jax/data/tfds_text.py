@@ -14,12 +14,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from engram_jax.config import DataConfig
-from engram_jax.data import report as why
+from engram_jax.config.errors import UserError
+from engram_jax.data import source_report as why
 from engram_jax.data.documents import cut, defect
-from engram_jax.data.report import SourceReport
+from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import hold_out
 from engram_jax.data.text_store import TRAIN, VALIDATION
-from engram_jax.errors import UserError
 
 # A split of one of these names is taken as the held-out one. A test split is left untouched.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")

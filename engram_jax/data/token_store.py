@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 
 _BATCH_BYTES = 4 << 20  # text handed to the tokenizer's threads at a time
 _BATCH_DOCUMENTS = 1024

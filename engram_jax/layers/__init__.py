@@ -1,1 +1,1 @@
-"""Floor 3: the layers, as Flax NNX modules without state changes, sharding or tables in them."""
+"""The layers, as Flax NNX modules: no tables, no state changes; of a mesh they know `ShardView`."""

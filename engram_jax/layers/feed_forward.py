@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from engram_jax.sharding.local import ALONE, Local
+from engram_jax.sharding.shard_view import ALONE, Local
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ from engram_jax.config import AttentionConfig
 from engram_jax.layers import splash
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.rope import apply_rope, rope_tables
-from engram_jax.sharding.local import ALONE, Local
+from engram_jax.sharding.shard_view import ALONE, Local
 
 MASKED = -1e30  # finite: a row without any visible key still gives numbers, not NaN
 

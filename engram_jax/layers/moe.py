@@ -22,7 +22,7 @@ from engram_jax.layers.feed_forward import SwiGLU
 from engram_jax.layers.grouped_matmul import routed_swiglu
 from engram_jax.layers.grouped_routing import Routing, sort_by_expert
 from engram_jax.layers.norm import compute_dtype
-from engram_jax.sharding.local import ALONE, Local
+from engram_jax.sharding.shard_view import ALONE, Local
 
 
 class RouterBias(nnx.Variable):

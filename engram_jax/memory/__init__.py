@@ -1,1 +1,1 @@
-"""Floor 2: rows of the tables, undifferentiated: addresses in, rows out, row gradients back."""
+"""The tables: addresses in, exact rows out, row gradients back, on one device or over a mesh."""

@@ -1,1 +1,1 @@
-"""Floor 4: blocks, the transformer, and the state it carries while decoding."""
+"""The network and the static half of every program that runs it."""

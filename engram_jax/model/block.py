@@ -15,7 +15,7 @@ from engram_jax.layers.hyper_connections import HyperConnection
 from engram_jax.layers.mla import MLA, MLACache
 from engram_jax.layers.moe import MoE
 from engram_jax.layers.norm import RMSNorm
-from engram_jax.sharding.local import ALONE, COLLECTED, Local
+from engram_jax.sharding.shard_view import ALONE, COLLECTED, Local
 
 DENSE, MOE = "dense", "moe"
 

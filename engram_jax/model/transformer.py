@@ -20,7 +20,7 @@ from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
 from engram_jax.model.block import DENSE, MOE, Stack
 from engram_jax.model.decode_state import DecodeState
-from engram_jax.sharding.local import ALONE, Local
+from engram_jax.sharding.shard_view import ALONE, Local
 
 Rows = Mapping[str, jax.Array]
 

@@ -1,1 +1,1 @@
-"""Inference: continuous batching, the memory on the device or off it, and an HTTP server."""
+"""Inference: continuous batching, with the memory on the device or off it."""

@@ -10,7 +10,8 @@ One iteration (`step`):
     a chunk of prompts, likewise          (its rows were asked for at the end of the last iteration)
 
 The tokens of an iteration are read while the next one's first blocks run: these need nothing that
-the host knows. Tokens do not depend on what else runs (serve/steps.py), nor on where rows lie.
+the host knows. Tokens do not depend on what else runs (serve/engine_steps.py), nor on where rows
+lie.
 """
 
 from __future__ import annotations
@@ -24,18 +25,17 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from engram_jax.errors import UserError
-from engram_jax.generate import Weights
-from engram_jax.serve.memory import Memory
+from engram_jax.config.errors import UserError
+from engram_jax.model.program import Program, Weights
+from engram_jax.serve.engine_steps import PAGES_FROM, Batch, Logprobs, Sampled, Steps
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.prefetch import Prefetch
 from engram_jax.serve.request import Completion, Delta, Finish, Logprob, SamplingParams
-from engram_jax.serve.schedule import Schedule
-from engram_jax.serve.schedule import Sequence as Running
-from engram_jax.serve.steps import PAGES_FROM, Batch, Logprobs, Sampled, Steps
-from engram_jax.serve.text import TextStream
+from engram_jax.serve.row_fetch import Memory
+from engram_jax.serve.scheduler import Schedule
+from engram_jax.serve.scheduler import Sequence as Running
+from engram_jax.serve.text_stream import TextStream
 from engram_jax.sharding.rules import P
-from engram_jax.train_state import Program
 
 
 @dataclasses.dataclass

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.address.hashing_native import Hasher
-from engram_jax.errors import UserError
-from engram_jax.serve.memory import DeviceMemory, Memory
-from engram_jax.serve.schedule import Sequence as Running
-from engram_jax.serve.steps import Steps
-from engram_jax.train_state import Program
+from engram_jax.addressing.hash_numba import Hasher
+from engram_jax.config.errors import UserError
+from engram_jax.model.program import Program
+from engram_jax.serve.engine_steps import Steps
+from engram_jax.serve.row_fetch import DeviceMemory, Memory
+from engram_jax.serve.scheduler import Sequence as Running
 
 # Row of the batch, the sequence, and how many of the row's tokens are real.
 Rows = Sequence[tuple[int, Running, int]]

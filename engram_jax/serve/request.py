@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from engram_jax.config import GenerateConfig
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 
 MAX_LOGPROBS = 20  # alternatives per token; a constant of the compiled step
 MAX_STOPS = 16

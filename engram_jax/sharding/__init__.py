@@ -1,1 +1,1 @@
-"""Floor 0: which mesh axis cuts what, and what code on one device needs to know of it."""
+"""Which mesh axis shards which dimension, and what code on one device must know of the others."""

@@ -30,7 +30,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import Config, MeshConfig
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
@@ -46,7 +46,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "experts": ("expert",),
     "expert_embed": ("fsdp",),
     # Where the number of experts is no multiple of the expert axis (the paper's 55), each expert is
-    # stored in pieces of its inner width and put together when its layer runs (sharding/local.py).
+    # stored in pieces of its inner width and put together when its layer runs (shard_view.py).
     "expert_inner": ("tensor",),
     "expert_piece": ("expert", "tensor"),
 }

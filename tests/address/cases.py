@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from engram_jax.address import LayerAddressing, hashing_jnp, plan
+from engram_jax.addressing import LayerAddressing, hash_jax, plan
 from engram_jax.config import EngramConfig
 
 DEMO = EngramConfig(layers=(1, 15), rows_per_head=(646_400,), d_mem=1024)
@@ -40,7 +40,7 @@ def planned(name: str) -> dict[int, LayerAddressing]:
 
 
 # The jnp form as everybody runs it: compiled, the layer a constant.
-jitted = jax.jit(hashing_jnp.addresses, static_argnums=1)
+jitted = jax.jit(hash_jax.addresses, static_argnums=1)
 
 
 def word_level(tokens: list[str], special: tuple[str, ...] = ()) -> Tokenizer:

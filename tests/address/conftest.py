@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from engram_jax.address import LayerAddressing, hashing, load_tokenizer
+from engram_jax.addressing import LayerAddressing, hash_numpy, load_tokenizer
 from tests.address.cases import GEOMETRIES, jitted, planned, word_level
 
 
@@ -28,7 +28,7 @@ def geometry(request: pytest.FixtureRequest) -> tuple[list[LayerAddressing], int
 @pytest.fixture(params=["numpy", "jnp"])
 def hasher(request: pytest.FixtureRequest) -> Callable[..., np.ndarray]:
     """`addresses` of the NumPy and of the jnp form, both returning NumPy arrays."""
-    form = {"numpy": hashing.addresses, "jnp": jitted}[request.param]
+    form = {"numpy": hash_numpy.addresses, "jnp": jitted}[request.param]
     return lambda *args, **kwargs: np.asarray(form(*args, **kwargs))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engram_jax.address import LayerAddressing, plan
-from engram_jax.address.layout import MAX_HEAD_SIZE, MAX_TABLE_ROWS, is_prime
+from engram_jax.addressing import LayerAddressing, plan
+from engram_jax.addressing.hash_plan import MAX_HEAD_SIZE, MAX_TABLE_ROWS, is_prime
 from engram_jax.config import EngramConfig
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 from tests.address.cases import QWEN_GOLDEN, planned
 
 

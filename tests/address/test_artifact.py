@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from engram_jax.address import Addressing, build, check_same, tokenizer_fingerprint
+from engram_jax.addressing import Addressing, build, check_same, tokenizer_fingerprint
 from engram_jax.config import Config, EngramConfig, ModelConfig, TokenizerConfig
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 from tests.address.cases import DEMO
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from engram_jax.address import build_compression, load_tokenizer, tokenizer_fingerprint
-from engram_jax.address.tokenizer import tokenizer_size
-from engram_jax.errors import UserError
+from engram_jax.addressing import build_compression, load_tokenizer, tokenizer_fingerprint
+from engram_jax.addressing.tokenizer import tokenizer_size
+from engram_jax.config.errors import UserError
 from tests.address.cases import word_level
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from engram_jax.address import tokenizer_size
-from engram_jax.address.detokenizer import BROKEN, Detokenizer, bytes_of, text_of
+from engram_jax.addressing import tokenizer_size
+from engram_jax.addressing.detokenizer import BROKEN, Detokenizer, bytes_of, text_of
 from tests.tokenizer_kinds import KINDS, SPECIAL, TEXT, kind
 
 

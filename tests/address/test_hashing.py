@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.address import LayerAddressing, hashing, hashing_jnp
-from engram_jax.errors import UserError
+from engram_jax.addressing import LayerAddressing, hash_jax, hash_numpy
+from engram_jax.config.errors import UserError
 from tests.address.cases import jitted, planned
 
 INT32 = np.iinfo(np.int32)
@@ -91,7 +91,7 @@ def test_jnp_equals_numpy_for_every_geometry(geometry):
         for extra in ({}, {"segments": segments, "history": history}):
             found = jitted(ids, layer, **extra)
             assert found.dtype == jnp.int32
-            np.testing.assert_array_equal(found, hashing.addresses(ids, layer, **extra))
+            np.testing.assert_array_equal(found, hash_numpy.addresses(ids, layer, **extra))
 
 
 def test_jnp_equals_numpy_for_any_int32(geometry):
@@ -102,7 +102,7 @@ def test_jnp_equals_numpy_for_any_int32(geometry):
     edges = [INT32.min, INT32.min + 1, -(2**16), -100, -1, 0, 2**16, INT32.max - 1, INT32.max]
     ids = np.where(rng.random(ids.shape) < 0.5, rng.choice(edges, ids.shape), ids).astype(np.int32)
     for layer in layers:
-        expected = hashing.addresses(ids, layer)
+        expected = hash_numpy.addresses(ids, layer)
         np.testing.assert_array_equal(jitted(ids, layer), expected)
         heads = expected - np.array(layer.offsets)
         assert (heads >= 0).all()
@@ -116,7 +116,7 @@ def test_jnp_equals_numpy_for_extreme_multipliers(largest_multiplier):
     layer = LayerAddressing(0, (largest_multiplier, 3), (2**30 - 35, 65_537, 2), (2,), 3)
     ids = np.array([0, 1, 2, 65_535, 65_536, 129_279, INT32.max, -1, INT32.min], np.int32)
     found = jitted(ids, layer)
-    np.testing.assert_array_equal(found, hashing.addresses(ids, layer))
+    np.testing.assert_array_equal(found, hash_numpy.addresses(ids, layer))
 
 
 def test_modulus_against_python_integers():
@@ -131,7 +131,7 @@ def test_modulus_against_python_integers():
         numbers = [n for n in [0, 1, 2**63 - 1, *near, *random] if 0 <= n < 2**63]
         high = jnp.asarray([n >> 32 for n in numbers], jnp.uint32)
         low = jnp.asarray([n & 0xFFFFFFFF for n in numbers], jnp.uint32)
-        found = jax.jit(lambda h, l, p=p: hashing_jnp._modulo(h, l, np.array(p)))(high, low)
+        found = jax.jit(lambda h, l, p=p: hash_jax._modulo(h, l, np.array(p)))(high, low)
         np.testing.assert_array_equal(found, [n % p for n in numbers], err_msg=str(p))
 
 
@@ -139,10 +139,8 @@ def test_jnp_form_uses_32_bit_integers_only():
     """No int64 (a TPU has none), no float (whose rounding compilers may change)."""
     layer = planned("v41")[1]
     ids = jnp.zeros((2, 8), jnp.int32)
-    history = hashing_jnp.empty_history(layer, (2,))
-    program = jax.make_jaxpr(lambda i, s, h: hashing_jnp.addresses(i, layer, s, h))(
-        ids, ids, history
-    )
+    history = hash_jax.empty_history(layer, (2,))
+    program = jax.make_jaxpr(lambda i, s, h: hash_jax.addresses(i, layer, s, h))(ids, ids, history)
     text = str(program)
     assert "u32[" in text
     assert not any(name in text for name in ("f32[", "f64[", "bf16[", "i64[", "u64["))
@@ -151,9 +149,9 @@ def test_jnp_form_uses_32_bit_integers_only():
 def test_jnp_form_is_pure_under_jit_and_vmap():
     layer = planned("demo")[15]
     ids = random_ids(np.random.default_rng(4), (3, 5, 7), 98_627)
-    expected = hashing.addresses(ids, layer)
+    expected = hash_numpy.addresses(ids, layer)
     np.testing.assert_array_equal(jitted(ids, layer), expected)
-    mapped = jax.jit(jax.vmap(lambda i: hashing_jnp.addresses(i, layer)))(ids)
+    mapped = jax.jit(jax.vmap(lambda i: hash_jax.addresses(i, layer)))(ids)
     np.testing.assert_array_equal(mapped, expected)
 
 
@@ -180,8 +178,8 @@ def test_a_document_starts_after_pad_ids(hasher):
     pads = np.full((2, layer.max_ngram - 1), layer.fill_id, np.int32)
     np.testing.assert_array_equal(hasher(ids, layer, history=pads), plain)
     np.testing.assert_array_equal(hasher(np.concatenate([pads, ids], 1), layer)[:, 3:], plain)
-    np.testing.assert_array_equal(hashing.empty_history(layer, (2,)), pads)
-    np.testing.assert_array_equal(hashing_jnp.empty_history(layer, (2,)), pads)
+    np.testing.assert_array_equal(hash_numpy.empty_history(layer, (2,)), pads)
+    np.testing.assert_array_equal(hash_jax.empty_history(layer, (2,)), pads)
 
 
 def test_qwen_history_restarts_after_the_end_of_sequence(hasher):
@@ -198,12 +196,12 @@ def test_qwen_history_restarts_after_the_end_of_sequence(hasher):
 @pytest.mark.parametrize("name", ["demo", "v41", "qwen_golden", "smallest"])
 @pytest.mark.parametrize("form", ["numpy", "jnp"])
 def test_decode_with_carried_history_equals_the_whole_sequence(name, form):
-    module = {"numpy": hashing, "jnp": hashing_jnp}[form]
+    module = {"numpy": hash_numpy, "jnp": hash_jax}[form]
     addresses = jitted if form == "jnp" else module.addresses
     layer = next(iter(planned(name).values()))
     rng = np.random.default_rng(7)
     ids = random_ids(rng, (2, 40), 11)  # few ids, so that Qwen's end of sequence comes up often
-    whole = hashing.addresses(ids, layer)
+    whole = hash_numpy.addresses(ids, layer)
     for lengths in ([1] * 40, [1, 2, 5, 1, 5, 2, 2, 12, 5, 5]):
         history, found = module.empty_history(layer, (2,)), []
         for start, length in zip(np.cumsum([0, *lengths[:-1]]), lengths, strict=True):
@@ -236,14 +234,14 @@ def test_canonicalise_passes_masked_ids_and_refuses_unknown_ones():
     raw = np.array([[0, 3, -1], [-100, 2, 1]])
     expected = [[3, 0, -1], [-100, 1, 1]]
     for found in (
-        hashing.canonicalise(raw, compression),
-        hashing_jnp.canonicalise(jnp.asarray(raw), jnp.asarray(compression)),
+        hash_numpy.canonicalise(raw, compression),
+        hash_jax.canonicalise(jnp.asarray(raw), jnp.asarray(compression)),
     ):
         assert found.dtype == np.int32
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(UserError, match="token id 4: must be an id of the tokenizer, 0 to 3"):
-        hashing.canonicalise(np.array([4]), compression)
-    unknown = hashing_jnp.canonicalise(jnp.asarray([4, 0]), jnp.asarray(compression))
+        hash_numpy.canonicalise(np.array([4]), compression)
+    unknown = hash_jax.canonicalise(jnp.asarray([4, 0]), jnp.asarray(compression))
     np.testing.assert_array_equal(unknown, [-1, 3])
-    np.testing.assert_array_equal(hashing.canonicalise(raw, None), raw)
-    np.testing.assert_array_equal(hashing_jnp.canonicalise(jnp.asarray(raw), None), raw)
+    np.testing.assert_array_equal(hash_numpy.canonicalise(raw, None), raw)
+    np.testing.assert_array_equal(hash_jax.canonicalise(jnp.asarray(raw), None), raw)

@@ -7,13 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from engram_jax.address import (
-    Addressing,
-    BatchAddresser,
-    build_compression,
-    hashing,
-)
-from engram_jax.errors import UserError
+from engram_jax.addressing import Addressing, BatchAddresser, build_compression, hash_numpy
+from engram_jax.config.errors import UserError
 from tests.address.cases import GEOMETRIES, planned
 
 
@@ -33,11 +28,11 @@ def test_pipeline_equals_the_authority(addressing, shape):
     for given in (None, segments):
         found = addresser(tokens, given)
         assert list(found) == [str(layer_id) for layer_id in addressing.layers]
-        canonical = hashing.canonicalise(tokens, addressing.compression)
+        canonical = hash_numpy.canonicalise(tokens, addressing.compression)
         for layer_id, layer in addressing.layers.items():
             rows = found[str(layer_id)]
             assert rows.dtype == np.int32
-            np.testing.assert_array_equal(rows, hashing.addresses(canonical, layer, given))
+            np.testing.assert_array_equal(rows, hash_numpy.addresses(canonical, layer, given))
 
 
 def test_pipeline_gives_the_golden_addresses_from_raw_ids(golden, published_tokenizer):

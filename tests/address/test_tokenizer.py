@@ -16,9 +16,15 @@ from tokenizers import (
     processors,
 )
 
-from engram_jax.address import as_stored, build, check_same, load_tokenizer, tokenizer_fingerprint
+from engram_jax.addressing import (
+    as_stored,
+    build,
+    check_same,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from engram_jax.config import Config, EngramConfig, ModelConfig, TokenizerConfig
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 from tests.tokenizer_kinds import KINDS, SPECIAL, TEXT, kind
 
 OF_MODELS = list(KINDS)[:7]
@@ -135,7 +141,7 @@ def test_the_fingerprint_sees_what_changes_ids_and_nothing_else():
 
 def test_the_fingerprint_of_a_tokenizer_trained_here_does_not_drift():
     """A different number here means that every stored checkpoint would be refused."""
-    from engram_jax.data.bpe import train_bpe
+    from engram_jax.data.train_bpe import train_bpe
 
     found = tokenizer_fingerprint(train_bpe(iter([TEXT] * 3), 300))
     assert found == "5926c58d657facba6858e988878759e8f119d2f5bf59981d18f333c45d4f854d"

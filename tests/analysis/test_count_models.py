@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from engram_jax.analysis import count_models
-from engram_jax.analysis.count_models import (
+from engram_jax.config.errors import UserError
+from engram_jax.evaluation import count_models
+from engram_jax.evaluation.count_models import (
     Bigram,
     Events,
     KneserNey,
@@ -19,7 +20,6 @@ from engram_jax.analysis.count_models import (
     events,
     fit_and_score,
 )
-from engram_jax.errors import UserError
 
 V = 11
 

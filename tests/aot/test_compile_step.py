@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from engram_jax import saved_state
 from engram_jax.aot.compiling import compile_with_text, memory_of
+from engram_jax.checkpoint import table_order
 from engram_jax.config import MeshConfig
 from engram_jax.memory.exchange import stored_order
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding.rules import make_mesh
-from engram_jax.train_state import table_format
+from engram_jax.training.state import table_format
 from tests.runs import ROOT, flags_of, launched
 
 GIB = 2**30
@@ -111,7 +111,7 @@ def test_restored_tables_lie_as_the_step_wants_them(tpu_slice):
     mesh = make_mesh(MeshConfig(), tpu_slice("v5e:2x2")[0].devices)
     layout = TableLayout(10_000, mesh.size)
     table = jax.ShapeDtypeStruct((layout.stored, 80), np.float32, sharding=table_format(mesh))
-    move = saved_state._mover(stored_order, mesh, layout, donate=True)
+    move = table_order._mover(stored_order, mesh, layout, donate=True)
     compiled, _, _ = compile_with_text(move.lower(table))
     assert compiled.output_formats.layout.major_to_minor == (0, 1)
     assert memory_of(compiled).alias >= layout.local * 80 * 4

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from engram_jax.aot.hlo import collectives, large_copies
-from engram_jax.aot.hlo_text import Array, parse, parse_instruction
+from engram_jax.aot.data_movement import collectives, large_copies
+from engram_jax.aot.hlo_parser import Array, parse, parse_instruction
 
 SLICES = ("v5e:2x2", "v5p:2x2x1")
 X = 1024 * 512 * 4  # bytes of x

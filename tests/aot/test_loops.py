@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from engram_jax.aot.hlo_text import parse
-from engram_jax.aot.loops import trip_count
+from engram_jax.aot.hlo_parser import parse
+from engram_jax.aot.trip_counts import trip_count
 
 
 def loops(text):

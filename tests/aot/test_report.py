@@ -11,7 +11,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.aot import compiling, report
+from engram_jax.aot import compiling, step_cost
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text, is_hbm_shortage
 
 DIM, LOOKUPS = 80, 4096
@@ -45,8 +45,8 @@ def examined(tpu_slice, name, rows, row_major=True, donate=(0, 1)):
     try:
         compiled, text, seconds = compile_with_text(step.lower(table, table, ids, gradients))
     except DoesNotFitError as error:
-        return report.does_not_fit(error, topology, state, tables), None
-    return report.examine(compiled, text, topology, state, tables, seconds), compiled
+        return step_cost.does_not_fit(error, topology, state, tables), None
+    return step_cost.examine(compiled, text, topology, state, tables, seconds), compiled
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
@@ -95,7 +95,7 @@ def test_a_step_that_does_not_fit(tpu_slice):
     assert [b["bytes"] for b in found["largest_buffers"][:2]] == [padded, padded]
     assert found["largest_buffers"][2]["bytes"] < padded / 100
     assert found["table_sized_copies"] == 0 and found["aliased_fraction"] == 1.0
-    text = report.as_table(found)
+    text = step_cost.as_table(found)
     assert "DOES NOT FIT" in text and "23.8" in text and "15.75 GiB" in text
     fitting, _ = examined(tpu_slice, "v5p:2x2x1", rows)
     assert fitting["fits"] is True
@@ -105,7 +105,7 @@ def test_a_step_that_does_not_fit(tpu_slice):
 def test_the_table_for_a_terminal():
     one = {"kind": "all-to-all", "count": 15, "bytes": 3 << 20, "name": "jit(f)/exchange"}
     flags = {"unknown_trips": False, "conditional": False}
-    text = report.as_table(
+    text = step_cost.as_table(
         {
             "topology": "tpu7x:2x2x1",
             "chips": 4,
@@ -140,7 +140,7 @@ def test_shard_bytes(tpu_slice):
         "sharded": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=NamedSharding(mesh, P("x"))),
         "whole": jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=NamedSharding(mesh, P())),
     }
-    assert report.shard_bytes(tree) == 2 * 3 * 4 + 8 * 3 * 2
+    assert step_cost.shard_bytes(tree) == 2 * 3 * 4 + 8 * 3 * 2
 
 
 ASSIGNED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. \

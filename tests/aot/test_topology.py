@@ -7,9 +7,10 @@ import os
 import jax
 import pytest
 
-from engram_jax.aot.topology import GENERATIONS, slice_topology
-from engram_jax.device_peaks import peak_flops
-from engram_jax.errors import UserError
+from engram_jax.aot.topology import slice_topology
+from engram_jax.config.errors import UserError
+from engram_jax.hardware.generations import GENERATIONS
+from engram_jax.hardware.peak_flops import peak_flops
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from engram_jax.aot.topology import GENERATIONS
-from engram_jax.aot.xla_flags import OPTIONS, options_for, options_of
 from engram_jax.config import MeshConfig
+from engram_jax.hardware.generations import GENERATIONS
+from engram_jax.hardware.xla_flags import OPTIONS, options_for, options_of
 from engram_jax.sharding.rules import make_mesh
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:1x1x1"}

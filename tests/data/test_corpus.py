@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from engram_jax.config.errors import UserError
 from engram_jax.data import cache, text_store
 from engram_jax.data import corpus as corpora
-from engram_jax.data import report as why
+from engram_jax.data import source_report as why
 from engram_jax.data.cache import build_once, cache_root
 from engram_jax.data.corpus import Corpus, open_corpus
-from engram_jax.errors import UserError
 
 
 def quiet(line: str) -> None:

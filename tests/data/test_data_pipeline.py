@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from engram_jax.data import pipeline, prepare, train_iterator, validation_batches
+from engram_jax.config.errors import UserError
+from engram_jax.data import pipeline, prepare, train_batches, validation_batches
 from engram_jax.data.packing import PackedSequences
-from engram_jax.errors import UserError
 
 
 def with_data(config, **changes):
@@ -38,7 +38,7 @@ def test_an_epoch_reads_every_sequence_once_and_the_next_in_another_order(prepar
     count = len(sequences)
     every = sequences.batch(range(count))["tokens"]
     assert len({row.tobytes() for row in every}) == count
-    batches = take(train_iterator(data, config), 2 * count)
+    batches = take(train_batches(data, config), 2 * count)
     rows = [row.tobytes() for batch in batches for row in batch["tokens"]]
     epochs = [rows[i : i + count] for i in range(0, len(rows), count)]
     expected = sorted(row.tobytes() for row in every)
@@ -49,15 +49,15 @@ def test_an_epoch_reads_every_sequence_once_and_the_next_in_another_order(prepar
 
 def test_the_stream_is_a_function_of_the_seed(prepared):
     data, config = prepared
-    a, b = take(train_iterator(data, config), 5), take(train_iterator(data, config), 5)
-    c = take(train_iterator(data, with_data(config, seed=1)), 5)
+    a, b = take(train_batches(data, config), 5), take(train_batches(data, config), 5)
+    c = take(train_batches(data, with_data(config, seed=1)), 5)
     assert all(map(same, a, b))
     assert not any(map(same, a, c))
 
 
 def test_batches_of_one(prepared):
     data, config = prepared
-    iterator = train_iterator(data, with_data(config, batch_size=1))
+    iterator = train_batches(data, with_data(config, batch_size=1))
     iterator.set_state({**iterator.get_state(), "next_batch": 10**9})
     assert [batch["tokens"].shape for batch in take(iterator, 3)] == [(1, config.data.seq_len)] * 3
 
@@ -65,9 +65,9 @@ def test_batches_of_one(prepared):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_processes(prepared, count):
     data, config = prepared
-    whole = take(train_iterator(data, config, addresses_fn=fake_addresses), 30)
+    whole = take(train_batches(data, config, addresses_fn=fake_addresses), 30)
     parts = [
-        take(train_iterator(data, config, rows, addresses_fn=fake_addresses), 30)
+        take(train_batches(data, config, rows, addresses_fn=fake_addresses), 30)
         for rows in np.split(np.arange(4), count)
     ]
     for step, batch in enumerate(whole):
@@ -84,14 +84,14 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(prepared, count
 
 def test_resume_in_the_middle_of_an_epoch_is_exact(prepared):
     data, config = prepared
-    uninterrupted = train_iterator(data, config, addresses_fn=fake_addresses)
+    uninterrupted = train_batches(data, config, addresses_fn=fake_addresses)
     expected = take(uninterrupted, 40)
-    first = train_iterator(data, config, addresses_fn=fake_addresses)
+    first = train_batches(data, config, addresses_fn=fake_addresses)
     take(first, 17)
     state = json.loads(json.dumps(first.get_state()))
     take(first, 3)  # read ahead after the state was taken: must not matter
     first.close()
-    resumed = train_iterator(data, config, addresses_fn=fake_addresses)
+    resumed = train_batches(data, config, addresses_fn=fake_addresses)
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert all(map(same, take(resumed, 23), expected[17:]))
@@ -103,9 +103,9 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(prepared):
 
 def test_worker_processes_change_nothing_and_resume(prepared):
     data, config = prepared
-    threads = train_iterator(data, config, addresses_fn=fake_addresses)
+    threads = train_batches(data, config, addresses_fn=fake_addresses)
     expected = take(threads, 12)
-    processes = train_iterator(data, with_data(config, workers=2), addresses_fn=fake_addresses)
+    processes = train_batches(data, with_data(config, workers=2), addresses_fn=fake_addresses)
     processes.set_state(threads.get_state() | {"next_batch": 7})  # 7 is not a multiple of 2 workers
     assert all(map(same, take(processes, 5), expected[7:]))
     assert processes.get_state() == threads.get_state()
@@ -114,7 +114,7 @@ def test_worker_processes_change_nothing_and_resume(prepared):
 
 def test_going_far_costs_no_replay(prepared):
     data, config = prepared
-    iterator = train_iterator(data, config)
+    iterator = train_batches(data, config)
     near, far = (iterator.get_state() | {"next_batch": n} for n in (10, 10**10))
     seconds = []
     for state in (near, far, near, far):
@@ -128,24 +128,24 @@ def test_going_far_costs_no_replay(prepared):
 
 def test_states_of_other_data_are_refused(prepared):
     data, config = prepared
-    state = train_iterator(data, config).get_state()
+    state = train_batches(data, config).get_state()
     for changes, key in (
         ({"seed": 5}, "seed"),
         ({"batch_size": 2}, "batch_size"),
         ({"seq_len": 8}, "seq"),
     ):
-        other = train_iterator(data, with_data(config, **changes))
+        other = train_batches(data, with_data(config, **changes))
         with pytest.raises(UserError, match=f"has {key}"):
             other.set_state(state)
     with pytest.raises(UserError, match=r"has data = 'abc'.*same text and tokenizer.*--workdir"):
-        train_iterator(data, config).set_state(state | {"data": "abc"})
+        train_batches(data, config).set_state(state | {"data": "abc"})
 
 
 def test_impossible_batches_are_refused_with_numbers(prepared):
     data, config = prepared
     tokens = len(data.store_train)
     with pytest.raises(UserError, match=f"{tokens:,} tokens.*batch_size = 100000"):
-        train_iterator(data, with_data(config, batch_size=100_000))
+        train_batches(data, with_data(config, batch_size=100_000))
 
 
 def test_validation_is_finite_fixed_and_loses_nothing(prepared):
@@ -186,4 +186,4 @@ def test_prepare_is_warm_the_second_time_and_says_what_it_did(prepared, monkeypa
     assert any("documents" in line for line in lines)
     assert any("tokens to train on" in line for line in lines)
     assert again.bytes_per_token == data.store_valid.bytes_per_token > 1
-    assert isinstance(train_iterator(again, config), pipeline.TrainIterator)
+    assert isinstance(train_batches(again, config), pipeline.TrainIterator)

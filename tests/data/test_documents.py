@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engram_jax.data import documents
-from engram_jax.data import report as why
+from engram_jax.data import source_report as why
 from engram_jax.data.documents import Spool, add_file, add_json_lines, cut
-from engram_jax.data.report import SourceReport
+from engram_jax.data.source_report import SourceReport
 
 
 @pytest.fixture

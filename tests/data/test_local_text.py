@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from engram_jax.data import prepare, train_iterator
-from engram_jax.data import report as why
+from engram_jax.config.errors import UserError
+from engram_jax.data import prepare, train_batches
+from engram_jax.data import source_report as why
 from engram_jax.data.cache import cache_root
 from engram_jax.data.corpus import open_corpus
 from engram_jax.data.local_text import list_library
-from engram_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -153,5 +153,5 @@ def test_embedded_default_end_to_end(make_config):
     assert len(prepared.store_train) > 2 * 400 * 2048  # the demo's training, twice
     assert len(prepared.store_valid) > 20_000
     assert 2.5 < prepared.bytes_per_token < 4.5
-    assert next(train_iterator(prepared, config))["tokens"].shape == (16, 256)
+    assert next(train_batches(prepared, config))["tokens"].shape == (16, 256)
     assert prepare(config, lines.append).fingerprint == prepared.fingerprint

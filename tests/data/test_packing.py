@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from engram_jax.config import DataConfig
+from engram_jax.config.errors import UserError
 from engram_jax.data.packing import PackedSequences
 from engram_jax.data.prepared import check_targets
 from engram_jax.data.token_store import TokenStore, write_store
-from engram_jax.errors import UserError
 
 EOS, PAD = 1, 0
 

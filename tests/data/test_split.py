@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from engram_jax.config.errors import UserError
 from engram_jax.data.split import hold_out
-from engram_jax.errors import UserError
 
 
 def digests(count: int, start: int = 0) -> np.ndarray:

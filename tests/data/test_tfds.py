@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from engram_jax.data import prepare, train_iterator
-from engram_jax.data import report as why
+from engram_jax.config.errors import UserError
+from engram_jax.data import prepare, train_batches
+from engram_jax.data import source_report as why
 from engram_jax.data.cache import cache_root
 from engram_jax.data.corpus import open_corpus
-from engram_jax.errors import UserError
 
 TEXTS = [f"example number {i} says {i * i}\n" * (1 + i % 3) for i in range(50)]
 
@@ -115,7 +115,7 @@ def test_end_to_end(tmp_path, make_config):
     made = build(EngramTestText, tmp_path / "tfds")
     config = make_config(made.data_path, source="tfds")
     prepared = prepare(config, lambda line: None)
-    batch = next(train_iterator(prepared, config))
+    batch = next(train_batches(prepared, config))
     assert batch["tokens"].shape == (4, 16)
 
 

@@ -10,13 +10,14 @@ import sys
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from engram_jax.checkpoint.run_tokenizer import save_text_side
 from engram_jax.config import TokenizerConfig
-from engram_jax.data import bpe, prepare
-from engram_jax.data.bpe import find_eos, train_bpe
+from engram_jax.config.errors import UserError
+from engram_jax.data import prepare
+from engram_jax.data import train_bpe as bpe
 from engram_jax.data.cache import cache_root
 from engram_jax.data.corpus import open_corpus
-from engram_jax.errors import UserError
-from engram_jax.restore import save_text_side
+from engram_jax.data.train_bpe import find_eos, train_bpe
 
 HARD = "tabs\t\tand  spaces\r\n<|eos|> 日本語 \U0001f600 é \0 <|pad|>"
 
@@ -37,7 +38,7 @@ def test_the_same_text_gives_the_same_tokenizer_in_another_process(helpers):
         "import sys; from importlib.util import *; "
         f"spec = spec_from_file_location('c', {__file__.rsplit('/', 1)[0] + '/conftest.py'!r}); "
         "c = module_from_spec(spec); spec.loader.exec_module(c); "
-        "from engram_jax.data.bpe import train_bpe; "
+        "from engram_jax.data.train_bpe import train_bpe; "
         "sys.stdout.write(train_bpe(iter([c.words(i, 60) for i in range(20)]), 400).to_str())"
     )
     there = subprocess.run(

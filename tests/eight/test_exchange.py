@@ -7,13 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from engram_jax.config import MeshConfig
-from engram_jax.memory.exchange import (
-    EVERYWHERE,
-    LOOKUPS,
-    Exchange,
-    natural_order,
-    stored_order,
-)
+from engram_jax.memory.exchange import EVERYWHERE, LOOKUPS, Exchange, natural_order, stored_order
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding.rules import AXES, P, make_mesh
 

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from engram_jax.data.placement import place_batch
 from engram_jax.memory.exchange import natural_order
-from engram_jax.run_data import place_batch
 from engram_jax.sharding.rules import make_mesh
-from engram_jax.train_state import build_program, create_state
-from engram_jax.train_step import jit_train_step
+from engram_jax.training.state import build_training, create_state
+from engram_jax.training.step import jit_train_step
 from tests.tiny import random_batch, tiny_addressing, tiny_config
 
 BATCH = 16
@@ -35,7 +35,7 @@ def trained(mesh: tuple, steps: int, **overrides):
     keys = {f"mesh.{k}": v for k, v in mesh}
     config = tiny_config(**{"data.batch_size": BATCH, "train.accumulation": 2, **keys, **overrides})
     devices = jax.devices()[: 1 if mesh == ONE else 8]
-    program = build_program(config, tiny_addressing(config), make_mesh(config.mesh, devices))
+    program = build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
     state, step = create_state(program), jit_train_step(program)
     metrics = []
     for number in range(steps):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from engram_jax.train_step import batch_addresses, fetch_rows, gradients
+from engram_jax.training.step import batch_addresses, fetch_rows, gradients
 from tests.tiny import random_batch, tiny
 
 WIDE = {  # what the kernels take, and little of it

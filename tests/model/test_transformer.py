@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from engram_jax.config import GenerateConfig
-from engram_jax.generate import Generator, extend, start
+from engram_jax.model.decode import Generator, extend, start
 from engram_jax.model.transformer import stages
-from engram_jax.restore import weights_of
-from engram_jax.train_step import batch_addresses
+from engram_jax.training.state import weights_of
+from engram_jax.training.step import batch_addresses
 from tests.oracle import transformer as oracle
 from tests.tiny import VOCAB, random_batch, tiny, tiny_config
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.optim.optimizer import clip_factor
-from engram_jax.optim.schedule import learning_rate
+from engram_jax.training.optim.optimizer import clip_factor
+from engram_jax.training.optim.schedule import learning_rate
 
 
 @pytest.mark.parametrize(

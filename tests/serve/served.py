@@ -8,16 +8,16 @@ from functools import lru_cache, partial
 import jax
 import numpy as np
 
-from engram_jax.address.hashing import addresses, canonicalise
+from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.config import ServeConfig
-from engram_jax.memory.store.rows import RowFormat
-from engram_jax.memory.store.source import HostTable
+from engram_jax.memory.store.dram import HostTable
+from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.memory.table import lookup
-from engram_jax.restore import weights_of
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.memory import DeviceMemory, StagedMemory
+from engram_jax.serve.engine_steps import Steps
 from engram_jax.serve.request import SamplingParams
-from engram_jax.serve.steps import Steps
+from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory
+from engram_jax.training.state import weights_of
 from tests.tiny import VOCAB, tiny
 
 SERVE = ServeConfig(

@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-from engram_jax.address import tokenizer_size
-from engram_jax.address.detokenizer import BROKEN, bytes_of
-from engram_jax.serve.fields import Fields
-from engram_jax.serve.openai_answers import Answer
-from engram_jax.serve.openai_api import parse
+from engram_jax.addressing import tokenizer_size
+from engram_jax.addressing.detokenizer import BROKEN, bytes_of
+from engram_jax.serve.http.completion_request import parse
+from engram_jax.serve.http.completion_response import Answer
+from engram_jax.serve.http.json_fields import Fields
 from engram_jax.serve.request import Delta, Finish, Logprob
-from engram_jax.serve.text import TextStream, continuation
+from engram_jax.serve.text_stream import TextStream, continuation
 from tests.tokenizer_kinds import KINDS, SPECIAL, TEXT, kind
 
 LOSSLESS = ("byte-level BPE",)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from engram_jax.config import GenerateConfig
-from engram_jax.generate import Generator
-from engram_jax.memory.store.rows import RowFormat
-from engram_jax.memory.store.source import HostTable
-from engram_jax.restore import weights_of
-from engram_jax.sampling import key_of_token, sample
+from engram_jax.memory.store.dram import HostTable
+from engram_jax.memory.store.row_format import RowFormat
+from engram_jax.model.decode import Generator
+from engram_jax.model.sampling import key_of_token, sample
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.memory import StagedMemory
+from engram_jax.serve.engine_steps import Steps
 from engram_jax.serve.request import Finish, SamplingParams
-from engram_jax.serve.steps import Steps
+from engram_jax.serve.row_fetch import StagedMemory
+from engram_jax.training.state import weights_of
 from tests.serve.served import (
     GREEDY,
     LENGTHS,

@@ -7,20 +7,20 @@ import dataclasses
 import numpy as np
 import pytest
 
-from engram_jax.address.hashing import addresses, canonicalise
+from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.config import ServeConfig
-from engram_jax.errors import UserError
-from engram_jax.memory.store.cache import CachedTable
-from engram_jax.memory.store.file import open_memory, write_memory
-from engram_jax.memory.store.frequency import Frequency, save_frequency
-from engram_jax.memory.store.rows import RowFormat
-from engram_jax.restore import weights_of
-from engram_jax.serve import memory as serve_memory
-from engram_jax.serve.assemble import open_memories
+from engram_jax.config.errors import UserError
+from engram_jax.memory.store.host_cache import CachedTable
+from engram_jax.memory.store.memory_file import open_memory, write_memory
+from engram_jax.memory.store.read_counts import Frequency, save_frequency
+from engram_jax.memory.store.row_format import RowFormat
+from engram_jax.serve import row_fetch as serve_memory
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.memory import StagedMemory
+from engram_jax.serve.engine_steps import Steps
+from engram_jax.serve.open_engine import open_memories
 from engram_jax.serve.request import Finish, SamplingParams
-from engram_jax.serve.steps import Steps
+from engram_jax.serve.row_fetch import StagedMemory
+from engram_jax.training.state import weights_of
 from tests.serve.served import (
     SERVE,
     host_memory,

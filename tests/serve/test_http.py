@@ -9,9 +9,9 @@ import socket
 
 import pytest
 
-from engram_jax.errors import UserError
-from engram_jax.serve import server
-from engram_jax.serve.wire import Limits
+from engram_jax.config.errors import UserError
+from engram_jax.serve.http import server
+from engram_jax.serve.http.responses import Limits
 from tests.serve.served import SERVE, full_logits, make_engine
 from tests.serve.web import CASES, EOS, NAME, QUEUE, Running, head, tokenizer
 from tests.tiny import VOCAB

@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engram_jax.memory.store.rows import RowFormat
-from engram_jax.memory.store.slots import Slots
-from engram_jax.memory.store.source import HostTable
-from engram_jax.serve import memory as serve_memory
-from engram_jax.serve.memory import DeviceMemory, StagedMemory, on_device
+from engram_jax.memory.store.dram import HostTable
+from engram_jax.memory.store.hot_rows import Slots
+from engram_jax.memory.store.row_format import RowFormat
+from engram_jax.serve import row_fetch as serve_memory
+from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory, on_device
 from tests.serve.served import model
 
 ROWS, DIM = 1000, 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 from engram_jax.serve.request import Completion, Finish, QueueFullError, SamplingParams
 from tests.serve.served import GREEDY, LENGTHS, make_engine, prompts, served
 from tests.tiny import VOCAB

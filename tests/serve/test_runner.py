@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
+from engram_jax.serve.http.engine_thread import CLOSED, FAILED, ClosedError, Runner
 from engram_jax.serve.request import Completion, Delta, Finish, QueueFullError, SamplingParams
-from engram_jax.serve.runner import CLOSED, FAILED, ClosedError, Runner
 from tests.serve.served import SERVE, make_engine
 
 PROMPT = [1, 2, 3]

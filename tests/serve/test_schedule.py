@@ -7,7 +7,7 @@ import pytest
 
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.request import QueueFullError, SamplingParams
-from engram_jax.serve.schedule import Schedule, Sequence
+from engram_jax.serve.scheduler import Schedule, Sequence
 
 PAGE = 4
 

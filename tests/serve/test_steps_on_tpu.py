@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from engram_jax.aot import hlo
+from engram_jax.aot import data_movement
 from engram_jax.aot.compiling import compile_with_text, memory_of
 from engram_jax.config import ServeConfig
-from engram_jax.generate import Weights
-from engram_jax.serve.steps import PAGES_FROM, Batch, Steps
+from engram_jax.model.program import Weights, build_program
+from engram_jax.serve.engine_steps import PAGES_FROM, Batch, Steps
 from engram_jax.sharding.rules import P, make_mesh, row_major
-from engram_jax.train_state import abstract_state, build_program
+from engram_jax.training.state import abstract_state
 from tests.tiny import tiny_addressing, tiny_config
 
 
@@ -56,6 +56,6 @@ def test_no_step_copies_the_pool(tpu_slice, sequences, tokens):
     pool = cache.pool.size * cache.pool.dtype.itemsize
     for name, one in lowered.items():
         compiled, text, _ = compile_with_text(one)
-        assert hlo.large_copies(text, [cache.pool.shape]) == [], name
+        assert data_movement.large_copies(text, [cache.pool.shape]) == [], name
         memory = memory_of(compiled)
         assert memory.alias >= pool and memory.temp < pool / 4, name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from engram_jax.serve.text import TextStream
+from engram_jax.serve.text_stream import TextStream
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
+from engram_jax.checkpoint.load_model import Trained
 from engram_jax.config import ServeConfig
-from engram_jax.errors import UserError
-from engram_jax.memory.store.file import MemoryFile, open_memory, write_memory
-from engram_jax.restore import Trained
-from engram_jax.serve.steps import Steps
-from engram_jax.serve.together import check_memory, describe, for_one, with_capacity
+from engram_jax.config.errors import UserError
+from engram_jax.memory.store.memory_file import MemoryFile, open_memory, write_memory
+from engram_jax.serve.compatibility import check_memory, describe, for_one, with_capacity
+from engram_jax.serve.engine_steps import Steps
 from tests.memory.store.tables import FORMATS, numbers
 from tests.serve.served import model, prompts, served
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from engram_jax.serve import server
-from engram_jax.serve.http import App
-from engram_jax.serve.runner import Runner
-from engram_jax.serve.wire import Limits
+from engram_jax.serve.http import server
+from engram_jax.serve.http.engine_thread import Runner
+from engram_jax.serve.http.responses import Limits
+from engram_jax.serve.http.routes import App
 from tests.tiny import VOCAB
 
 NAME = "unnamed"  # the tiny model's

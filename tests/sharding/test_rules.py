@@ -7,10 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import MeshConfig
-from engram_jax.errors import UserError
+from engram_jax.config.errors import UserError
 from engram_jax.sharding import rules
 from engram_jax.sharding.rules import Axes
-from engram_jax.train_state import abstract_state, build_program
+from engram_jax.training.state import abstract_state, build_training
 from tests.runs import configuration
 from tests.tiny import tiny_addressing, tiny_config
 
@@ -118,7 +118,7 @@ REPEATED = {"base", "bias", "gain", "norm_gain", "scale", "taps"}
 
 def test_every_matrix_of_a_model_is_cut():
     config = tiny_config()
-    program = build_program(config, tiny_addressing(config))
+    program = build_training(config, tiny_addressing(config))
     whole = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state(program).params):
         if rules.spec(path, leaf, Axes(fsdp=2)) == P():

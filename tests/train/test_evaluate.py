@@ -7,12 +7,12 @@ import math
 
 import pytest
 
-from engram_jax import train
+from engram_jax.config.errors import UserError
+from engram_jax.data.run_data import open_data
 from engram_jax.data.token_store import TokenStore, write_store
-from engram_jax.errors import UserError
-from engram_jax.evaluate import Evaluator, check_held_out, perplexity
-from engram_jax.run_data import open_data
-from engram_jax.train_state import build_program
+from engram_jax.evaluation.held_out import Evaluator, check_held_out, perplexity
+from engram_jax.run import loop
+from engram_jax.training.state import build_training
 from tests.runs import small_config
 
 
@@ -32,7 +32,7 @@ def held_out(data, texts, folder):
 
 def test_no_loss_without_a_held_out_target(data, tmp_path):
     none = held_out(data, ["", "", ""], tmp_path / "none")
-    evaluator = Evaluator(build_program(data.config, data.addressing), none)
+    evaluator = Evaluator(build_training(data.config, data.addressing), none)
     for batches in (None, 2):
         with pytest.raises(
             UserError, match=r"held-out text \(3 documents, 3 tokens\) has no token"
@@ -44,10 +44,10 @@ def test_training_does_not_begin_where_its_evaluations_have_no_target(data, tmp_
     """The first 2 batches of 64 positions are ends of empty documents."""
     later = held_out(data, [*[""] * 200, "a few words"], tmp_path / "later")
     check_held_out(later)
-    monkeypatch.setattr(train, "open_together", lambda config, log: later)
+    monkeypatch.setattr(loop, "open_together", lambda config, log: later)
     workdir = tmp_path / "workdir"
     with pytest.raises(UserError, match=r"the first 2 batches .* config\.train\.eval_batches"):
-        train.train(data.config, workdir, log=lambda line: None)
+        loop.train(data.config, workdir, log=lambda line: None)
     assert not list(workdir.rglob("*"))
 
 

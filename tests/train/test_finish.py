@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, normalizers
 
-from engram_jax.address import BatchAddresser
-from engram_jax.evaluate import Evaluator
-from engram_jax.finish import gate_sample
-from engram_jax.restore import load
-from engram_jax.run_data import open_data
+from engram_jax.addressing import BatchAddresser
+from engram_jax.checkpoint.load_model import load
+from engram_jax.data.run_data import open_data
+from engram_jax.evaluation.held_out import Evaluator
+from engram_jax.run.end_of_run import gate_sample
 from tests.runs import launched, small_config, small_run
 
 
 @pytest.mark.parametrize("longest", [30, 10_000])
 def test_gates_are_those_of_one_document(corpus, undisturbed, monkeypatch, longest):
     """As long as asked for, cut off at its end or not; nothing of its neighbours plays a part."""
-    monkeypatch.setattr("engram_jax.finish.GATE_TOKENS", longest)
+    monkeypatch.setattr("engram_jax.run.end_of_run.GATE_TOKENS", longest)
     config = small_config(corpus)
     data, trained = open_data(config, log=lambda line: None), load(config, undisturbed)
     sample = gate_sample(data, Evaluator(trained.program, data), trained.weights)

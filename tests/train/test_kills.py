@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from engram_jax import goodput
+from engram_jax.monitoring import goodput
 from tests.kills import (
     assert_same_run,
     being_written,

@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax import describe, provenance, train
-from engram_jax.analysis.count_models import fit_and_score
-from engram_jax.checkpoint import Checkpointer
+from engram_jax.checkpoint import run_record
+from engram_jax.checkpoint.load_model import load
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.checkpoint.workdir import held
 from engram_jax.config import Config, to_dict
-from engram_jax.generate import Generator
-from engram_jax.metrics import read_metrics
-from engram_jax.restore import load
-from engram_jax.run_data import RunData, open_data
-from engram_jax.train_state import build_program
-from engram_jax.workdir import held
+from engram_jax.data.run_data import RunData, open_data
+from engram_jax.evaluation.count_models import fit_and_score
+from engram_jax.model import describe
+from engram_jax.model.decode import Generator
+from engram_jax.monitoring.metrics import read_metrics
+from engram_jax.run import loop
+from engram_jax.training.state import build_training
 from tests.runs import launched, small_config, small_run
 from tests.test_metrics import events
 
@@ -147,7 +149,7 @@ def test_every_loss_has_one_meaning(undisturbed, config, data):
 
 def test_the_report_says_what_was_trained_on_what(undisturbed, config, data):
     losses = json.loads((undisturbed / "losses.json").read_text())
-    (launch,) = provenance.read(undisturbed / "run.json")
+    (launch,) = run_record.read_launches(undisturbed / "run.json")
     held_out, validation = losses["held_out_loss"], losses["validation_loss"]
     nats = held_out["nats_per_token"]
     wanted = [
@@ -177,7 +179,7 @@ def test_the_report_says_what_was_trained_on_what(undisturbed, config, data):
 def test_a_run_leaves_curves_and_its_record(undisturbed, config):
     boards = list((undisturbed / "tensorboard").iterdir())
     assert any(board.stat().st_size > 1000 for board in boards)
-    (launch,) = provenance.read(undisturbed / "run.json")
+    (launch,) = run_record.read_launches(undisturbed / "run.json")
     assert launch["config"] == json.loads(json.dumps(to_dict(config)))
     assert launch["versions"]["jax"] == jax.__version__
     assert {"python", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(launch["versions"])
@@ -200,9 +202,9 @@ def test_nothing_is_transferred_implicitly(config, data, tmp_path):
     """Steps, evaluation, metrics and checkpoints: every transfer in the loop is asked for."""
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed"):
         jnp.add(np.ones(3), 1)  # what the guard catches
-    program = build_program(config, data.addressing)
+    program = build_training(config, data.addressing)
     with Checkpointer(tmp_path, addressing=data.addressing) as checkpointer:
-        run = train.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None)
+        run = loop.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None)
         with jax.transfer_guard("disallow"):
             state = run.loop()
         assert checkpointer.steps()[-3:] == [18, 21, 24]
@@ -215,7 +217,7 @@ def test_a_step_is_dispatched_before_the_last_ones_metrics_are_read(
     """So the device always has work. Only a checkpoint (every third step) waits for its own."""
     events: list[tuple[str, int]] = []
     dispatched: list[dict] = []
-    jit_train_step, device_get = train.jit_train_step, jax.device_get
+    jit_train_step, device_get = loop.jit_train_step, jax.device_get
 
     def recording_steps(program):
         step = jit_train_step(program)
@@ -232,11 +234,11 @@ def test_a_step_is_dispatched_before_the_last_ones_metrics_are_read(
         events.extend(("read", n) for n, metrics in enumerate(dispatched) if metrics is tree)
         return device_get(tree)
 
-    monkeypatch.setattr(train, "jit_train_step", recording_steps)
+    monkeypatch.setattr(loop, "jit_train_step", recording_steps)
     monkeypatch.setattr(jax, "device_get", recording_get)
-    program = build_program(config, data.addressing)
+    program = build_training(config, data.addressing)
     with Checkpointer(tmp_path, addressing=data.addressing) as checkpointer:
-        train.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None).loop()
+        loop.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None).loop()
     three = [("dispatch", 0), ("dispatch", 1), ("read", 0), ("dispatch", 2), ("read", 1)]
     three.append(("read", 2))
     assert events == [(what, n + 3 * k) for k in range(8) for what, n in three]

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import pytest
 
-from engram_jax import train
-from engram_jax.checkpoint import Checkpointer
-from engram_jax.evaluate import Evaluator
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.evaluation.held_out import Evaluator
+from engram_jax.run import loop
 from tests.kills import assert_same_run, complete, finished, last_step
 from tests.runs import Outcome, launched, small_run
 
@@ -87,10 +87,10 @@ def at_dispatch(steps: int) -> Callable[[Callable], Callable]:
 
 
 def test_where_there_is_nothing_to_save_yet(preempted, tmp_path):
-    line = preempted(train, "open_together", first)
+    line = preempted(loop, "open_together", first)
     assert line == "SIGTERM: ended where there was nothing to save; the same command goes on"
     assert not list(tmp_path.iterdir())
-    line = preempted(train.Run, "_start", afterwards)
+    line = preempted(loop.Run, "_start", afterwards)
     assert "nothing new to save; step 0" in line
     assert complete(tmp_path) == []
 
@@ -102,11 +102,11 @@ def test_every_moment_in_one_run(preempted, corpus, tmp_path, undisturbed):
         assert complete(tmp_path)[-1] == last_step(tmp_path) == step
         assert not (tmp_path / "report.html").exists()
 
-    stopped(1, preempted(train, "jit_train_step", at_dispatch(0)))  # it compiles there
+    stopped(1, preempted(loop, "jit_train_step", at_dispatch(0)))  # it compiles there
     stopped(12, preempted(Evaluator, "score", first))
     stopped(15, preempted(Checkpointer, "save", afterwards))
-    stopped(24, preempted(train, "jit_train_step", at_dispatch(23)))
-    line = preempted(train, "finish", first)
+    stopped(24, preempted(loop, "jit_train_step", at_dispatch(23)))
+    line = preempted(loop, "finish", first)
     assert line == "SIGTERM: ended where there was nothing to save; the same command goes on"
     finished(launched(*small_run(corpus, tmp_path)))
     assert (tmp_path / "report.html").exists()

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from engram_jax.run_data import open_data
+from engram_jax.data.run_data import open_data
 from tests.kills import (
     assert_same_run,
     complete,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from engram_jax.checkpoint_files import seal
-from engram_jax.memory.store.file import open_memory, write_memory
-from engram_jax.memory.store.frequency import load_frequency, save_frequency
-from engram_jax.restore import load
+from engram_jax.checkpoint.integrity import seal
+from engram_jax.checkpoint.load_model import load
+from engram_jax.memory.store.memory_file import open_memory, write_memory
+from engram_jax.memory.store.read_counts import load_frequency, save_frequency
 from tests.runs import launched, refused, small_config, small_run
 
 PROMPT = "document 3\nabcd"
@@ -74,8 +74,8 @@ def test_the_file_holds_the_checkpoints_rows(corpus, undisturbed, made):
 
 
 def test_counts_are_those_of_the_training_text(corpus, made):
-    from engram_jax.address.pipeline import BatchAddresser
-    from engram_jax.run_data import open_together
+    from engram_jax.addressing.hash_batches import BatchAddresser
+    from engram_jax.data.run_data import open_together
 
     data = open_together(small_config(corpus), log=lambda line: None)
     found = load_frequency(made[1], data.addressing.fingerprint)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from engram_jax import provenance, run_record, run_settings
-from engram_jax.config import Config, parse, to_dict
-from engram_jax.config_difference import flat
-from engram_jax.errors import UserError
-from engram_jax.metrics import read_metrics
+from engram_jax.checkpoint import run_record, run_settings
+from engram_jax.config import Config, parse_config, to_dict
+from engram_jax.config.difference import flat
+from engram_jax.config.errors import UserError
+from engram_jax.monitoring.metrics import read_metrics
+from engram_jax.run import resume
 from tests.kills import assert_same_run, finished, launches
 from tests.runs import SMALL, launched, refused, small_config, small_run
 from tests.train.test_resume import contents, copy_of
@@ -105,7 +106,9 @@ def test_accepted_changes_are_recorded_and_then_the_runs_own(corpus, undisturbed
     # What the run began with is another now; each checkpoint has what it was made with.
     refused(launched(*small_run(corpus, workdir)), "config.train.eval_batches is 3 there and 2")
     for step, batches in ((21, 2), (STEPS, 3)):
-        assert parse(run_record.get_config(f"{step}:{workdir}")).train.eval_batches == batches
+        assert (
+            parse_config(run_record.get_config(f"{step}:{workdir}")).train.eval_batches == batches
+        )
     again = finished(launched(*change, accept))  # the same command, as a supervisor repeats it
     assert "changed_settings" not in launches(workdir)[-1]
     assert "settings:" not in again.out
@@ -132,21 +135,21 @@ def rates(steps: int, total: int) -> list[float]:
 @pytest.mark.parametrize("done", [12, 18, 19, 20, 21])
 def test_more_steps_go_on_if_no_step_had_another_rate(corpus, tmp_path, done, total):
     """They are then the run that they would have been from the start."""
-    provenance.record(tmp_path, small_config(corpus), {})
+    run_record.add_launch(tmp_path, small_config(corpus), {})
     (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)
     told: list[str] = []
     given = small_config(corpus, train__steps=total), tmp_path
     if done > total:
         with pytest.raises(UserError, match=f"has {done} steps already"):
-            run_settings.check_resumed(*given, ("train.steps",), told.append)
+            resume.check_resumed(*given, ("train.steps",), told.append)
     elif rates(done, total) == rates(done, STEPS):
-        assert run_settings.check_resumed(*given, (), told.append) == {"train.steps": (24, total)}
+        assert resume.check_resumed(*given, (), told.append) == {"train.steps": (24, total)}
         (line,) = told
     else:
         with pytest.raises(UserError, match=r"accept_changes=train\.steps") as error:
-            run_settings.check_resumed(*given, (), told.append)
+            resume.check_resumed(*given, (), told.append)
         line = str(error.value)
-        run_settings.check_resumed(*given, ("train",), told.append)
+        resume.check_resumed(*given, ("train",), told.append)
     if done <= total:
         falls = f"{round(0.8 * total)} and {round(0.9 * total)}"
         assert f"falls at steps {falls} instead of 19 and 22; at step {done} it goes on" in line
@@ -286,7 +289,7 @@ def test_a_capacity_that_nobody_chose_is_the_trained_length(corpus, tmp_path, st
         if former:
             del values["serve"]["accept_longer"]
         record(workdir, [{"resumed_at": 0, "config": values}])
-        assert parse(run_record.get_config(f"latest:{workdir}")).serve.capacity == capacity
+        assert parse_config(run_record.get_config(f"latest:{workdir}")).serve.capacity == capacity
 
 
 def test_a_relative_path_is_taken_from_where_the_run_was_launched(corpus, tmp_path):
@@ -298,7 +301,7 @@ def test_a_relative_path_is_taken_from_where_the_run_was_launched(corpus, tmp_pa
         config = to_dict(small_config(corpus, data__source=source, data__path=path))
         launch = {"resumed_at": 0, "config": config, "directory": str(tmp_path)}
         record(tmp_path / str(number), [launch])
-        found = parse(run_record.get_config(f"latest:{tmp_path / str(number)}"))
+        found = parse_config(run_record.get_config(f"latest:{tmp_path / str(number)}"))
         assert found.data.path == wanted
 
 
@@ -308,7 +311,7 @@ def test_a_record_that_today_s_rules_would_not_allow(corpus, tmp_path):
     values = json.loads(json.dumps(to_dict(small_config(corpus, model__engram__layers=()))))
     values["serve"]["memory_file"] = "rows"  # was ignored by models without memory
     record(tmp_path, [{"resumed_at": 0, "config": values}])
-    assert run_settings.check_opened(parse(values | {"serve": {}}), tmp_path, "latest") == {}
+    assert run_settings.check_opened(parse_config(values | {"serve": {}}), tmp_path, "latest") == {}
     alone = f"--workdir={tmp_path}", "--mode=describe"
     refused(launched(*alone), "config.serve.memory_file = 'rows': must be ''")
     finished(launched(*alone, "--config.serve.memory_file="))
@@ -323,24 +326,24 @@ def test_records_that_are_none(corpus, tmp_path, launches):
 
 def test_a_launch_without_a_checkpoint_binds_nobody(corpus, tmp_path):
     """And leaves no curve, and no time, that would count as the next one's."""
-    provenance.record(tmp_path, small_config(corpus, train__seed=7), {})
+    run_record.add_launch(tmp_path, small_config(corpus, train__seed=7), {})
     for name in ("metrics.jsonl", "goodput.json", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "tensorboard").mkdir()
     config = small_config(corpus)
-    assert run_settings.check_resumed(config, tmp_path, (), print) == {}
-    run_settings.forget_unsaved(small_config(corpus, train__seed=7), tmp_path)  # its own
+    assert resume.check_resumed(config, tmp_path, (), print) == {}
+    resume.forget_unsaved(small_config(corpus, train__seed=7), tmp_path)  # its own
     assert (tmp_path / "metrics.jsonl").exists() and (tmp_path / "tensorboard").exists()
-    run_settings.forget_unsaved(config, tmp_path)
+    resume.forget_unsaved(config, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "notes.txt"}
 
 
 def test_results_whose_checkpoints_are_gone_are_not_replaced(corpus, tmp_path):
-    provenance.record(tmp_path, small_config(corpus), {})
+    run_record.add_launch(tmp_path, small_config(corpus), {})
     (tmp_path / "losses.json").write_text("{}")
-    assert run_settings.check_resumed(small_config(corpus), tmp_path, (), print) == {}
+    assert resume.check_resumed(small_config(corpus), tmp_path, (), print) == {}
     with pytest.raises(UserError, match="results of a run with other settings"):
-        run_settings.check_resumed(small_config(corpus, train__seed=7), tmp_path, (), print)
+        resume.check_resumed(small_config(corpus, train__seed=7), tmp_path, (), print)
 
 
 @pytest.mark.parametrize(

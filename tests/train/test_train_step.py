@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from engram_jax.loss import token_losses
-from engram_jax.optim import partition
 from engram_jax.sharding.rules import names
-from engram_jax.train_state import abstract_state, build_program, init_state
-from engram_jax.train_step import (
+from engram_jax.training.loss import token_losses
+from engram_jax.training.optim import partition
+from engram_jax.training.state import abstract_state, build_training, init_state
+from engram_jax.training.step import (
     batch_addresses,
     eval_step,
     jit_train_step,
@@ -150,7 +150,7 @@ def test_loads_count_real_tokens_and_move_the_bias():
 def test_host_addresses_train_the_same():
     program, state = tiny()
     batch = random_batch(program.config)
-    from engram_jax.address import BatchAddresser
+    from engram_jax.addressing import BatchAddresser
 
     addresses = BatchAddresser(program.addressing)(batch["tokens"], batch["segments"])
     step = jit_train_step(program)
@@ -163,9 +163,9 @@ def test_tables_are_updated_in_place():
     """No copy of a table in the compiled step, every state buffer aliased."""
     rows = 300_007
     config = tiny_config(**{"model.engram.rows_per_head": (rows,)})
-    from engram_jax.train_state import build_program
+    from engram_jax.training.state import build_training
 
-    program = build_program(config, tiny_addressing(config))
+    program = build_training(config, tiny_addressing(config))
     state = abstract_state(program)
     compiled = jit_train_step(program).lower(state, random_batch(config)).compile()
     stats = compiled.memory_analysis()
@@ -258,7 +258,7 @@ def test_every_parameter_has_the_expected_optimizer():
 
 def test_an_untied_head_has_the_embeddings_optimizer():
     config = tiny_config(**{"model.tie_embeddings": False})
-    program = build_program(config, tiny_addressing(config))
+    program = build_training(config, tiny_addressing(config))
     assert optimizers(program) == EXPECTED_OPTIMIZERS | {"head": "adamw"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from engram_jax.memory.store.rows import RowFormat
+from engram_jax.memory.store.row_format import RowFormat
 
 FORMATS = [RowFormat("float32", 6), RowFormat("bfloat16", 5), RowFormat("fp8", 64)]
 FORMATS += [

@@ -8,13 +8,14 @@ import threading
 import numpy as np
 import pytest
 
-from engram_jax.errors import UserError
-from engram_jax.memory.store import gather
-from engram_jax.memory.store.file import open_memory, write_memory
-from engram_jax.memory.store.frequency import Frequency
-from engram_jax.memory.store.rows import RowFormat
-from engram_jax.memory.store.sets import Sets
-from engram_jax.memory.store.source import CachedTable, HostTable
+from engram_jax.config.errors import UserError
+from engram_jax.memory.store import gather_rows
+from engram_jax.memory.store.dram import HostTable
+from engram_jax.memory.store.host_cache import CachedTable
+from engram_jax.memory.store.memory_file import open_memory, write_memory
+from engram_jax.memory.store.read_counts import Frequency
+from engram_jax.memory.store.row_format import RowFormat
+from engram_jax.memory.store.s3fifo import Sets
 from tests.memory.store.tables import FORMATS, numbers, stored
 
 ROWS = 500
@@ -25,7 +26,7 @@ class Watched(HostTable):
 
     fails = False
 
-    def gather(self, ids, out):
+    def gather_rows(self, ids, out):
         if self.fails:
             raise UserError("the disk is gone")
         self.asked = [*getattr(self, "asked", []), ids.copy()]
@@ -205,7 +206,7 @@ def test_wrong_settings_are_refused():
 
 @pytest.mark.parametrize("capacity", [1, 60, ROWS])
 def test_threads_hammering_one_cache(capacity, tmp_path, monkeypatch):
-    monkeypatch.setattr(gather, "INLINE_BYTES", 1 << 11)
+    monkeypatch.setattr(gather_rows, "INLINE_BYTES", 1 << 11)
     form, path = FORMATS[3], tmp_path / "memory"
     write_memory(path, {"1": (form, ROWS, [numbers(form, ROWS)])}, "f")
     cache = CachedTable(open_memory(path).disk("1"), capacity)

@@ -7,7 +7,7 @@ import importlib
 import numpy as np
 import pytest
 
-from engram_jax.memory.store.source import distinct
+from engram_jax.memory.store.distinct_rows import distinct
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -49,7 +49,7 @@ def test_wrong_ids_are_refused():
 @pytest.mark.parametrize("pieces", [1, 2, 3, 7])
 @pytest.mark.parametrize("highest", [0, 5, 10_000, 2**31 - 1])
 def test_shared_by_the_cores(pieces, highest, monkeypatch):
-    module = importlib.import_module("engram_jax.memory.store.distinct")
+    module = importlib.import_module("engram_jax.memory.store.distinct_rows")
     monkeypatch.setattr(module, "_SHARED", 10)
     monkeypatch.setattr(module, "cores", lambda: pieces)
     ids = np.minimum(np.random.default_rng(pieces).zipf(1.2, 9_000), highest + 1).astype(np.int64)

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engram_jax.errors import UserError
-from engram_jax.memory.store import disk, write
-from engram_jax.memory.store import header as header_module
-from engram_jax.memory.store.file import open_memory, write_memory
-from engram_jax.memory.store.header import LayerHeader, block_rows, plan, to_bytes
-from engram_jax.memory.store.rows import RowFormat
+from engram_jax.config.errors import UserError
+from engram_jax.memory.store import file_format as header_module
+from engram_jax.memory.store import file_table, write_file
+from engram_jax.memory.store.file_format import LayerHeader, block_rows, plan, to_bytes
+from engram_jax.memory.store.memory_file import open_memory, write_memory
+from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.memory.store.xxh64 import xxh64
 from tests.memory.store.tables import FORMATS, numbers, stored
 
@@ -101,7 +101,7 @@ def test_another_addressing_is_refused(path):
 
 def test_the_length_of_chunks_does_not_matter(path, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    monkeypatch.setattr(write, "_PIECE", 4 * 64 * 13)
+    monkeypatch.setattr(write_file, "_PIECE", 4 * 64 * 13)
     layers = {str(i): (form, ROWS, [numbers(form, ROWS, i)]) for i, form in enumerate(FORMATS)}
     write_memory(other, layers, "cafe", {"step": "12"})
     assert other.read_bytes() == path.read_bytes()
@@ -247,7 +247,7 @@ def test_a_file_that_is_cut_short_within_a_call(path, monkeypatch):
     """After it has been looked at: a mapped file would end the process."""
     source = open_memory(path).disk("4")
     os.truncate(path, 4096)
-    monkeypatch.setattr(disk.OpenFile, "check_size", lambda self: None)
+    monkeypatch.setattr(file_table.OpenFile, "check_size", lambda self: None)
     with pytest.raises(UserError) as caught:
         gathered(source, np.arange(ROWS))
     message = str(caught.value)
@@ -257,9 +257,11 @@ def test_a_file_that_is_cut_short_within_a_call(path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="reads Linux' /proc")
 def test_a_read_error_is_an_error_of_the_call():
     """Address 4,096 of a process is not there to be read, which this file calls an I/O error."""
-    file = disk.OpenFile(FileIO("/proc/self/mem", "rb"))
-    part = disk.StoredPart("t", 4096, 100, 64, np.zeros(2, np.uint64), 64)
-    source = disk.DiskTable(RowFormat("float32", 16), [part], file=file, layer="1", resident={})
+    file = file_table.OpenFile(FileIO("/proc/self/mem", "rb"))
+    part = file_table.StoredPart("t", 4096, 100, 64, np.zeros(2, np.uint64), 64)
+    source = file_table.DiskTable(
+        RowFormat("float32", 16), [part], file=file, layer="1", resident={}
+    )
     with pytest.raises(UserError) as caught:
         gathered(source, [70, 3])
     assert str(caught.value) == (

@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from engram_jax.errors import UserError
-from engram_jax.memory.store.frequency import (
+from engram_jax.config.errors import UserError
+from engram_jax.memory.store.read_counts import (
     AccessCounter,
     Frequency,
     count_accesses,

@@ -8,17 +8,17 @@ from functools import cache
 import numpy as np
 import pytest
 
-from engram_jax.memory.store import policy
+from engram_jax.memory.store import cache_policies
 
 
 def trace(rng: np.random.Generator, batches: int, size: int, rows: int, since: int = 0):
-    return policy.record(
+    return cache_policies.record(
         [rng.integers(0, rows, size).astype(np.int32) * 10 for _ in range(batches)], since
     )
 
 
 def test_a_trace_has_each_row_once_per_batch():
-    got = policy.record([np.array(b, np.int32) for b in ([7, 3, 7], [], [9, 3])], since=1)
+    got = cache_policies.record([np.array(b, np.int32) for b in ([7, 3, 7], [], [9, 3])], since=1)
     assert list(got.rows) == [3, 7, 9]
     assert list(got.ids) == [0, 1, 0, 2] and list(got.edges) == [0, 2, 2, 4]
     assert got.since == 2 and got.lookups == 2
@@ -42,7 +42,7 @@ def best(ids: tuple[int, ...], capacity: int) -> int:
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_belady_is_the_optimum(seed, capacity):
     some = trace(np.random.default_rng(seed), 6, 3, 6)
-    assert policy.belady(some, capacity) == best(tuple(some.ids.tolist()), capacity)
+    assert cache_policies.belady(some, capacity) == best(tuple(some.ids.tolist()), capacity)
 
 
 def plain_lru(ids, capacity):
@@ -110,10 +110,10 @@ def plain_s3_fifo(ids, capacity):
 def test_policies_equal_plain_python(name, plain, seed, capacity):
     rng = np.random.default_rng(seed)
     batches = [np.minimum(rng.zipf(1.3, 20), 150).astype(np.int32) for _ in range(60)]
-    some = policy.record(batches, since=20)
+    some = cache_policies.record(batches, since=20)
     hits = list(plain(some.ids.tolist(), capacity))
-    assert policy.ONLINE[name](some, capacity) == sum(hits[some.since :])
-    assert policy.ONLINE[name](policy.record(batches), capacity) == sum(hits)
+    assert cache_policies.ONLINE[name](some, capacity) == sum(hits[some.since :])
+    assert cache_policies.ONLINE[name](cache_policies.record(batches), capacity) == sum(hits)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -122,38 +122,40 @@ def test_lfu_where_no_counts_tie(seed):
     rng = np.random.default_rng(seed)
     ids = [row for row in range(8) for _ in range(3**row % 50 + row)]
     batches = [np.array([row], np.int32) for row in rng.permutation(ids)]
-    some = policy.record(batches)
+    some = cache_policies.record(batches)
     for capacity in (7, 8):
         want = sum(plain_lfu_hits_at_most(some.ids.tolist(), capacity))
-        assert abs(policy.lfu(some, capacity) - want) <= (0 if capacity == 8 else 3)
+        assert abs(cache_policies.lfu(some, capacity) - want) <= (0 if capacity == 8 else 3)
 
 
 @pytest.mark.parametrize("capacity", [1, 5, 40, 149, 400])
 def test_no_policy_beats_the_optimum_and_all_hit_when_all_fits(capacity):
     rng = np.random.default_rng(1)
     batches = [np.minimum(rng.zipf(1.3, 20), 150).astype(np.int32) for _ in range(60)]
-    some = policy.record(batches)
-    most = policy.belady(some, capacity)
-    for simulate in policy.ONLINE.values():
+    some = cache_policies.record(batches)
+    most = cache_policies.belady(some, capacity)
+    for simulate in cache_policies.ONLINE.values():
         assert 0 <= simulate(some, capacity) <= most
         if capacity > 150:
             assert simulate(some, capacity) == most == some.ids.size - len(some.rows)
 
 
 def test_static_keeps_what_it_was_told():
-    some = policy.record([np.array(b, np.int32) for b in ([4, 8], [4, 6], [4, 8, 2])], since=1)
-    assert policy.static(some, 2, np.array([8, 2, 4], np.int32)) == 2
-    assert policy.static(some, 3, np.array([8, 2, 4], np.int32)) == 4
-    assert policy.static_best(some, 1) == 2 and policy.static_best(some, 9) == 5
+    some = cache_policies.record(
+        [np.array(b, np.int32) for b in ([4, 8], [4, 6], [4, 8, 2])], since=1
+    )
+    assert cache_policies.static(some, 2, np.array([8, 2, 4], np.int32)) == 2
+    assert cache_policies.static(some, 3, np.array([8, 2, 4], np.int32)) == 4
+    assert cache_policies.static_best(some, 1) == 2 and cache_policies.static_best(some, 9) == 5
 
 
 def test_sets_start_warm():
     rng = np.random.default_rng(2)
     batches = [np.minimum(rng.zipf(1.3, 20), 150).astype(np.int32) for _ in range(30)]
-    some = policy.record(batches)
+    some = cache_policies.record(batches)
     ids, counts = np.unique(np.concatenate(batches), return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    warm = policy.sets(some, 1000, ids[order].astype(np.int32))
+    warm = cache_policies.sets(some, 1000, ids[order].astype(np.int32))
     assert warm == some.ids.size
 
 
@@ -201,6 +203,6 @@ def test_the_sets_equal_plain_python(seed, capacity):
     rng = np.random.default_rng(seed)
     ids = np.minimum(rng.zipf(1.25, 3_000), 400).astype(np.int32)
     ids[-1] = 400
-    some = policy.record([np.array([row]) for row in ids], since=500)
+    some = cache_policies.record([np.array([row]) for row in ids], since=500)
     hits = list(plain_sets(ids.tolist(), capacity, 401))
-    assert policy.sets(some, capacity) == sum(hits[500:])
+    assert cache_policies.sets(some, capacity) == sum(hits[500:])

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engram_jax.errors import UserError
-from engram_jax.memory.store.rows import RowFormat
+from engram_jax.config.errors import UserError
+from engram_jax.memory.store.row_format import RowFormat
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 

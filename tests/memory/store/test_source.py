@@ -7,11 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from engram_jax.memory.store import disk, gather
-from engram_jax.memory.store.file import open_memory, write_memory
-from engram_jax.memory.store.host import host_array
-from engram_jax.memory.store.rows import RowFormat
-from engram_jax.memory.store.source import HostTable, Source
+from engram_jax.memory.store import file_table, gather_rows
+from engram_jax.memory.store.dram import HostTable, host_array
+from engram_jax.memory.store.memory_file import open_memory, write_memory
+from engram_jax.memory.store.row_format import RowFormat
+from engram_jax.memory.store.row_source import Source
 from tests.memory.store.tables import FORMATS, numbers, stored
 
 ROWS = 1_237
@@ -95,7 +95,7 @@ def test_a_large_gather_is_shared_by_the_cores(monkeypatch):
     rows = numbers(row_format, 500)
     ids = np.random.default_rng(2).integers(0, 500, 10_000).astype(np.int32)
     pieces = []
-    whole = gather.split
+    whole = gather_rows.split
 
     def watched(count, work, pool="memory"):
         def seen(begin, end):
@@ -104,8 +104,8 @@ def test_a_large_gather_is_shared_by_the_cores(monkeypatch):
 
         whole(count, seen, pool)
 
-    monkeypatch.setattr(gather, "split", watched)
-    monkeypatch.setattr(gather, "cores", lambda: 3)
+    monkeypatch.setattr(gather_rows, "split", watched)
+    monkeypatch.setattr(gather_rows, "cores", lambda: 3)
     out = row_format.empty(ids.size)
     HostTable.from_rows(row_format, rows).gather(ids, out)
     same(out, stored(row_format, rows), ids)
@@ -113,7 +113,7 @@ def test_a_large_gather_is_shared_by_the_cores(monkeypatch):
 
 
 def test_an_error_in_another_thread_comes_back(monkeypatch):
-    monkeypatch.setattr(gather, "cores", lambda: 2)
+    monkeypatch.setattr(gather_rows, "cores", lambda: 2)
     here, both = threading.current_thread(), threading.Barrier(2, timeout=20)
 
     def work(begin, end):
@@ -123,18 +123,18 @@ def test_an_error_in_another_thread_comes_back(monkeypatch):
             raise RuntimeError("elsewhere")
 
     with pytest.raises(RuntimeError, match="elsewhere"):
-        gather.split(80, work)
+        gather_rows.split(80, work)
 
 
 def test_every_piece_is_done_once_and_before_the_end(monkeypatch):
-    monkeypatch.setattr(gather, "cores", lambda: 3)
+    monkeypatch.setattr(gather_rows, "cores", lambda: 3)
     for count in (0, 1, 2, 5, 100):
         done = np.zeros(count, int)
 
         def work(begin, end, done=done):
             done[begin:end] += 1
 
-        gather.split(count, work)
+        gather_rows.split(count, work)
         assert (done == 1).all()
 
 
@@ -154,8 +154,8 @@ def test_the_counters(tmp_path):
 
 
 def test_threads_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(gather, "INLINE_BYTES", 1 << 12)
-    monkeypatch.setattr(disk, "_SPLIT", 50)
+    monkeypatch.setattr(gather_rows, "INLINE_BYTES", 1 << 12)
+    monkeypatch.setattr(file_table, "_SPLIT", 50)
     row_format = FORMATS[3]
     rows = numbers(row_format, ROWS)
     parts = stored(row_format, rows)
@@ -195,7 +195,7 @@ def test_large_arrays_begin_as_zeros(huge_pages):
 @pytest.mark.parametrize("offset", [0, 32, 16, 1])
 def test_large_gathers_write_their_rows_and_nothing_else(width, offset, monkeypatch):
     """Past the caches where rows and buffer are multiples of 32 bytes, and through them else."""
-    monkeypatch.setattr(gather, "INLINE_BYTES", 1 << 10)
+    monkeypatch.setattr(gather_rows, "INLINE_BYTES", 1 << 10)
     rng = np.random.default_rng(width + offset)
     rows = rng.integers(0, 256, (ROWS, width), np.uint8)
     ids = rng.integers(0, ROWS, 500).astype(np.int32)
@@ -204,6 +204,6 @@ def test_large_gathers_write_their_rows_and_nothing_else(width, offset, monkeypa
     whole[:] = 7
     memory = whole.reshape(-1)
     end = offset + len(ids) * width
-    gather.gather_rows(rows, ids, memory[offset:end].reshape(-1, width))
+    gather_rows.gather_rows(rows, ids, memory[offset:end].reshape(-1, width))
     np.testing.assert_array_equal(memory[offset:end].reshape(-1, width), rows[ids])
     assert (memory[:offset] == 7).all() and (memory[end:] == 7).all()

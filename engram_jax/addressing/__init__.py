@@ -1,0 +1,28 @@
+"""Token ids to rows of the tables: no parameters, from tokenizer and configuration alone.
+
+    raw ids --compression--> canonical ids --hash (primes, multipliers: hash_plan)--> rows
+
+`artifact` holds all of it with a fingerprint. The hash exists four times, bit for bit the same:
+`hash_numpy` (int64, the authority), `hash_jax` (32-bit words, on a device), `hash_batches` (batches
+in the data pipeline) and `hash_numba` (a few tokens, for serving).
+"""
+
+from engram_jax.addressing.artifact import Addressing, as_stored, build, check_same
+from engram_jax.addressing.compression import build_compression
+from engram_jax.addressing.hash_batches import BatchAddresser
+from engram_jax.addressing.hash_plan import LayerAddressing, plan
+from engram_jax.addressing.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_size
+
+__all__ = [
+    "Addressing",
+    "BatchAddresser",
+    "LayerAddressing",
+    "as_stored",
+    "build",
+    "build_compression",
+    "check_same",
+    "load_tokenizer",
+    "plan",
+    "tokenizer_fingerprint",
+    "tokenizer_size",
+]

@@ -1,0 +1,234 @@
+"""The addressing artifact: everything that decides an address, saved beside a checkpoint.
+
+A table is worth nothing under other addresses, and NumPy does not promise that a generator's
+stream stays the same for ever. So the numbers themselves are stored, with a fingerprint over all of
+them, and a checkpoint made under one fingerprint is refused under another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from engram_jax.addressing.compression import build_compression
+from engram_jax.addressing.hash_plan import LayerAddressing, plan
+from engram_jax.addressing.tokenizer import (
+    former_fingerprint,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_size,
+)
+from engram_jax.config import QWEN, Config, TokenizerConfig
+from engram_jax.config.errors import UserError
+
+_JSON, _NPZ = "addressing.json", "addressing.npz"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Addressing:
+    """Text to rows, for all Engram layers of a model.
+
+    compression: int32 [V_tok] canonical id per raw id; None = raw ids are hashed as they are
+      (dialect "qwen"), or no tokenizer was at hand (describe, compile).
+    canonical_vocab_size: number of ids that are hashed.
+    pad_id: canonical id of the tokenizer's pad id.
+    layers: addressing of each Engram layer by 0-based layer id.
+    dialect: "paper" or "qwen".
+    eos_id: raw end-of-sequence id, -1 = none.
+    tokenizer_fingerprint: SHA-256 of the tokenizer, "" = none was at hand.
+
+    Compare two by `fingerprint`.
+    """
+
+    compression: np.ndarray | None
+    canonical_vocab_size: int
+    pad_id: int
+    layers: dict[int, LayerAddressing]
+    dialect: str
+    eos_id: int
+    tokenizer_fingerprint: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what decides an address: tokenizer, map, multipliers, primes, fill."""
+        numbers = self._numbers()
+        del numbers["eos_id"]  # decides none by itself: where it does, it is a layer's restart_id
+        digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
+        digest.update(_bytes(self.compression))
+        return digest.hexdigest()
+
+    def _numbers(self) -> dict[str, Any]:
+        """Everything but the compression map, as JSON values."""
+        layers = [dataclasses.asdict(layer) for _, layer in sorted(self.layers.items())]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "layers": layers, "compression": self.compression is not None}
+
+    def save(self, directory: str | Path) -> None:
+        """Write addressing.json and addressing.npz into `directory` (made if missing).
+
+        The JSON file comes last and by renaming: where it stands, both are whole.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.compression is not None:
+            np.savez_compressed(folder / _NPZ, compression=self.compression)
+        state = {"format": _FORMAT, "fingerprint": self.fingerprint, **self._numbers()}
+        partial = folder / (_JSON + ".partial")
+        partial.write_text(json.dumps(state, indent=1) + "\n")
+        os.replace(partial, folder / _JSON)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Addressing:
+        """Read what `save` wrote. Raises UserError when it is missing, broken or was changed."""
+        folder = Path(directory)
+        try:
+            state = json.loads((folder / _JSON).read_text())
+            layers = [_layer(values) for values in state["layers"]]
+            compression = None
+            if state["compression"]:
+                with np.load(folder / _NPZ, allow_pickle=False) as archive:
+                    compression = archive["compression"]
+            found = cls(
+                compression=compression,
+                canonical_vocab_size=state["canonical_vocab_size"],
+                pad_id=state["pad_id"],
+                layers={layer.layer_id: layer for layer in layers},
+                dialect=state["dialect"],
+                eos_id=state["eos_id"],
+                tokenizer_fingerprint=state["tokenizer_fingerprint"],
+            )
+            stored = state["fingerprint"]
+        except Exception as error:  # whatever a truncated or foreign file raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"addressing in {folder}: cannot be read ({reason})") from error
+        if found.fingerprint != stored:
+            raise UserError(
+                f"addressing in {folder}: damaged; its fingerprint is {found.fingerprint},"
+                f" the file says {stored}"
+            )
+        return found
+
+
+def _bytes(compression: np.ndarray | None) -> bytes:
+    return b"" if compression is None else np.ascontiguousarray(compression, "<i4").tobytes()
+
+
+def _layer(values: dict[str, Any]) -> LayerAddressing:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return LayerAddressing(**fields)
+
+
+def check_same(stored: Addressing, mine: Addressing) -> None:
+    """Raise UserError, naming both fingerprints and what differs, unless the two are the same."""
+    if stored.fingerprint == mine.fingerprint:
+        return
+    theirs, ours = stored._numbers(), mine._numbers()
+    different = [name for name in theirs if name != "eos_id" and theirs[name] != ours[name]]
+    if _bytes(stored.compression) != _bytes(mine.compression) and "compression" not in different:
+        different.append("compression")
+    message = (
+        f"addressing {stored.fingerprint} (stored with the checkpoint) differs from"
+        f" {mine.fingerprint} (this configuration and tokenizer) in {', '.join(different)}:"
+        " its tables would be read at the wrong rows"
+    )
+    if "tokenizer_fingerprint" in different:
+        message += (
+            "; the tokenizer is another one, or the text that it is trained on has changed (the"
+            " embedded text does with another Python version), or older code, which read some"
+            " tokenizers otherwise, has trained it: go back to them, or start a new run with"
+            " another --workdir"
+        )
+    raise UserError(message)
+
+
+def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
+    """`mine`, under the name that an older run in `workdir` knows its tokenizer by.
+
+    A post-processor once counted in tokenizers' fingerprints, though it changes no id of a text.
+    The run's tokenizer.json proves that it is the same one; without that proof `mine` comes back.
+    """
+    folder = Path(workdir)
+    if not (folder / "addressing" / _JSON).is_file() or not (folder / "tokenizer.json").is_file():
+        return mine
+    known = Addressing.load(folder / "addressing").tokenizer_fingerprint
+    if known == mine.tokenizer_fingerprint or known != former_fingerprint(folder):
+        return mine
+    same = tokenizer_fingerprint(load_tokenizer(folder)) == mine.tokenizer_fingerprint
+    return dataclasses.replace(mine, tokenizer_fingerprint=known) if same else mine
+
+
+def build(config: Config, tokenizer: Tokenizer | None = None) -> Addressing:
+    """The addressing of a configuration.
+
+    tokenizer: None = none at hand (describe, compile): dialect "paper" then takes the recorded
+      `config.tokenizer.canonical_vocab_size`, and has no compression and the raw pad id.
+
+    Raises UserError naming the key when the recorded sizes and the tokenizer disagree.
+    """
+    tokens, engram = config.tokenizer, config.model.engram
+    if tokenizer is not None and tokenizer_size(tokenizer) > tokens.vocab_size:
+        raise UserError(
+            f"config.tokenizer.vocab_size = {tokens.vocab_size}: must be at least the tokenizer's"
+            f" {tokenizer_size(tokenizer)} ids"
+        )
+    if engram.hash_dialect == QWEN:
+        compression, canonical_size, pad_id = None, tokens.vocab_size, tokens.pad_id
+        fill_id, restart_id = tokens.eos_id, tokens.eos_id
+        if tokens.canonical_vocab_size not in (0, canonical_size):
+            raise UserError(
+                f"config.tokenizer.canonical_vocab_size = {tokens.canonical_vocab_size}: must be 0"
+                f" or tokenizer.vocab_size = {canonical_size}: hash dialect {QWEN!r} hashes raw ids"
+            )
+    else:
+        compression = None if tokenizer is None else build_compression(tokenizer)
+        canonical_size = _canonical_size(tokens, compression, needed=bool(engram.layers))
+        pad_id = _canonical_pad(tokens, compression)
+        fill_id, restart_id = pad_id, None
+    return Addressing(
+        compression=compression,
+        canonical_vocab_size=canonical_size,
+        pad_id=pad_id,
+        layers=plan(engram, canonical_size, fill_id=fill_id, restart_id=restart_id),
+        dialect=engram.hash_dialect,
+        eos_id=tokens.eos_id,
+        tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    )
+
+
+def _canonical_size(tokens: TokenizerConfig, compression: np.ndarray | None, needed: bool) -> int:
+    recorded = tokens.canonical_vocab_size
+    if compression is None:
+        if needed and recorded <= 0:
+            raise UserError(
+                f"config.tokenizer.canonical_vocab_size = {recorded}: must be the number of ids the"
+                " tokenizer compresses to when no tokenizer is given"
+            )
+        return recorded
+    found = int(compression.max()) + 1
+    if recorded not in (0, found):
+        raise UserError(
+            f"config.tokenizer.canonical_vocab_size = {recorded} ({tokens.name}): this tokenizer"
+            f" compresses to {found} canonical ids; give the one recorded, or set the key to 0"
+        )
+    return found
+
+
+def _canonical_pad(tokens: TokenizerConfig, compression: np.ndarray | None) -> int:
+    if compression is None:
+        return tokens.pad_id
+    if tokens.pad_id >= len(compression):
+        raise UserError(
+            f"config.tokenizer.pad_id = {tokens.pad_id}: must be an id of the tokenizer, 0 to"
+            f" {len(compression) - 1}"
+        )
+    return int(compression[tokens.pad_id])

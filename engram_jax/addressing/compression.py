@@ -1,0 +1,51 @@
+"""Vocabulary compression: raw token id -> canonical id (paper, section 2.1; Appendix C, Table 6).
+
+Tokens that read the same once case, accents and surrounding white space are dropped share one
+canonical id, so that " Apple", "apple" and "APPLE" lie in the same n-grams. The map is a function
+of the tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, normalizers
+
+from engram_jax.addressing.tokenizer import tokenizer_size
+
+REPLACEMENT = "\ufffd"  # decoding a part of a character gives this
+_ONE_SPACE = "\ue000"  # private use: stands for a lone space while the rest is stripped
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex(r"^ $"), _ONE_SPACE),
+            normalizers.Strip(),
+            normalizers.Replace(_ONE_SPACE, " "),
+        ]
+    )
+
+
+def build_compression(tokenizer: Tokenizer) -> np.ndarray:
+    """Canonical id of every raw id: int32 [V], V = highest id + 1.
+
+    A token's key is its decoded text (special tokens kept), normalised; the text itself where
+    nothing is left of it; the raw token string where the text holds a broken character. Canonical
+    ids number the keys in the order in which the raw ids first show them, so they are dense from 0.
+    """
+    size = tokenizer_size(tokenizer)
+    texts = tokenizer.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
+    normalizer = _normalizer()
+    canonical_of_key: dict[str, int] = {}
+    compression = np.empty(size, np.int32)
+    for raw, text in enumerate(texts):
+        key = normalizer.normalize_str(text) or text
+        if REPLACEMENT in text:
+            key = tokenizer.id_to_token(raw) or text
+        compression[raw] = canonical_of_key.setdefault(key, len(canonical_of_key))
+    return compression

@@ -1,0 +1,103 @@
+"""Reading a `tokenizer.json`, and telling two tokenizers apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from engram_jax.config.errors import UserError
+
+
+def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenizer:
+    """The tokenizer stored at `path`: a `tokenizer.json`, or a folder that holds one.
+
+    It is the one door for training, serving and everything between, so that a text has the same ids
+    everywhere: all of the text, nothing added (truncation, padding and the post-processor are
+    cleared, BPE's dropout, too), and special tokens that are spelled in it are text. Added tokens
+    that are not special are words of the vocabulary like others.
+
+    parse_special: special tokens that are spelled in a text become their ids.
+
+    Raises UserError naming the path when there is no such file or it does not hold a tokenizer.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"tokenizer {file}: no such file; give the path of a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        reason = str(error).splitlines()[0]
+        raise UserError(f"tokenizer {file}: not a tokenizer.json ({reason})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.post_processor = None
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None  # draws other ids for the same text each time
+    _keep_special_tokens_out_of_words(tokenizer)
+    tokenizer.encode_special_tokens = not parse_special
+    return tokenizer
+
+
+def _keep_special_tokens_out_of_words(tokenizer: Tokenizer) -> None:
+    """Where the model itself makes a special token of the text that spells it (Unigram's piece
+    "</s>", a word "</s>" between blanks), the text is cut behind its first character."""
+    model, made = tokenizer.model, []
+    for token in tokenizer.get_added_tokens_decoder().values():
+        word = model.token_to_id(token.content) if token.special else None
+        if word is not None and word in [t.id for t in model.tokenize(token.content)]:
+            made.append(token.content)
+    if not made:
+        return
+    pattern = "|".join(f"{re.escape(c[0])}(?={re.escape(c[1:])})" for c in sorted(made))
+    cut = pre_tokenizers.Split(Regex(pattern), "merged_with_previous")
+    before = tokenizer.pre_tokenizer
+    if before is None:
+        tokenizer.pre_tokenizer = cut
+        return
+    state = json.loads(before.__getstate__())
+    if json.loads(cut.__getstate__()) not in state.get("pretokenizers", [state])[-1:]:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([before, cut])
+
+
+def tokenizer_size(tokenizer: Tokenizer) -> int:
+    """Number of ids, added tokens included: one more than the highest id."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 (hex) of everything that turns text into ids and ids into text.
+
+    That is normalizer, pre-tokenizer, model with its merges, added tokens with their options, and
+    decoder. What `load_tokenizer` clears is left out, since it changes no id there. Merges are read
+    in both spellings ("a b" and ["a", "b"]) that versions of the library write.
+    """
+    state = json.loads(tokenizer.to_str())
+    for cleared in ("truncation", "padding", "version"):
+        state.pop(cleared, None)
+    return _digest({**state, "post_processor": None})
+
+
+def former_fingerprint(folder: Path) -> str:
+    """The fingerprint of a run's tokenizer.json from when its post-processor counted; "" for one
+    whose text older code gave other ids (dropout, special tokens as words)."""
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if tokenizer_fingerprint(raw) != tokenizer_fingerprint(load_tokenizer(folder)):
+        return ""
+    state = json.loads(raw.to_str())
+    for set_at_run_time in ("truncation", "padding", "version"):
+        state.pop(set_at_run_time, None)
+    return _digest(state)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    model: dict[str, Any] = state["model"]
+    if "merges" in model:
+        model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

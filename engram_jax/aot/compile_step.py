@@ -1,0 +1,210 @@
+"""--mode=compile: a configuration's training or decode step compiled for a TPU slice, none at hand.
+
+What is compiled is what runs: the same functions, meshes, shardings and donations, with shapes in
+place of arrays. Only the values of the tokenizer's compression are made up, where no tokenizer is
+given; its shape is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from engram_jax.addressing import Addressing, build, load_tokenizer
+from engram_jax.aot import step_cost
+from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
+from engram_jax.aot.topology import parse, slice_topology, slices_of
+from engram_jax.config import PAPER, Config
+from engram_jax.config.errors import UserError
+from engram_jax.hardware.xla_flags import options_of
+from engram_jax.model.decode import jit_extend, session_shardings, start
+from engram_jax.model.program import PLANNED_DISTINCT, Program, Weights
+from engram_jax.sharding.rules import BATCH, P, make_mesh
+from engram_jax.training.state import TrainingProgram, TrainState, abstract_state, build_training
+from engram_jax.training.step import jit_train_step
+
+SHARE_OF_CANONICAL = 0.766  # of a tokenizer's ids, where neither is known (DeepSeek-V3's)
+
+
+def compile_step(config: Config, topology_name: str, program_name: str = "train") -> dict[str, Any]:
+    """`aot.report.examine` of the compiled step, with the mesh and what the exchange needs.
+
+    topology_name: "v5p:4x4x8". program_name: "train": one update of the whole batch; "decode": one
+    more token for data.batch_size sequences whose caches hold data.seq_len tokens.
+
+    Raises UserError for an unknown slice and for a mesh that does not fit it or the model.
+    """
+    topology = slice_topology(topology_name)
+    program = build_training(config, _addressing(config), make_mesh(config.mesh, topology.devices))
+    lowered, state = {"train": _train, "decode": _decode}[program_name](program)
+    tables = [(layout.local, config.model.engram.dim) for layout in program.layouts.values()]
+    options = options_of(program.mesh)
+    try:
+        compiled, text, seconds = compile_with_text(lowered, options)
+        found = step_cost.examine(compiled, text, topology, state, tables, seconds)
+    except DoesNotFitError as error:
+        found = step_cost.does_not_fit(error, topology, state, tables)
+    about = {
+        "name": config.name,
+        "program": program_name,
+        "mesh": {name: program.mesh.shape[name] for name in program.mesh.axis_names},
+        "accumulation": config.train.accumulation,
+        "global_batch_tokens": config.data.batch_size * config.data.seq_len,
+        "state_bytes": _parts(abstract_state(program), program_name),
+        "xla_options": options,
+    }
+    if program_name == "train" and program.layouts:
+        about["exchange"] = exchange_of(program)
+    return {**about, **found}
+
+
+def smallest_slice(
+    config: Config, topology_name: str, program_name: str, log: Callable[[str], None]
+) -> str | None:
+    """The smallest slice of the same generation that holds a step which `topology_name` does not;
+    None if the largest does not either. Compiles for one slice after another, which takes minutes.
+
+    As many microbatches as leave a device the sequences it has now.
+    """
+    generation, size = parse(topology_name)
+    here = math.prod(size)
+    for name in slices_of(generation.name):
+        chips = math.prod(parse(name)[1])
+        parts, factor = config.train.accumulation, chips / here
+        larger = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, accumulation=max(1, int(parts / factor))),
+        )
+        if factor <= 1:
+            continue
+        try:
+            topology = slice_topology(name)
+            mesh = make_mesh(config.mesh, topology.devices)
+            state = abstract_state(build_training(larger, _addressing(config), mesh))
+            if sum(_parts(state, program_name).values()) > topology.hbm_capacity_bytes:
+                continue
+            log(f"does not fit {topology_name}; compiling for {name}")
+            if compile_step(larger, name, program_name)["fits"]:
+                return name
+        except UserError as error:
+            log(f"{name}: {error}")
+    return None
+
+
+def _parts(state: TrainState, program_name: str) -> dict[str, int]:
+    """Bytes on one device, without padding, of what the program has of a training state."""
+    memory = state.memory.values()
+    weights = {
+        "parameters": step_cost.shard_bytes((state.params, state.router_bias)),
+        "tables": step_cost.shard_bytes([table.rows for table in memory]),
+    }
+    if program_name == "decode":
+        return weights
+    return weights | {
+        "optimizer": step_cost.shard_bytes(state.opt_state),
+        "table_moments": step_cost.shard_bytes([(table.mu, table.nu) for table in memory]),
+    }
+
+
+def exchange_of(program: Program) -> dict[str, Any]:
+    """What one table's rows cost one device in a step, one way, by plan: rows and bytes."""
+    devices, width = program.axes.devices, program.config.model.engram.dim
+    item = jnp.dtype(program.config.model.dtype).itemsize
+    distinct = program.config.mesh.distinct or PLANNED_DISTINCT
+    capacity = program.row_capacity()
+    return {
+        "lookups": program.lookups,
+        "planned_distinct": distinct,
+        "capacity": capacity,
+        "rows_received": capacity * (devices - 1),
+        "bytes_received": capacity * (devices - 1) * width * item,
+        "bytes_needed": round(program.lookups * distinct * (devices - 1) / devices) * width * item,
+    }
+
+
+def _addressing(config: Config) -> Addressing | None:
+    """The configuration's addressing; without a tokenizer, with a made-up compression."""
+    tokens, engram = config.tokenizer, config.model.engram
+    if not engram.layers:
+        return None
+    if tokens.path:
+        return build(config, load_tokenizer(tokens.path))
+    if not tokens.canonical_vocab_size and engram.hash_dialect == PAPER:
+        size = round(SHARE_OF_CANONICAL * tokens.vocab_size)
+        known = dataclasses.replace(tokens, canonical_vocab_size=size)
+        config = dataclasses.replace(config, tokenizer=known)
+    addressing = build(config, None)
+    ids = np.arange(tokens.vocab_size, dtype=np.int32) % addressing.canonical_vocab_size
+    return dataclasses.replace(addressing, compression=ids)
+
+
+def _train(program: TrainingProgram) -> tuple[jax.stages.Lowered, Any]:
+    state = abstract_state(program)
+    return jit_train_step(program).lower(state, _batch(program)), state
+
+
+def _batch(program: Program) -> dict[str, Any]:
+    """A batch as the data pipeline makes it, in shapes."""
+    data, engram = program.config.data, program.config.model.engram
+    shape = (data.batch_size, data.seq_len)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(program.mesh, P(BATCH)))
+
+    batch: dict[str, Any] = {k: array(shape, jnp.int32) for k in ("tokens", "targets")}
+    batch |= {k: array(shape, jnp.int32) for k in ("segments", "positions")}
+    batch["loss_mask"] = array(shape, jnp.float32)
+    if program.layouts and engram.addresses == "host":
+        batch["addresses"] = {k: array((*shape, engram.heads), jnp.int32) for k in program.layouts}
+    return batch
+
+
+def _decode(program: TrainingProgram) -> tuple[jax.stages.Lowered, Any]:
+    data = program.config.data
+    state = abstract_state(program)
+    weights = Weights(
+        state.params, state.router_bias, {k: table.rows for k, table in state.memory.items()}
+    )
+    shardings = session_shardings(program, weights, data.batch_size)
+    session = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda w: start(program, w, data.batch_size, data.seq_len), weights),
+        shardings,
+    )
+    everywhere = NamedSharding(program.mesh, P())
+    tokens = jax.ShapeDtypeStruct((data.batch_size, 1), jnp.int32, sharding=everywhere)
+    valid = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32, sharding=everywhere)
+    return jit_extend(program, shardings).lower(weights, tokens, valid, session), session
+
+
+def as_table(found: dict[str, Any]) -> str:
+    """A report as lines for a terminal."""
+    mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
+    lines = [
+        f"{found['name']}, {found['program']} step, {found['global_batch_tokens']:,} tokens,"
+        f" mesh {mesh or 'of one device'}, accumulation {found['accumulation']}",
+        "state of a device: "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {size / step_cost.GIB:.2f} GiB"
+            for name, size in found["state_bytes"].items()
+        ),
+    ]
+    if "exchange" in found:
+        e = found["exchange"]
+        lines.append(
+            f"rows of one table, one way: {e['rows_received']:,} per device,"
+            f" {e['bytes_received'] / 2**20:.1f} MiB,"
+            f" {e['bytes_received'] / max(1, e['bytes_needed']):.2f} x what"
+            f" {e['planned_distinct']:.0%} distinct lookups need"
+        )
+    lines.append(step_cost.as_table(found))
+    if "smallest_slice" in found:
+        lines.append(f"smallest slice that holds it: {found['smallest_slice'] or 'none'}")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""A trained model back from its workdir, with the tokenizer it was trained with.
+
+Nothing of training is imported: what inference needs of a checkpoint has no optimizer in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram_jax.addressing import artifact, load_tokenizer, tokenizer_fingerprint
+from engram_jax.checkpoint.manager import Checkpointer, Restored
+from engram_jax.checkpoint.run_record import recorded
+from engram_jax.checkpoint.run_settings import check_opened, told
+from engram_jax.checkpoint.table_order import true_rows
+from engram_jax.checkpoint.workdir import TEXT, TOKENIZER, parse_step
+from engram_jax.config import DEVICE, HOST, Config
+from engram_jax.config.errors import UserError
+from engram_jax.distributed import processes
+from engram_jax.distributed.consensus import agree
+from engram_jax.model.program import Program, Weights, build_program
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A restored model: what inference needs.
+
+    run: name of its folder. digest: of the checkpoint (checkpoint/integrity.py). seq_len: tokens of
+    the sequences it was last trained on, the longest that it knows.
+    """
+
+    program: Program
+    weights: Weights
+    tokenizer: Any
+    eos_id: int
+    step: int
+    run: str
+    digest: str
+    seq_len: int
+
+    @property
+    def name(self) -> str:
+        """This checkpoint, in messages."""
+        return f"{self.program.config.name}, run {self.run}, step {self.step}"
+
+
+def load(
+    config: Config,
+    workdir: Path,
+    step: str = "latest",
+    rows: str | None = DEVICE,
+    accept: Sequence[str] = (),
+) -> Trained:
+    """The model of a run. Raises UserError if the workdir holds none, or another one.
+
+    rows: where to read the tables to: DEVICE, HOST (np.ndarray) or None = not at all.
+    accept: keys or sections of `config` that may differ from what the run was trained with.
+    """
+
+    def read() -> tuple[Any, int]:
+        if changes := check_opened(config, workdir, step, accept):
+            processes.warn(f"other settings than the run's: {told(changes)}")
+        check_same_tokenizer(config, workdir)
+        tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=config.serve.parse_special)
+        return tokenizer, json.loads((workdir / TEXT).read_text())["eos_id"]
+
+    tokenizer, eos_id = agree(read)
+    mine = artifact.build(config, tokenizer) if config.model.engram.layers else None
+    addressing = None if mine is None else agree(lambda: artifact.as_stored(mine, workdir))
+    program = build_program(config, addressing)
+    with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
+        found = restore_weights(program, checkpointer, parse_step(step), rows)
+    seq_len = agree(lambda: _trained_length(found.metadata, workdir, found.step, config))
+    run = workdir.resolve().name
+    return Trained(program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len)
+
+
+def restore_weights(
+    program: Program, checkpointer: Checkpointer, step: int | str | None, rows: str | None
+) -> Restored:
+    """`Checkpointer.restore` of the `Weights` in a training state, rows in their natural order.
+
+    rows: where to read the tables to: DEVICE, HOST (np.ndarray) or None = not at all.
+    """
+    weights = program.abstract_weights()
+    tables: dict[str, Any] = {}
+    if rows == DEVICE:
+        tables = dict(weights.rows)
+    elif rows == HOST:
+        tables = {
+            layer: np.empty((program.table_rows[layer], *table.shape[1:]), table.dtype)
+            for layer, table in weights.rows.items()
+        }
+    state = {
+        "params": weights.params,
+        "router_bias": weights.router_bias,
+        "memory": {layer: {"rows": table} for layer, table in tables.items()},
+    }
+    stored = {k: r for k, r in true_rows(program).items() if k.endswith("/rows")} if tables else {}
+    found = checkpointer.restore(step, state, true_rows=stored, whole=False)
+    read = found.state
+    memory = {layer: table["rows"] for layer, table in read["memory"].items()}
+    return dataclasses.replace(found, state=Weights(read["params"], read["router_bias"], memory))
+
+
+def _trained_length(metadata: dict[str, Any], workdir: Path, step: int, config: Config) -> int:
+    """From the checkpoint; one of before has it from the launch that made it, or from `config`."""
+    if "seq_len" in metadata:
+        return int(metadata["seq_len"])
+    return (recorded(workdir, step) or config).data.seq_len
+
+
+def check_same_tokenizer(config: Config, workdir: Path) -> None:
+    """Raises UserError if config.tokenizer.path names another tokenizer than the run's, which would
+    not be used."""
+    if not config.tokenizer.path:
+        return
+    given = tokenizer_fingerprint(load_tokenizer(config.tokenizer.path))
+    trained = tokenizer_fingerprint(load_tokenizer(workdir / TOKENIZER))
+    if given != trained:
+        raise UserError(
+            f"config.tokenizer.path = {config.tokenizer.path!r}: tokenizer {given} is not the one"
+            f" that the model in {workdir} was trained with, {trained}; leave it out"
+        )

@@ -1,0 +1,93 @@
+"""The folder a run lives in: can it be written to, is somebody else training there.
+
+run.json, metrics.jsonl, report.html   what happened (provenance, metrics, report)
+goodput.json, profile/                 the time it took (goodput), recorded steps (profiling)
+checkpoints/, addressing/              the model (checkpoint)
+tokenizer.json, text.json              its text side (restore)
+.lock                                  held while a process trains here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from engram_jax.config.errors import UserError
+from engram_jax.distributed.consensus import agree
+
+RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
+TEXT, LOSSES = "text.json", "losses.json"
+LOGS = ("metrics.jsonl", "tensorboard", "goodput.json")
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises UserError if `workdir` is not, and cannot become, a folder to write to.
+
+    Makes nothing, so that what is refused later leaves no empty folder behind.
+    """
+    folder = workdir.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"--workdir={workdir}: {folder} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written to ({error.strerror})"
+        raise UserError(f"--workdir={workdir}: {reason}") from error
+
+
+def check_trained(workdir: Path) -> None:
+    """Raises UserError if no run was ever started in `workdir`."""
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise UserError(f"--workdir={workdir}: no trained model there; run --mode=train first")
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """The steps that `workdir` has a checkpoint of, ascending, by the names of their folders."""
+    folder = workdir / CHECKPOINTS
+    found = folder.iterdir() if folder.is_dir() else []
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def parse_step(step: str) -> int | str | None:
+    """--step as `Checkpointer.restore` takes it: "latest" -> None, "best", or a number. Raises
+    UserError for anything else."""
+    if step not in ("latest", "best") and not step.isdecimal():
+        raise UserError(f"--step={step}: must be latest, best or a step number")
+    return int(step) if step.isdecimal() else {"latest": None}.get(step, step)
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Make `workdir` and keep other launches from training in it meanwhile.
+
+    The lock goes with the process, however that ends. One process of a run holds it; on a file
+    system without locks nobody does. Raises UserError if another launch has it.
+    """
+    with contextlib.ExitStack() as stack:
+        agree(lambda: _lock(workdir, stack))
+        yield
+
+
+def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:
+        return
+    file = stack.enter_context((workdir / ".lock").open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--workdir={workdir}: another process is training there; wait for it, or give"
+            " another --workdir"
+        ) from None
+    except OSError:
+        pass

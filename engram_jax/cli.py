@@ -1,0 +1,236 @@
+"""The flags of launch.py, and what each mode does with them."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from engram_jax.checkpoint import run_settings
+from engram_jax.checkpoint.workdir import parse_step
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.run import command_line
+
+NAMES = (
+    "train",
+    "evaluate",
+    "generate",
+    "serve",
+    "export-memory",
+    "count-memory",
+    "describe",
+    "compile",
+)
+OPENS_A_RUN = NAMES[:5]
+WITHOUT_PROCESSES = ("describe", "compile")  # they look at no device and read no data
+PROGRAMS = ("train", "decode")
+ROW_FORMATS = ("float32", "bfloat16", "fp8")
+Accepted = tuple[str, ...]
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file under configs/; default: what the --workdir of a run has stored."
+)
+_MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(NAMES)}.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
+_JSON = flags.DEFINE_bool(
+    "json", False, "describe, evaluate, compile: one JSON object on standard output."
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "compile: the TPU slice, for example v5p:4x4x8; none needs to be there."
+)
+_PROGRAM = flags.DEFINE_string("program", "train", "compile: the train or the decode step.")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "train: START:STOP, the steps to record a trace of."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for several processes off TPU."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_JOIN_SECONDS = flags.DEFINE_float(
+    "join_seconds",
+    300.0,
+    "How long several processes wait for each other at the start, in seconds.",
+)
+_STEP = flags.DEFINE_string(
+    "step", "latest", "evaluate, generate, serve, export-memory: latest, best or a step number."
+)
+_ACCEPT = flags.DEFINE_list(
+    "accept_changes",
+    [],
+    "Keys or sections of the configuration that may differ from what the run was trained with.",
+)
+_OUTPUT = flags.DEFINE_string("output", None, "export-memory, count-memory: the file to write.")
+_FORMAT = flags.DEFINE_string(
+    "format", "", "export-memory: float32, bfloat16 or fp8; default: as the tables are."
+)
+_TOKENS = flags.DEFINE_integer("tokens", 10_000_000, "count-memory: how many training tokens.")
+
+
+@command_line.reported
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Read the flags and refuse, in one line, what does not fit together (absl's parser hook)."""
+    command_line.parse_command_line(argv, flags.FLAGS, "config")
+    mode = _MODE.value
+    if mode not in MODES:
+        raise UserError(f"--mode={mode}: must be one of {', '.join(MODES)}")
+    if mode == "generate" and _PROMPT.value is None:
+        raise UserError("--prompt: missing; generate needs a text to continue")
+    try:
+        (_PROMPT.value or "").encode()
+    except UnicodeEncodeError:  # what the command line gave was not UTF-8: a lone surrogate
+        raise UserError(f"--prompt={_PROMPT.value!r}: must be UTF-8 text") from None
+    if mode == "compile" and _TOPOLOGY.value is None:
+        raise UserError("--topology: missing; for example --topology=v5p:4x4x8")
+    if mode in ("export-memory", "count-memory") and not _OUTPUT.value:
+        raise UserError("--output: missing; the file to write")
+    if _FORMAT.value not in ("", *ROW_FORMATS):
+        raise UserError(f"--format={_FORMAT.value}: must be {_or(ROW_FORMATS)}")
+    if _TOKENS.value < 1:
+        raise UserError(f"--tokens={_TOKENS.value}: must be at least 1")
+    if _PROGRAM.value not in PROGRAMS:
+        raise UserError(f"--program={_PROGRAM.value}: must be {_or(PROGRAMS)}")
+    if _PROFILE.value is not None and mode != "train":
+        raise UserError(f"--profile={_PROFILE.value}: only --mode=train has steps to record")
+    run_settings.check_accepted(_ACCEPT.value)
+    if _ACCEPT.value and mode not in OPENS_A_RUN:
+        raise UserError(f"--accept_changes: only for --mode={', '.join(OPENS_A_RUN)}")
+    parse_step(_STEP.value)
+    return list(argv[:1])
+
+
+@command_line.reported
+def main(argv: Sequence[str]) -> None:
+    """Carry out the mode."""
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    config = command_line.config_of(_CONFIG.value, "config")
+    workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+    if _MODE.value not in WITHOUT_PROCESSES:
+        _join(config, workdir)
+        command_line.keep_compiled_programs(config)
+    MODES[_MODE.value](config, workdir, run_settings.check_accepted(_ACCEPT.value))
+
+
+def _join(config: Config, workdir: Path) -> None:
+    """Wait for the other processes of this launch, if there are any, and compare settings."""
+    from engram_jax.distributed import processes, same_launch
+
+    shared = _shared_flags() | {"workdir": str(workdir.absolute())}
+    processes.start(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS.value,
+        lambda: same_launch.describe(config, shared),
+        _JOIN_SECONDS.value,
+    )
+
+
+# One function per mode. Imports are local: describing a model must not load the data pipeline.
+
+
+def _train(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.monitoring import profiling
+    from engram_jax.run import loop
+
+    text = _PROFILE.value
+    window = None if text is None else profiling.parse_window(text, config.train.steps)
+    loop.train(config, workdir, profile=window, accept=accept)
+    # A second SIGTERM while the interpreter shuts down does not change the exit status.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+
+
+def _evaluate(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.distributed import processes
+    from engram_jax.evaluation import held_out
+
+    result = held_out.evaluate(config, workdir, _STEP.value, accept)
+    processes.log(json.dumps(result) if _JSON.value else held_out.table(result))
+
+
+def _generate(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.serve import open_engine
+
+    prompt = _PROMPT.value or ""
+    open_engine.print_continuation(config, workdir, _STEP.value, prompt, accept)
+
+
+def _serve(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.serve.http import server
+
+    server.serve_checkpoint(config, workdir, _STEP.value, accept)
+
+
+def _export_memory(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.distributed import processes
+    from engram_jax.serve import export_memory
+
+    file = Path(_OUTPUT.value or "")
+    export_memory.export_memory(
+        config, workdir, _STEP.value, file, _FORMAT.value, processes.log, accept
+    )
+
+
+def _count_memory(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.distributed import processes
+    from engram_jax.serve import export_memory
+
+    file = Path(_OUTPUT.value or "")
+    export_memory.count_memory(config, file, _TOKENS.value, processes.log)
+
+
+def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.model import describe
+
+    description = describe.describe(config)
+    print(json.dumps(description) if _JSON.value else describe.table(description))
+
+
+def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.aot import compile_step
+
+    topology, program = _TOPOLOGY.value or "", _PROGRAM.value
+    report = compile_step.compile_step(config, topology, program)
+    if not report["fits"]:
+        tell = functools.partial(print, file=sys.stderr, flush=True)
+        report["smallest_slice"] = compile_step.smallest_slice(config, topology, program, tell)
+    print(json.dumps(report) if _JSON.value else compile_step.as_table(report))
+    if not report["fits"]:
+        sys.exit(1)
+
+
+MODES: dict[str, Callable[[Config, Path, Accepted], None]] = dict(
+    zip(
+        NAMES,
+        (_train, _evaluate, _generate, _serve, _export_memory, _count_memory, _describe, _compile),
+        strict=True,
+    )
+)
+
+
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _shared_flags() -> dict[str, Any]:
+    """The flags of this file that every host of a launch must be given alike."""
+    own = {flag.name for flag in (_CONFIG, _WORKDIR, _COORDINATOR, _PROCESSES, _PROCESS)}
+    own |= {_JOIN_SECONDS.name}
+    known = flags.FLAGS.get_flags_for_module(flags.FLAGS.find_module_defining_flag(_MODE.name))
+    return {f.name: f.value for f in known if "." not in f.name and f.name not in own}
+
+
+def run() -> None:
+    """The program: read the command line, carry out its mode, exit."""
+    app.run(main, flags_parser=parse_flags)

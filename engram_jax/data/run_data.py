@@ -1,0 +1,96 @@
+"""The data of a run with the addressing that belongs to its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+from engram_jax.addressing import Addressing, BatchAddresser, build, load_tokenizer
+from engram_jax.config import LOCAL_BPE, Config
+from engram_jax.config.errors import UserError
+from engram_jax.data.packing import Batch
+from engram_jax.data.pipeline import AddressesFn, TrainIterator, train_batches, validation_batches
+from engram_jax.data.placement import rows_here
+from engram_jax.data.prepared import PreparedData, prepare
+from engram_jax.distributed.consensus import agree, gather
+
+
+@dataclass(frozen=True)
+class RunData:
+    """addressing: None for a model without memory."""
+
+    config: Config
+    prepared: PreparedData
+    addressing: Addressing | None
+
+    def train_iterator(self, mesh: Mesh | None = None) -> TrainIterator:
+        """Endless batches; with addresses if the host is to hash.
+
+        mesh: only the rows that this process's devices hold (for `place_batch`); None = all.
+        """
+        rows = None if mesh is None else rows_here(mesh, self.config.data.batch_size)
+        return train_batches(self.prepared, self.config, rows, self._addresses_fn())
+
+    def validation_batches(
+        self, mesh: Mesh | None = None, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """The held-out batches in their fixed order, at most `limit`; mesh: as above."""
+        rows = None if mesh is None else rows_here(mesh, self.config.data.batch_size)
+        return validation_batches(self.prepared, self.config, rows, self._addresses_fn(), limit)
+
+    def _addresses_fn(self) -> AddressesFn | None:
+        if self.addressing is None or self.config.model.engram.addresses != "host":
+            return None
+        return BatchAddresser(self.addressing)
+
+
+def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
+    """Prepare the text (cached) and derive the addressing. Raises UserError for unusable input.
+
+    A tokenizer that is given is checked first: reading and tokenising the text can take hours.
+    """
+    check_tokenizer(config)
+    prepared = prepare(config, log=log)
+    addressing = build(config, prepared.tokenizer) if config.model.engram.layers else None
+    return RunData(config, prepared, addressing)
+
+
+def open_together(config: Config, log: Callable[[str], None] = print) -> RunData:
+    """`open_data` on every process, the same on all. Process 0 goes first: what it prepares in a
+    data.cache_dir that all share, the others find."""
+    first = jax.process_index() == 0
+    mine = agree(lambda: open_data(config, log) if first else None)
+    found = agree(lambda: mine or open_data(config, log))
+    check_same_text(found)
+    return found
+
+
+def check_same_text(run_data: RunData) -> None:
+    """Raises UserError unless all processes have prepared the same text with the same tokenizer."""
+    found = gather(run_data.prepared.fingerprint)
+    other = next((i for i, text in enumerate(found) if text != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"config.data: the text or the tokenizer of process {other} is not that of process 0;"
+            " give every host the same data.path and tokenizer.path (the embedded text is the"
+            " standard library of each host's Python: give all the same version)"
+        )
+
+
+def check_tokenizer(config: Config) -> None:
+    """Raises UserError unless the configured tokenizer is there, fits and compresses as recorded.
+
+    So it must for a model without memory, too: it is compared with those that have one.
+    """
+    tokens = config.tokenizer
+    if tokens.path:
+        build(config, load_tokenizer(tokens.path))
+    elif tokens.name != LOCAL_BPE:
+        raise UserError(
+            f"config.tokenizer.path = '': must be the tokenizer.json of {tokens.name}, which this"
+            f" configuration is made for (or set config.tokenizer.name={LOCAL_BPE} and"
+            " config.tokenizer.canonical_vocab_size=0 to train one on the data)"
+        )

@@ -1,0 +1,152 @@
+"""Many processes, one per host: how they find each other, and who talks."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax._src import clusters  # where a host learns of its slice has no public name
+
+from engram_jax.config.errors import UserError
+from engram_jax.distributed.rendezvous import meet
+
+JOIN_SECONDS = 300.0
+_CONNECT_SECONDS = 60  # for JAX itself, when all processes are known to be there
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in a launch. local_devices: ids, None = all of its host."""
+
+    coordinator: str
+    processes: int
+    process: int
+    local_devices: Sequence[int] | None = None
+
+
+def start(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    launch: Callable[[], Mapping[str, Any]] = dict,
+    seconds: float = JOIN_SECONDS,
+) -> None:
+    """Join the other processes of this launch; call it before anything else asks JAX for devices.
+
+    coordinator: HOST:PORT of process 0. processes: how many there are. process: which this is.
+    Without them a TPU host finds its slice by itself, and any other machine is alone.
+    launch: what must be the same on all of them (same_launch.describe). seconds: how long process 0
+    waits for the others, and they for it.
+
+    Raises UserError if they are given in part or make no sense, if the others do not come, or if
+    they are of another launch.
+    """
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--join_seconds={seconds:g}: must be above 0 and finite")
+    given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if _on_tpu() and (place := _of_slice(seconds)):
+            _join(place, launch, seconds)
+        return
+    if missing:
+        raise UserError(f"{missing[0]}: missing; --{', --'.join(given)} go together")
+    assert coordinator is not None and processes is not None and process is not None
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator_address={coordinator}: must be HOST:PORT")
+    if processes < 1:
+        raise UserError(f"--num_processes={processes}: must be at least 1")
+    if not 0 <= process < processes:
+        raise UserError(
+            f"--process_id={process}: must be at least 0 and below --num_processes={processes}"
+        )
+    if processes > 1:
+        _join(Place(coordinator, processes, process), launch, seconds)
+
+
+def log(line: str) -> None:
+    """What the user reads, once: from process 0."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """What the user should know and did not ask for, once, on standard error."""
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _on_tpu() -> bool:
+    """Whether this machine has TPU chips that JAX is to use. Asks nothing of JAX's backends."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms.split(","):
+        return False
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _of_slice(seconds: float) -> Place | None:
+    """This host's place by the slice's own metadata, as jax.distributed.initialize finds it.
+
+    None for a TPU host that belongs to no slice that JAX knows of: it is alone.
+    """
+    try:
+        address, processes, process, devices = (
+            clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                os.environ.get("JAX_COORDINATOR_ADDRESS"),
+                None,
+                None,
+                None,
+                None,
+                math.ceil(seconds),
+            )
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"the slice's hosts cannot be told: {_first_line(error)}") from error
+    if address is None:
+        return None
+    if processes is None or process is None:
+        raise UserError(f"the slice's hosts cannot be told: only their first, {address}, is known")
+    return Place(address, processes, process, devices)
+
+
+def _join(place: Place, launch: Callable[[], Mapping[str, Any]], seconds: float) -> None:
+    if place.processes > 1:
+        meet(place.coordinator, place.process, place.processes, launch(), seconds)
+        _past_proxies(place.coordinator)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process,
+            local_device_ids=place.local_devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=_CONNECT_SECONDS,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"cannot join the processes at {place.coordinator}: {_first_line(error)}"
+        ) from error
+
+
+def _past_proxies(coordinator: str) -> None:
+    """Processes of one launch talk to each other directly, whatever http_proxy is for."""
+    if not any(os.environ.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+        return
+    name = "no_grpc_proxy"  # gRPC reads it in lower case, and no_proxy only without it
+    hosts = os.environ.get(name) or os.environ.get("no_proxy") or ""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    os.environ[name] = ",".join(filter(None, [hosts, host]))
+    jax.config.update("jax_check_proxy_envs", False)  # its warning of a hang is settled
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

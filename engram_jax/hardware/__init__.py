@@ -1,0 +1,1 @@
+"""The machines: TPU generations, peak FLOP/s, compiler options, loops compiled for the CPU."""

@@ -1,0 +1,48 @@
+"""XLA's compiler options per TPU generation, each with its reason.
+
+Passed as `jax.jit(..., compiler_options=options_of(mesh))`: they belong to one program and need no
+environment variable. Only what changes the compiled program is here (libtpu 0.0.52; a small
+program with every collective beside independent matrix products, compiled with and without).
+"""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from engram_jax.hardware.generations import GENERATIONS
+
+# The exchange of rows: an all-to-all holds the chip up unless it is split into start and done,
+# between which the scheduler then puts independent work. Off by default on every generation; a v5e
+# of many chips refuses it ("Async all-to-all not supported on limited ICI").
+_ASYNC_ALL_TO_ALL = {"xla_tpu_enable_async_all_to_all": True}
+
+# lax.ragged_dot of bfloat16, forward and both gradients, as a kernel of exactly the FLOPs needed.
+# By default it is a dense product of every row with every expert: 8 times the FLOPs with 8 experts
+# on a chip. A v5p takes the kernel by itself; the option changes nothing there.
+_RAGGED_DOT_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": True}
+
+OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    "v5e": {**_RAGGED_DOT_KERNEL},
+    "v5p": {**_ASYNC_ALL_TO_ALL},
+    "v6e": {**_ASYNC_ALL_TO_ALL, **_RAGGED_DOT_KERNEL},
+    "tpu7x": {**_ASYNC_ALL_TO_ALL, **_RAGGED_DOT_KERNEL},
+}
+
+# Accepted but without effect, so not set: xla_tpu_enable_latency_hiding_scheduler (on by default),
+# xla_tpu_enable_async_collective_fusion, its _fuse_all_gather, _fuse_all_reduce,
+# _fuse_reduce_scatter and _multiple_steps, xla_tpu_overlap_compute_collective_tc,
+# xla_enable_async_all_gather, xla_enable_async_all_reduce and
+# xla_tpu_enable_data_parallel_all_reduce_opt.
+
+
+def options_for(generation: str | None) -> dict[str, bool | int | str]:
+    """The compiler options for "v5e", "v5p", "v6e" or "tpu7x"; none for anything else (a CPU, an
+    accelerator that libtpu does not compile for), whose compiler would refuse them."""
+    return dict(OPTIONS.get(generation or "", {}))
+
+
+def options_of(mesh: Mesh) -> dict[str, bool | int | str]:
+    """The compiler options for a mesh's devices, real or described."""
+    kind = mesh.devices.flat[0].device_kind
+    named = (g.name for g in GENERATIONS.values() if kind in g.device_kinds)
+    return options_for(next(named, None))

@@ -1,0 +1,171 @@
+"""Rows of an array in memory, by id, as fast as the memory gives them.
+
+A row of a large table is in no cache, and a loop that waits for each gets a tenth of what memory
+can deliver. So the lines of a row are asked for some rows ahead, and the row is moved in vectors. A
+small gather runs in the calling thread, a large one on all cores and past the caches, so that the
+lines that are written need not be read first; numba's own parallel loops are not used, because
+their threads cannot be entered from two callers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+from numba import uint64
+
+from engram_jax.hardware.numba_jit import native
+from engram_jax.memory.store.cpu_intrinsics import (
+    LINE,
+    fence,
+    move_1,
+    move_8,
+    move_32,
+    prefetch,
+    stream_32,
+)
+
+AHEAD = 24  # rows; flat between 16 and 48 (benchmarks/host_gather.py)
+INLINE_BYTES = 1 << 20  # what a hand-over to another thread, tens of microseconds, is worth
+_PIECES = 4  # per core
+
+
+@native
+def move_row(to, start, size):  # type: ignore[no-untyped-def]
+    """Copy `size` bytes between two addresses (all uint64), for use in compiled loops."""
+    done = uint64(0)
+    while done + uint64(32) <= size:
+        move_32(to + done, start + done)
+        done += uint64(32)
+    while done + uint64(8) <= size:
+        move_8(to + done, start + done)
+        done += uint64(8)
+    while done < size:
+        move_1(to + done, start + done)
+        done += uint64(1)
+
+
+@native
+def prefetch_row(start, size):  # type: ignore[no-untyped-def]
+    """Ask for every cache line of a row, for use in compiled loops."""
+    end = start + size
+    line = start & ~uint64(LINE - 1)
+    while line < end:
+        prefetch(line)
+        line += uint64(LINE)
+
+
+@native
+def _gather(table, ids, out, ahead, streams):  # type: ignore[no-untyped-def]
+    size = uint64(table.shape[1])
+    start, to = uint64(table.ctypes.data), uint64(out.ctypes.data)
+    count = ids.size
+    for i in range(min(ahead, count)):
+        prefetch_row(start + uint64(ids[i]) * size, size)
+    for i in range(count):
+        if i + ahead < count:
+            prefetch_row(start + uint64(ids[i + ahead]) * size, size)
+        here, row = to + uint64(i) * size, start + uint64(ids[i]) * size
+        if streams:
+            done = uint64(0)
+            while done < size:
+                stream_32(here + done, row + done)
+                done += uint64(32)
+        else:
+            move_row(here, row, size)
+    if streams:
+        fence()
+
+
+@native
+def _first_outside(ids, rows):  # type: ignore[no-untyped-def]
+    wrong = 0
+    for i in range(ids.size):  # no exit inside: the loop is vectorised
+        wrong |= (ids[i] < 0) | (ids[i] >= rows)
+    if wrong:
+        for i in range(ids.size):
+            if ids[i] < 0 or ids[i] >= rows:
+                return i
+    return -1
+
+
+def check_request(
+    ids: np.ndarray, rows: int, out: Sequence[np.ndarray], parts: Sequence[tuple[str, int]]
+) -> np.ndarray:
+    """The ids of a `gather`, contiguous, after checking the whole request.
+
+    Raises IndexError for an id outside [0, rows), ValueError for ids that are no int32 or int64 [n]
+    and for buffers that are not C-contiguous uint8 [n, bytes_i].
+    """
+    if ids.ndim != 1 or ids.dtype not in (np.int32, np.int64):
+        raise ValueError(f"ids {ids.dtype} {list(ids.shape)}: must be int32 or int64 [n]")
+    if len(out) != len(parts):
+        raise ValueError(f"{len(out)} buffers: must be one for each of {len(parts)} parts")
+    for buffer, (name, size) in zip(out, parts, strict=True):
+        if buffer.shape != (ids.size, size) or buffer.dtype != np.uint8:
+            raise ValueError(
+                f"buffer of part {name}: {buffer.dtype} {list(buffer.shape)}, must be uint8"
+                f" [{ids.size}, {size}]"
+            )
+        if not buffer.flags.c_contiguous:
+            raise ValueError(f"buffer of part {name}: must be C-contiguous")
+    ids = np.ascontiguousarray(ids)
+    at = _first_outside(ids, rows)
+    if at >= 0:
+        raise IndexError(f"row {ids[at]} (position {at}): must be in 0 to {rows - 1}")
+    return ids
+
+
+def gather_rows(table: np.ndarray, ids: np.ndarray, out: np.ndarray, ahead: int = AHEAD) -> None:
+    """table uint8 [R, b], ids int [n], each in [0, R) (not checked) -> out uint8 [n, b]; all
+    C-contiguous."""
+    if out.nbytes < INLINE_BYTES:
+        _gather(table, ids, out, ahead, False)
+    else:
+        streams = out.shape[1] % 32 == 0 and out.ctypes.data % 32 == 0
+        split(ids.size, lambda a, b: _gather(table, ids[a:b], out[a:b], ahead, streams))
+
+
+def split(count: int, work: Callable[[int, int], None], pool: str = "memory") -> None:
+    """work(begin, end) over [0, count), by all cores, the calling thread among them. The others are
+    threads of a pool: `work` must not call `split` with the same one again, and what may wait for a
+    disk has a pool of its own. There are more pieces than cores, each taken by whoever is free: a
+    core that other work keeps busy does not hold up the rest."""
+    threads = min(cores(), count)
+    pieces = max(1, min(_PIECES * threads, count))
+    edges = [count * i // pieces for i in range(pieces + 1)]
+    left = iter(range(pieces))  # one thread at a time is in `next`
+
+    def take() -> None:
+        for i in left:
+            work(edges[i], edges[i + 1])
+
+    waiting = [_pool(pool).submit(take) for _ in range(1, threads)]
+    try:
+        take()
+    finally:
+        for future in waiting:
+            if not future.cancel():  # nobody had time for it, and nothing is left to do
+                future.exception()  # no piece may still write when the caller goes on
+    for future in waiting:
+        if not future.cancelled():
+            future.result()
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def _pool(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix=f"engram-{name}")
+
+
+if hasattr(os, "register_at_fork"):  # a child has the pool's object and none of its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

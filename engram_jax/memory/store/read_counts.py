@@ -1,0 +1,162 @@
+"""How often each row is read over real text, and the file that says so.
+
+A cache starts warm from it (`CachedTable.warm`), and a static one is chosen by it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram_jax.config.errors import UserError
+from engram_jax.hardware.numba_jit import native
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """One layer's rows by falling count; equal counts by rising id.
+
+    ids: int32 [m], rows that were read, or the most frequent of them. counts: int64 [m], how often.
+    rows: of the table. lookups: in all, rows left out included.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    rows: int
+    lookups: int
+
+    def behind(self, count: int) -> Frequency:
+        """Without the `count` most frequent rows, which lie in a faster place."""
+        return replace(self, ids=self.ids[count:], counts=self.counts[count:])
+
+
+class AccessCounter:
+    """Counts one layer's accesses, 4 bytes per row of the table whatever the text's length."""
+
+    def __init__(self, rows: int) -> None:
+        """rows: of the table, at most 2**31."""
+        self._counts = np.zeros(rows, np.uint32)
+        self.lookups = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """ids: int32 or int64 [...], each in [0, rows); IndexError otherwise, nothing is counted
+        then. A count stays at 2**32 - 1."""
+        flat = np.ascontiguousarray(ids).reshape(-1)
+        if flat.size and (flat.min() < 0 or flat.max() >= self._counts.size):
+            wrong = flat.min() if flat.min() < 0 else flat.max()
+            raise IndexError(f"row {wrong}: must be in 0 to {self._counts.size - 1}")
+        _count(self._counts, flat)
+        self.lookups += flat.size
+
+    def frequency(self, keep: int | None = None) -> Frequency:
+        """The rows read so far, by falling count; at most the first `keep`."""
+        ids = np.flatnonzero(self._counts).astype(np.int32)
+        counts = self._counts[ids].astype(np.int64)
+        order = np.argsort(-counts, kind="stable")[:keep]
+        return Frequency(ids[order], counts[order], self._counts.size, self.lookups)
+
+
+@native
+def _count(counts, ids):  # type: ignore[no-untyped-def]
+    full = np.uint32(0xFFFFFFFF)
+    for i in range(ids.size):
+        if counts[ids[i]] != full:
+            counts[ids[i]] += np.uint32(1)
+
+
+def count_accesses(
+    batches: Iterable[Mapping[str, np.ndarray]], rows: Mapping[str, int], keep: int | None = None
+) -> dict[str, Frequency]:
+    """Frequencies of all layers over a stream of `BatchAddresser`'s results.
+
+    batches: per layer id int32 [..., H]. rows: of each layer's table. keep: as many rows at most.
+    """
+    counters = {layer: AccessCounter(count) for layer, count in rows.items()}
+    for batch in batches:
+        for layer, counter in counters.items():
+            counter.add(batch[layer])
+    return {layer: counter.frequency(keep) for layer, counter in counters.items()}
+
+
+@dataclass(frozen=True)
+class FrequencyFile:
+    """What a frequency file holds: the layers, the addressing's fingerprint, the tokens counted."""
+
+    layers: dict[str, Frequency]
+    fingerprint: str
+    tokens: int
+
+
+def save_frequency(
+    path: str | Path, layers: Mapping[str, Frequency], fingerprint: str, tokens: int
+) -> None:
+    """Write a frequency file (npz), whole or not at all.
+
+    fingerprint: `Addressing.fingerprint`. tokens: of the text that was counted.
+    Raises UserError when it cannot be written.
+    """
+    path = Path(path)
+    arrays: dict[str, Any] = {
+        "format": np.int64(_FORMAT),
+        "fingerprint": np.str_(fingerprint),
+        "tokens": np.int64(tokens),
+        "layers": np.array(list(layers), np.str_),
+    }
+    for layer, f in layers.items():
+        arrays |= {f"{layer}.ids": f.ids.astype("<i4"), f"{layer}.counts": f.counts.astype("<i8")}
+        arrays[f"{layer}.table"] = np.array([f.rows, f.lookups], "<i8")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        try:
+            with partial.open("xb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def load_frequency(path: str | Path, fingerprint: str | None = None) -> FrequencyFile:
+    """Read what `save_frequency` wrote. fingerprint: of the addressing it is for, None = any.
+
+    Raises UserError, one line, for a file that is missing, damaged, foreign or of another
+    addressing.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if int(archive["format"]) != _FORMAT:
+                raise ValueError(f"format {archive['format']}, this program reads {_FORMAT}")
+            layers = {name: _layer(archive, name) for name in archive["layers"].tolist()}
+            found = FrequencyFile(layers, str(archive["fingerprint"]), int(archive["tokens"]))
+    except Exception as error:  # whatever a truncated or foreign file raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: no usable frequency file ({reason})") from error
+    if fingerprint is not None and found.fingerprint != fingerprint:
+        raise UserError(
+            f"{path}: counted with addressing {found.fingerprint}, this model has {fingerprint}"
+        )
+    return found
+
+
+def _layer(archive: Mapping[str, np.ndarray], name: str) -> Frequency:
+    ids, counts = archive[f"{name}.ids"], archive[f"{name}.counts"]
+    rows, lookups = archive[f"{name}.table"].tolist()
+    if ids.dtype != np.int32 or counts.dtype != np.int64 or ids.shape != counts.shape:
+        raise ValueError(f"layer {name}: ids must be int32 [m], counts int64 [m]")
+    if ids.ndim != 1 or (ids.size and (ids.min() < 0 or ids.max() >= rows)):
+        raise ValueError(f"layer {name}: ids must be [m], each in 0 to {rows - 1}")
+    if (np.diff(counts) > 0).any() or np.unique(ids).size != ids.size:
+        raise ValueError(f"layer {name}: must be distinct rows by falling count")
+    return Frequency(ids, counts, rows, lookups)

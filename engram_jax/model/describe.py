@@ -1,0 +1,176 @@
+"""What a configuration is, counted from the model's abstract parameters: nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from engram_jax.addressing import artifact, load_tokenizer, plan
+from engram_jax.addressing.hash_plan import LayerAddressing
+from engram_jax.config import QWEN, Config
+from engram_jax.model.transformer import Transformer
+from engram_jax.sharding.rules import names
+
+
+def abstract_parameters(config: Config) -> dict[str, Any]:
+    """The parameter tree with shapes and dtypes only."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def part_of(path: tuple[str, ...], shape: tuple[int, ...]) -> str:
+    """Which part of the model a parameter belongs to."""
+    if path[0] in ("embedding", "head"):
+        return {"embedding": "token embedding", "head": "output head"}[path[0]]
+    if path[0] == "engrams":
+        return "engram projections, gates, conv"
+    if any(name.endswith("_hyper") for name in path):
+        return "hyper-connections"
+    if "attention" in path:
+        return "attention (MLA)"
+    if "shared" in path:
+        return "shared experts"
+    if "router" in path:
+        return "routers"
+    if "ffn" in path:  # [layers, E, in, out] or [layers, in, out]
+        return "routed experts" if len(shape) == 4 else "dense feed-forward"
+    return "norms"
+
+
+def parts(config: Config) -> dict[str, int]:
+    """Parameters by part of the model, tables included."""
+    counts: dict[str, int] = {}
+
+    def add(path: Any, leaf: Any) -> None:
+        part = part_of(names(path), leaf.shape)
+        counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
+
+    jax.tree_util.tree_map_with_path(add, abstract_parameters(config))
+    return counts
+
+
+def flops_per_token(config: Config, matrix_params: int) -> float:
+    """Training FLOPs per token: 6 per weight it multiplies with, and causal attention at `seq_len`.
+
+    Forward 2, backward 4 per weight; a token attends to (T + 1) / 2 others on average. Lookups,
+    norms and other element-wise work are not counted, nor is recomputation by rematerialisation.
+    """
+    model, attention = config.model, config.model.attention
+    widths = attention.nope_dim + attention.rope_dim + attention.v_dim
+    context = (config.data.seq_len + 1) / 2
+    return 6.0 * matrix_params + 6.0 * model.layers * attention.heads * widths * context
+
+
+def active_params(config: Config, counts: dict[str, int]) -> int:
+    """Weights a token multiplies with, without the token embedding. counts: of `parts`."""
+    ffn, experts = config.model.ffn, counts.get("routed experts", 0)
+    return (
+        sum(counts.values())
+        - counts["token embedding"]
+        - _idle_experts(experts, ffn.top_k, ffn.routed_experts)
+    )
+
+
+def training_flops(config: Config, counts: dict[str, int] | None = None) -> float:
+    """Training FLOPs per token of the whole model, see `flops_per_token`.
+
+    counts: of `parts` (counted here if None).
+    """
+    counts = parts(config) if counts is None else counts
+    head = counts["token embedding"] if config.model.tie_embeddings else 0
+    return flops_per_token(config, active_params(config, counts) + head)
+
+
+def _idle_experts(params: int, top_k: int, experts: int) -> int:
+    """Of the routed experts' parameters, those that a token does not touch."""
+    return params - params * top_k // max(1, experts)
+
+
+def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
+    """Every table's layout, and how many canonical ids are hashed.
+
+    None of them: the tokenizer is yet to be trained on the data, and the multipliers, which depend
+    on that number, are not the layout's.
+    """
+    engram, tokens = config.model.engram, config.tokenizer
+    if not engram.layers:
+        return {}, None
+    if tokens.path or tokens.canonical_vocab_size or engram.hash_dialect == QWEN:
+        tokenizer = load_tokenizer(tokens.path) if tokens.path else None
+        addressing = artifact.build(config, tokenizer)
+        return addressing.layers, addressing.canonical_vocab_size
+    return plan(engram, tokens.vocab_size), None
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """One JSON-able object: parameter counts, rho, FLOPs and the geometry of every table.
+
+    active_params: weights a token multiplies with, without the token embedding (paper, Table 1).
+    rho: routed experts' share of the sparse parameters (those a token does not touch), None if
+      there are none (section 3 of the paper).
+    rows: that an address can name; stored_rows: of the table with its padding (dialect "qwen"),
+      which the counts of parameters include.
+    multipliers: None while the tokenizer, and so the number of canonical ids, is not known.
+    """
+    counts = parts(config)
+    active, flops = active_params(config, counts), training_flops(config, counts)
+    engram, ffn = config.model.engram, config.model.ffn
+    layers, canonical = geometry(config)
+    tables = sum(layer.padded_rows for layer in layers.values()) * engram.dim
+    if tables:
+        counts["engram tables"] = tables
+    total = sum(counts.values())
+    embedding = counts["token embedding"]
+    idle_experts = _idle_experts(counts.get("routed experts", 0), ffn.top_k, ffn.routed_experts)
+    sparse = idle_experts + tables
+    return {
+        "name": config.name,
+        "total_params": total,
+        "active_params": active,
+        "engram_params": tables,
+        "token_embedding_params": embedding,
+        "rho": idle_experts / sparse if sparse else None,
+        "flops_per_token": flops,
+        "parts": counts,
+        "canonical_vocab_size": canonical,
+        "engram": {
+            str(layer_id): {
+                "rows": layer.rows,
+                "stored_rows": layer.padded_rows,
+                "head_sizes": list(layer.head_sizes),
+                "multipliers": list(layer.multipliers) if canonical else None,
+                "dim": engram.dim,
+                "orders": list(engram.orders),
+                "heads_per_order": engram.heads_per_order,
+            }
+            for layer_id, layer in layers.items()
+        },
+    }
+
+
+def table(description: dict[str, Any]) -> str:
+    """The description as text for a terminal."""
+    total = description["total_params"]
+    lines = [f"{description['name']}", "", f"{'part':34}{'parameters':>18}{'share':>9}"]
+    for part, count in sorted(description["parts"].items(), key=lambda item: -item[1]):
+        lines.append(f"{part:34}{count:>18,}{count / total:>9.2%}")
+    lines.append(f"{'total':34}{total:>18,}")
+    lines.append("")
+    lines.append(f"active per token (no token embedding) {description['active_params']:,}")
+    lines.append(f"training FLOPs per token              {description['flops_per_token']:.4g}")
+    rho = description["rho"]
+    lines.append(f"rho (experts' share of sparse params) {'-' if rho is None else f'{rho:.1%}'}")
+    for layer, memory in description["engram"].items():
+        sizes, multipliers = memory["head_sizes"], memory["multipliers"]
+        padded = memory["stored_rows"] > memory["rows"]
+        stored = f" ({memory['stored_rows']:,} rows stored)" if padded else ""
+        numbers = ", ".join(map(str, multipliers or ["known once the tokenizer is trained"]))
+        lines.append(
+            f"engram layer {layer}: {memory['rows']:,} rows x {memory['dim']}{stored}; "
+            f"{len(sizes)} heads of {min(sizes):,} to {max(sizes):,} rows; "
+            f"multipliers {numbers}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""The static half of a run: configuration, mesh, addressing and network, and the weights it runs.
+
+What training adds (optimizer, schedule, state) is in training/state.py; serving needs none of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from engram_jax.addressing import hash_jax
+from engram_jax.addressing.artifact import Addressing
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.hardware.xla_flags import options_of
+from engram_jax.layers.moe import RouterBias
+from engram_jax.memory.exchange import EVERYWHERE, Exchange
+from engram_jax.memory.table import TableLayout
+from engram_jax.model.transformer import Transformer
+from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, on_tpu, row_major, shardings
+from engram_jax.sharding.shard_view import Local
+
+Params = dict[str, Any]
+
+
+PLANNED_DISTINCT = 0.75  # of a device's lookups, where nobody has measured it
+
+
+@dataclass(frozen=True)
+class Program:
+    """What functions close over. Build it once with `build_program`.
+
+    graphdef: the network without its values (Flax NNX). addressing: None without memory.
+    """
+
+    config: Config
+    addressing: Addressing | None
+    mesh: Mesh
+    graphdef: Any
+
+    @property
+    def axes(self) -> Axes:
+        return axes_of(self.mesh)
+
+    @property
+    def local(self) -> Local:
+        """The mesh as the network sees it from inside shard_map."""
+        model = self.config.model
+        return Local(self.axes, model.dtype, model.ffn.routed_experts, on_tpu(self.mesh))
+
+    @property
+    def layouts(self) -> dict[str, TableLayout]:
+        """Where the rows lie, by Engram layer id."""
+        devices = self.axes.devices
+        return {k: TableLayout(rows, devices) for k, rows in self.table_rows.items()}
+
+    def jit(self, function: Callable, **how: Any) -> jax.stages.Wrapped:
+        """`jax.jit` with the compiler options of the mesh's devices (hardware/xla_flags.py)."""
+        return jax.jit(function, compiler_options=options_of(self.mesh), **how)
+
+    def exchanges(self) -> dict[str, Exchange]:
+        """How rows get to their lookups, by Engram layer id."""
+        capacity = self.row_capacity()
+        return {k: Exchange(self.mesh, layout, capacity) for k, layout in self.layouts.items()}
+
+    @property
+    def lookups(self) -> int:
+        """Rows that one device reads of one table in a training step, duplicates included."""
+        data, heads = self.config.data, self.config.model.engram.heads
+        return data.batch_size * data.seq_len * heads // self.axes.devices
+
+    def row_capacity(self) -> int:
+        """Rows that one all-to-all moves between two devices.
+
+        The planned number of distinct rows times the headroom, or five standard deviations more, if
+        that is more; no more than a device looks up.
+        """
+        mesh, devices = self.config.mesh, self.axes.devices
+        mean = self.lookups * (mesh.distinct or PLANNED_DISTINCT) / devices
+        wanted = max(mesh.headroom * mean, mean + 5 * math.sqrt(mean))
+        return min(self.lookups, -(-math.ceil(wanted) // 8) * 8)
+
+    def model(self, params: Params, router_bias: Params) -> Transformer:
+        """The model with these values; call it inside jit."""
+        return nnx.merge(self.graphdef, params, router_bias)
+
+    def canonical(self, tokens: jax.Array) -> jax.Array:
+        """Raw ids int32 [...] -> canonical ids; negative where a token has no memory."""
+        compression = self.addressing.compression if self.addressing is not None else None
+        table = None if compression is None else jnp.asarray(compression)
+        return hash_jax.canonicalise(tokens, table)
+
+    def memory_mask(self, tokens: jax.Array) -> jax.Array:
+        """bool [...]: False for what yields no memory: negative (masked, image) ids, ids past the
+        tokenizer's."""
+        return self.canonical(tokens) >= 0
+
+    @property
+    def table_rows(self) -> dict[str, int]:
+        """Stored rows per Engram layer id (R, plus the padding that the "qwen" dialect has)."""
+        if self.addressing is None:
+            return {}
+        return {str(k): layer.padded_rows for k, layer in self.addressing.layers.items()}
+
+    def abstract_weights(self) -> Weights:
+        """Shapes, dtypes and shardings of what inference needs, rows in their natural order."""
+        params, bias = jax.eval_shape(lambda: split_model(_network(self.config))[1:])
+        engram = self.config.model.engram
+        dtype, where = jnp.dtype(engram.table_dtype), table_format(self.mesh)
+        rows: dict[str, Any] = {
+            k: jax.ShapeDtypeStruct((layout.stored, engram.dim), dtype, sharding=where)
+            for k, layout in self.layouts.items()
+        }
+        params, bias = (
+            jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                tree,
+                shardings(tree, self.mesh),
+            )
+            for tree in (params, bias)
+        )
+        return Weights(params, bias, rows)
+
+
+def split_model(model: Transformer) -> tuple[Any, Params, Params]:
+    """(graphdef, params, router biases) of a model, the latter two as plain nested dicts."""
+    graphdef, *states = nnx.split(model, nnx.Param, RouterBias)
+    params, bias = (nnx.to_pure_dict(state) for state in states)
+    return graphdef, params, bias
+
+
+def build_program(
+    config: Config, addressing: Addressing | None, mesh: Mesh | None = None
+) -> Program:
+    """mesh: default: config.mesh over all devices.
+
+    Raises UserError where the mesh does not fit the devices or the model, and for float64 where JAX
+    has it switched off: it would compute in float32.
+    """
+    for key in ("dtype", "param_dtype"):
+        dtype = getattr(config.model, key)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise UserError(
+                f"config.model.{key} = {dtype!r}: must be float32 or bfloat16, unless"
+                " JAX_ENABLE_X64=1 is set in the environment"
+            )
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    check(config, axes_of(mesh))
+    graphdef = split_model(nnx.eval_shape(lambda: _network(config)))[0]
+    return Program(config, addressing, mesh, graphdef)
+
+
+def _network(config: Config) -> Transformer:
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def table_format(mesh: Mesh) -> Any:
+    """Rows one after another, sharded over all devices."""
+    return row_major(mesh, EVERYWHERE, 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weights:
+    """What inference needs of a training state; rows: Engram layer id -> [R, dim]."""
+
+    params: Params
+    router_bias: Params
+    rows: Mapping[str, jax.Array]

@@ -1,0 +1,236 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, and a progress bar.
+
+metrics.jsonl holds one JSON object per line: "step" (updates applied), "time" (seconds since the
+epoch), then metrics: numbers, or nested lists for arrays. NaN and infinities are the strings "NaN",
+"Infinity" and "-Infinity", because JSON has no others; `read_metrics` turns them back.
+
+While training: loss, grad_norm, validation_loss with its validation_targets, and what
+training/step.py and monitoring/throughput.py name; what belongs to a layer ends in its id. At the
+end: held_out_loss with its held_out_targets. evaluation/held_out.py says what these losses are of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+_FILE = "metrics.jsonl"
+_FEW = 16  # arrays of at most so many values are curves in TensorBoard, larger ones histograms
+
+
+class MetricsWriter:
+    """Writes metrics of one launch to `workdir`; a no-op on all processes but the first.
+
+    start_step: the step the launch starts from. What an interrupted launch wrote of later steps is
+      removed, so that every metric stays a function of the step.
+    """
+
+    def __init__(self, workdir: str | Path, *, start_step: int = 0):
+        self._board = self._file = None
+        if jax.process_index() != 0:
+            return
+        path = Path(workdir) / _FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _forget_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(path.parent / "tensorboard"),
+            purge_step=start_step + 1,
+            flush_secs=10,
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log numbers and arrays (host or device) of a step; the line is on disk on return."""
+        if self._file is None or self._board is None:
+            return
+        now = time.time()
+        values = {name: np.asarray(value) for name, value in metrics.items()}
+        record = {name: json_value(value.tolist()) for name, value in values.items()}
+        line = json.dumps({"step": int(step), "time": now, **record}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._show(name, value.astype(np.float64), int(step), now)
+
+    def close(self) -> None:
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+            self._file = self._board = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _show(self, name: str, value: np.ndarray, step: int, now: float) -> None:
+        assert self._board is not None
+        if value.ndim == 0:
+            self._board.add_scalar(name, float(value), step, now)
+        elif value.size <= _FEW:
+            for index, item in np.ndenumerate(value):
+                tag = "/".join([name, *map(str, index)])
+                self._board.add_scalar(tag, float(item), step, now)
+        elif np.isfinite(value).all():
+            self._board.add_histogram(name, value.ravel(), step, walltime=now)
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The records of `workdir`/metrics.jsonl in order, lists as arrays; [] if there is no file.
+
+    A last line that a killed process left unfinished is passed over.
+    """
+    path = Path(workdir) / _FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [
+        {
+            key: np.asarray(_number(value)) if isinstance(value, list) else _number(value)
+            for key, value in record.items()
+        }
+        for record in map(_parse, lines)
+        if record is not None
+    ]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Remove the records of later steps, and an unfinished last line; atomically."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if (r := _parse(line)) is not None and r["step"] <= step]
+    if kept != lines:
+        partial = path.with_suffix(".jsonl.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def json_value(value: Any) -> Any:
+    """`value` (nested lists and dicts of plain values) with what is not finite as a string."""
+    if isinstance(value, dict):
+        return {key: json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return float(value) if isinstance(value, str) else value
+
+
+class Progress:
+    """A bar with loss, speed and time left; lines of text where there is no terminal.
+
+    total: steps of the run. start: the step this launch starts from.
+    rates: called for what is to be shown, as far as it is there: tokens_per_second, step_seconds,
+      mfu, goodput. interval: seconds between two lines.
+    stream: default standard error.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        rates: Callable[[], Mapping[str, float]] = dict,
+        interval: float = 10.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._step, self._rates = total, start, rates
+        self._stream = sys.stderr if stream is None else stream
+        self._silent = jax.process_index() != 0
+        self._clock, self._interval = clock, interval
+        self._first: tuple[int, float] | None = None
+        self._last, self._said = clock(), -math.inf
+        self._bar: tqdm | None = None
+        if not self._silent and self._stream.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=start,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            )
+
+    def update(self, step: int, *, loss: float) -> None:
+        """`step` updates have been applied; the last one had this loss."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (step, now)  # the first step compiles: it is in no rate
+        advanced, self._step, self._last = step - self._step, step, now
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._summary(loss), refresh=False)
+            self._bar.update(advanced)
+        elif not self._silent and (now - self._said >= self._interval or step == self._total):
+            self._said = now
+            print(
+                f"step {step}/{self._total}  {self._summary(loss)}", file=self._stream, flush=True
+            )
+
+    def seconds_left(self) -> float | None:
+        """Remaining steps at the average pace of this launch, its pauses included."""
+        if self._first is None or self._step <= self._first[0]:
+            return None
+        pace = (self._last - self._first[1]) / (self._step - self._first[0])
+        return pace * (self._total - self._step)
+
+    def note(self, text: str) -> None:
+        """A line of text above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif not self._silent:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _summary(self, loss: float) -> str:
+        parts, rates, left = [f"loss {loss:.4f}"], self._rates(), self.seconds_left()
+        if "tokens_per_second" in rates:
+            parts.append(f"{_short(rates['tokens_per_second'])} tokens/s")
+        if "step_seconds" in rates:
+            parts.append(f"{rates['step_seconds']:.3g} s/step")
+        parts += [f"{rates[k]:.1%} {k}" for k in ("mfu", "goodput") if k in rates]
+        if left is not None:
+            parts.append(f"{_duration(left)} left")
+        return "  ".join(parts)
+
+
+def _short(number: float) -> str:
+    for power, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= power:
+            return f"{number / power:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

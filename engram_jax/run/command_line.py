@@ -1,0 +1,198 @@
+"""Flags to a configuration, with every way a command line can be wrong ending in one clear line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import tuple_parser
+
+from engram_jax import config as config_lib
+from engram_jax.checkpoint.workdir import RUN
+from engram_jax.config.errors import UserError
+from kernels_pallas.dispatch import UnsupportedError
+
+T = TypeVar("T")
+
+_READERS: dict[type, Callable[[str], Any]] = {
+    bool: flags.BooleanParser().parse,
+    int: flags.IntegerParser().parse,
+    float: flags.FloatParser().parse,
+    str: str,
+    tuple: tuple_parser.TupleParser().parse,
+}
+
+
+def parse_command_line(
+    argv: Sequence[str], flag_values: flags.FlagValues, config_flag: str
+) -> None:
+    """absl's parser, after what it words badly has been checked. Raises UserError.
+
+    config_flag: names a config_flags file flag; where only the --workdir of a run is given, the
+      run's own configuration takes its place (run_record.get_config).
+    """
+    argv = _with_config_of_run(list(argv), config_flag)
+    for name, value in _arguments(argv):
+        if name == config_flag:
+            _check_file(config_flag, value or "")
+        section, _, key = name.partition(".")
+        if key and section in (config_flag, f"no{config_flag}"):
+            _check_override(config_flag, key, value, negated=section != config_flag)
+    try:
+        rest = flag_values(argv)
+    except flags.UnrecognizedFlagError as error:
+        known = flag_values.get_flags_for_module(flag_values.find_module_defining_flag(config_flag))
+        names = sorted(f"--{flag.name}" for flag in known if "." not in flag.name)
+        allowed = ", ".join([f"--{config_flag}.KEY", *names])
+        raise UserError(f"--{error.flagname}: unknown flag; allowed: {allowed}") from None
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(one_line(error)) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: must be of the form --flag=value")
+
+
+def config_of(value: Any, config_flag: str) -> config_lib.Config:
+    """The validated configuration of a parsed config flag's value."""
+    if value is None:
+        raise UserError(
+            f"--{config_flag}: missing; for example configs/engram_tiny.py (or --workdir, that of a"
+            " run, alone)"
+        )
+    return config_lib.parse_config(value)
+
+
+def reported(function: Callable[..., T]) -> Callable[..., T]:
+    """A mistake of the user, or of the machine, ends the program with one line and status 2.
+
+    Everything else is a mistake of ours and keeps its traceback.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> T:
+        try:
+            return function(*args)
+        except UserError as error:
+            _stop(one_line(error))
+        except UnsupportedError as error:
+            _stop(f"config.model.kernels = 'pallas': {one_line(error)}")
+        except KeyboardInterrupt:
+            _stop("interrupted; the same command goes on from the last checkpoint", status=130)
+        except BrokenPipeError:  # `| head`: nobody reads on, and nobody reads a message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _stop(f"{error.filename}: {error.strerror}")
+        except RuntimeError as error:  # JaxRuntimeError, without importing jax
+            if not str(error).startswith("RESOURCE_EXHAUSTED"):
+                raise
+            _stop(f"the device's memory does not suffice: {one_line(error)}")
+
+    return wrapped
+
+
+def keep_compiled_programs(config: config_lib.Config) -> None:
+    """Compile a program once per machine: resumed runs, evaluation and generation start at once.
+
+    Beside the prepared data, unless JAX_COMPILATION_CACHE_DIR names another folder.
+    """
+    import jax
+
+    from engram_jax.data.cache import cache_root
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _stop(message: str, status: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, value) of everything that looks like a flag; the value may be the next argument."""
+    for i, argument in enumerate(argv[1:], 1):
+        if argument == "--":
+            return
+        if argument.startswith("-"):
+            name, given, value = argument.lstrip("-").partition("=")
+            following = argv[i + 1] if i + 1 < len(argv) else None
+            yield name, value if given else following
+
+
+def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
+    given = dict(_arguments(argv))
+    workdir = given.get("workdir")
+    if config_flag in given or not workdir or not Path(workdir, RUN).exists():
+        return argv
+    file = Path(__file__).parent.parent / "checkpoint" / "run_record.py"
+    own = f"--{config_flag}={file}:{given.get('step') or 'latest'}:{workdir}"
+    sys.argv = [argv[0], own, *argv[1:]]  # config_flags looks there for overrides
+    return sys.argv
+
+
+def _check_file(config_flag: str, value: str) -> None:
+    """The file must exist, run, and return a configuration (what follows a colon is its argument).
+
+    config_flags runs it once more; its own messages lack the line or span several.
+    """
+    path, colon, argument = value.partition(":")
+    where = f"--{config_flag}={path}"
+    if not Path(path).is_file():
+        raise UserError(f"{where}: no such file; for example configs/engram_tiny.py")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        found = get_config(*[argument] if colon else []) if get_config else None
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line, reason = (lines or [None])[-1], one_line(error)
+        if isinstance(error, SyntaxError):
+            line, reason = error.lineno, error.msg
+        place = f"line {line}: " if line else ""
+        raise UserError(f"{where}: {place}{type(error).__name__}: {reason}") from error
+    if not isinstance(found, ConfigDict):
+        wrong = f"get_config() returns {type(found).__name__}" if get_config else "no get_config()"
+        raise UserError(
+            f"{where}: {wrong}; must define get_config() returning an ml_collections.ConfigDict"
+        )
+
+
+def _check_override(config_flag: str, key: str, value: str | None, *, negated: bool) -> None:
+    """The key must exist and the value have its type."""
+    hint: Any = config_lib.Config
+    names = key.split(".")
+    for i, name in enumerate(names):
+        section = config_lib.section_types(hint)
+        if name not in section:
+            there = ".".join([config_flag, *names[:i]])
+            allowed = f"{there} has {', '.join(section)}" if section else f"{there} is a value"
+            raise UserError(f"{config_flag}.{key}: unknown key {name!r}; {allowed}")
+        hint = section[name]
+    if section := config_lib.section_types(hint):
+        raise UserError(
+            f"{config_flag}.{key}: is a section, not a value; set its keys, {', '.join(section)}"
+        )
+    if hint is bool and (negated or value is None or value.startswith("-")):
+        return
+    wanted = config_lib.type_name(hint)
+    if negated or value is None:
+        raise UserError(f"{config_flag}.{key}: has no value; must be {wanted}")
+    try:
+        _READERS[tuple if hint not in _READERS else hint](value)
+    except (ValueError, TypeError):
+        raise UserError(f"{config_flag}.{key} = {value!r}: must be {wanted}") from None

@@ -1,0 +1,195 @@
+"""What a finished run shows: held-out loss beside count models, samples, gates, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from engram_jax.analysis.gates import gates_of_document
+from engram_jax.checkpoint.workdir import LOSSES
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.data.run_data import RunData
+from engram_jax.evaluation.count_models import fit_and_score
+from engram_jax.evaluation.held_out import Evaluator, Score
+from engram_jax.model.decode import Generator
+from engram_jax.model.describe import describe
+from engram_jax.model.program import Weights
+from engram_jax.monitoring.metrics import MetricsWriter, json_value, read_metrics
+from engram_jax.report.write import GateSample, write_report
+from engram_jax.serve.text_stream import continuation
+from engram_jax.training.state import TrainState, weights_of
+
+GATE_TOKENS = 160
+
+_TITLES = {
+    "unigram": "unigram counts",
+    "bigram": "bigram counts",
+    "kneser_ney_3gram": "Kneser-Ney 3-gram counts",
+}
+
+
+def finish(
+    config: Config,
+    workdir: Path,
+    data: RunData,
+    evaluator: Evaluator,
+    state: TrainState,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Evaluate on the whole held-out split, compare, sample, and write the report.
+
+    Returns `loss_record`; process 0 also writes it to `workdir`/losses.json, and the held-out loss
+    to the metrics.
+    """
+    held_out = evaluator.score(state)
+    validation = evaluator.score(state, config.train.eval_batches)
+    weights = weights_of(evaluator.program, state)
+    nats: dict[str, np.ndarray] = {}
+    if config.train.count_models:
+        log("fitting the count models to the same training tokens")
+        nats = count_model_nats(config, data)
+    losses = loss_record(config.name, int(state.step), data, held_out, validation, nats)
+    log(loss_table(losses))
+    samples = continuations(config, data, evaluator, weights)
+    for prompt, text in samples:
+        log(f"--- {prompt!r} continues:\n{prompt}{text}")
+    gates = gate_sample(data, evaluator, weights)
+    if jax.process_index() == 0:
+        write_held_out(workdir, int(state.step), held_out)
+        text = json.dumps(json_value(losses), indent=1, allow_nan=False)
+        (workdir / LOSSES).write_text(text + "\n")
+        model = describe(config)
+        report = write_report(workdir, title=config.name, model=model, gates=gates, samples=samples)
+        log(f"report: {report}")
+    return losses
+
+
+def count_model_nats(config: Config, data: RunData) -> dict[str, np.ndarray]:
+    """Nats of every held-out target, float64 [n] in their order, by count model; fitted on the very
+    batches the run trained on."""
+    batches = islice(data.train_iterator(), config.train.steps)
+    nats = fit_and_score(batches, data.validation_batches(), config.tokenizer.vocab_size)
+    return {_TITLES[name]: found for name, found in nats.items() if name in _TITLES}
+
+
+def loss_record(
+    name: str,
+    step: int,
+    data: RunData,
+    held_out: Score,
+    validation: Score,
+    counts: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """What losses.json holds: for both losses of evaluation/held_out.py what they are of, and their
+    values for the model and, on the same targets, for every count model.
+
+    counts: nats of every held-out target, in order, by count model.
+    """
+
+    def losses(score: Score, of: str) -> dict[str, Any]:
+        found = {name: score.loss}
+        for title, nats in counts.items():
+            if len(nats) != held_out.targets:
+                raise RuntimeError(f"{title}: {len(nats):,} targets, not {held_out.targets:,}")
+            found[title] = float(nats[: score.targets].mean())
+        size = {"of": of, "batches": score.batches, "targets": score.targets}
+        return {**size, "nats_per_token": found}
+
+    whole = losses(held_out, f"the whole held-out split, {held_out.batches:,} batches")
+    per_byte = 1 / math.log(2) / data.prepared.bytes_per_token  # which is of the whole split
+    bits = {name: loss * per_byte for name, loss in whole["nats_per_token"].items()}
+    first = f"the first {validation.batches:,} batches of the held-out split"
+    return {
+        "step": step,
+        "held_out_loss": {**whole, "bits_per_byte": bits},
+        "validation_loss": losses(validation, first),
+        "data": data.prepared.summary(),
+    }
+
+
+def loss_table(losses: Mapping[str, Any]) -> str:
+    """The held-out losses of `loss_record` as text for a terminal."""
+    held_out = losses["held_out_loss"]
+    bits = held_out["bits_per_byte"]
+    width = max(map(len, [*bits, "held-out loss"])) + 2
+    lines = ["", f"{'held-out loss':{width}} nats per token  bits per byte"]
+    for name, loss in held_out["nats_per_token"].items():
+        lines.append(f"{name:{width}} {loss:<14.3f}  {bits[name]:.3f}")
+    lines.append(f"over {held_out['of']}, {held_out['targets']:,} predicted tokens")
+    return "\n".join([*lines, ""])
+
+
+def write_held_out(workdir: Path, step: int, score: Score) -> None:
+    """Add the held-out loss after `step` to the run's metrics, unless it stands there already."""
+    for record in read_metrics(workdir):
+        if record["step"] == step and "held_out_loss" in record:
+            return  # on other devices its last digits may be others
+    with MetricsWriter(workdir, start_step=step) as writer:
+        writer.write(step, {"held_out_loss": score.loss, "held_out_targets": score.targets})
+
+
+def check_samples(config: Config, tokenizer: Any) -> None:
+    """Raises UserError for a configured prompt that is no token, or that becomes longer than what
+    is trained on: known before training, not after.
+
+    Some tokenizers strip what they normalise or do not know.
+    """
+    lengths = {
+        prompt: len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+        for prompt in config.train.samples
+    }
+    for prompt, tokens in lengths.items():
+        if not tokens:
+            raise UserError(
+                f"config.train.samples: {prompt!r} is no token of this tokenizer; every prompt must"
+                " have at least one"
+            )
+    most, trained = config.train.sample_tokens, config.data.seq_len
+    for prompt, tokens in lengths.items():
+        if tokens + most > trained:
+            raise UserError(
+                f"config.train.sample_tokens = {most}: must be at most {trained - tokens}, what the"
+                f" {tokens} tokens of {prompt!r} leave of data.seq_len = {trained}"
+            )
+
+
+def continuations(
+    config: Config, data: RunData, evaluator: Evaluator, weights: Weights
+) -> list[tuple[str, str]]:
+    """(prompt, continuation) of every configured sample."""
+    prompts = config.train.samples
+    if not prompts:
+        return []
+    generator = Generator(evaluator.program, weights)
+    tokenizer = data.prepared.tokenizer
+    ids = [tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
+    found = generator.complete(
+        ids, config.generate, data.prepared.eos_id, max_tokens=config.train.sample_tokens
+    )
+    texts = [continuation(tokenizer, p, f) for p, f in zip(ids, found, strict=True)]
+    return list(zip(prompts, texts, strict=True))
+
+
+def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSample | None:
+    """The gates on the beginning of a held-out document; None for a model without memory.
+
+    Of the first one that is long enough, else of the longest: n-grams and attention reach back to
+    the document's start and no further, as in training.
+    """
+    if data.addressing is None:
+        return None
+    store, tokenizer = data.prepared.store_valid, data.prepared.tokenizer
+    lengths = np.minimum(np.diff(store.starts) - 1, GATE_TOKENS)  # without the end of the document
+    document = int(np.argmax(lengths))  # the first of the longest
+    start = int(store.starts[document])
+    ids = store.tokens[start : start + int(lengths[document])].tolist()
+    strings, gates = gates_of_document(evaluator.program, weights, tokenizer, ids)
+    return GateSample(strings, gates, list(data.addressing.layers))

@@ -1,0 +1,300 @@
+"""The training loop: what happens between two steps, and nothing of what happens inside one.
+
+The loop dispatches step t before it reads the metrics of step t - 1, so the device never waits for
+the host to look at numbers; every transfer in it is explicit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from engram_jax.checkpoint import table_order
+from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.checkpoint.run_record import add_launch
+from engram_jax.checkpoint.run_settings import Changes
+from engram_jax.checkpoint.run_tokenizer import save_text_side
+from engram_jax.checkpoint.workdir import check_writable, held
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.data.placement import place_batch
+from engram_jax.data.run_data import RunData, open_together
+from engram_jax.distributed import processes
+from engram_jax.distributed.consensus import agree
+from engram_jax.distributed.preemption import Preemption
+from engram_jax.evaluation.held_out import Evaluator, check_held_out
+from engram_jax.model.transformer import moe_layers
+from engram_jax.monitoring.metrics import MetricsWriter, Progress
+from engram_jax.monitoring.provenance import process_name
+from engram_jax.run.end_of_run import check_samples, finish
+from engram_jax.run.exchange_capacity import with_planned_exchange
+from engram_jax.run.monitors import Instruments
+from engram_jax.run.resume import check_resumed, check_resumed_text, forget_unsaved
+from engram_jax.training.state import (
+    TrainingProgram,
+    TrainState,
+    abstract_state,
+    build_training,
+    check_memory,
+    create_state,
+)
+from engram_jax.training.step import jit_train_step, jit_utilisation
+
+
+@dataclass
+class Pending:
+    """A dispatched step whose metrics nobody has read yet, and what is needed if it went wrong."""
+
+    step: int
+    metrics: dict[str, Any]
+    batch: dict[str, Any]
+    iterator_before: Any
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    log: Callable[[str], None] = processes.log,
+    profile: tuple[int, int] | None = None,
+    accept: Sequence[str] = (),
+) -> TrainState:
+    """Train to `config.train.steps`, resuming from the newest checkpoint in `workdir` if any.
+
+    profile: (START, STOP), the steps to record; see monitoring/profiling.py.
+    accept: keys or sections of the configuration in which it may differ from the one that the run
+      in `workdir` was trained with (run/resume.py).
+
+    After SIGTERM the state returned is that after the step under way; it is saved, and nothing is
+    reported (distributed/preemption.py; SystemExit(0) if it came before or after the loop).
+    Raises UserError for what the user can mend: unusable data, other settings than those of the run
+    in `workdir`, a foreign checkpoint, a loss that is no longer finite (the state before that step
+    is then a checkpoint, and the batch a file).
+    """
+    watched = {"started": time.monotonic(), "profile": profile}
+    with Preemption(log) as preemption:
+        return _train(config, workdir, log, accept, preemption, watched)
+
+
+def _train(
+    config: Config,
+    workdir: Path,
+    log: Callable[[str], None],
+    accept: Sequence[str],
+    preemption: Preemption,
+    watched: dict[str, Any],
+) -> TrainState:
+    agree(lambda: check_writable(workdir))
+    changes = agree(lambda: check_resumed(config, workdir, accept, log))
+    data = open_together(config, log)
+    agree(lambda: check_resumed_text(workdir, data.prepared.summary()))
+    agree(lambda: check_samples(config, data.prepared.tokenizer))
+    agree(lambda: check_held_out(data, config.train.eval_batches))
+    program = build_training(config, data.addressing)
+    agree(lambda: check_memory(program))
+    program = with_planned_exchange(program, data, log)
+    with held(workdir):
+        with (
+            preemption.deferred(),
+            Checkpointer(
+                workdir,
+                addressing=data.addressing,
+                keep=config.train.keep,
+                keep_best=config.train.keep_best,
+            ) as checkpointer,
+        ):
+            run = Run(
+                config, workdir, data, program, checkpointer, log, preemption, watched, changes
+            )
+            state = run.loop()
+        if preemption.stopped:
+            return state
+        finish(config, workdir, data, run.evaluator, state, log)
+    return state
+
+
+class Run:
+    """One launch of a training run.
+
+    watched: arguments of its Instruments. changes: of the settings, against the run so far.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        data: RunData,
+        program: TrainingProgram,
+        checkpointer: Checkpointer,
+        log: Callable[[str], None],
+        preemption: Preemption | None = None,
+        watched: dict[str, Any] | None = None,
+        changes: Changes | None = None,
+    ):
+        self.preemption = preemption or Preemption(log)  # this one listens to no signal
+        self.config, self.workdir, self.log = config, workdir, log
+        self.program, self.checkpointer = program, checkpointer
+        self.iterator = data.train_iterator(program.mesh)
+        self.state = self._start()
+        self.first_step = int(self.state.step)
+        self.writer = agree(lambda: self._records(data, changes or {}))
+        self.evaluator = Evaluator(program, data)
+        self.utilisation = jit_utilisation(program)
+        self.instruments = Instruments(
+            config, workdir, first_step=self.first_step, log=log, **watched or {}
+        )
+
+    def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
+        """What stands in the workdir before the first step; process 0 writes it."""
+        if self.fresh and jax.process_index() == 0:
+            forget_unsaved(self.config, self.workdir)
+        add_launch(
+            self.workdir,
+            self.config,
+            data.prepared.summary(),
+            resumed_at=self.first_step,
+            changed_settings=changes,
+        )
+        save_text_side(self.workdir, data.prepared, self.config)
+        return MetricsWriter(self.workdir, start_step=self.first_step)
+
+    def _start(self) -> TrainState:
+        """A fresh state, or the newest checkpoint's with the data iterator set to continue it."""
+        latest = self.checkpointer.latest_step()
+        self.fresh = latest is None
+        if latest is None:
+            return create_state(self.program)
+        restored = table_order.restore(
+            self.program, self.checkpointer, latest, abstract_state(self.program)
+        )
+        self.iterator.set_state(cast(dict[str, Any], restored.iterator))
+        self.log(f"resumed from step {latest} in {self.workdir}")
+        return restored.state
+
+    def loop(self) -> TrainState:
+        """Train to the last step, or until SIGTERM; returns the state, which is a checkpoint."""
+        total, rates = self.config.train.steps, self.instruments.rates
+        progress = Progress(total, start=self.first_step, rates=rates)
+        with self.writer, closing(progress), self.instruments:
+            self._steps(progress)
+        return self.state
+
+    def _steps(self, progress: Progress) -> None:
+        train, total = self.config.train, self.config.train.steps
+        step_fn = jit_train_step(self.program)
+        pending: Pending | None = None
+        for step in range(self.first_step, total):
+            if self.preemption.agreed():
+                self._preempted(step, pending, progress)
+                return
+            self.instruments.begin(step)
+            before = copy.deepcopy(self.iterator.get_state())
+            host_batch = next(self.iterator)
+            batch = place_batch(self.program.mesh, host_batch, self.config.data.batch_size)
+            annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            with annotation, jax.transfer_guard("disallow"):
+                self.state, metrics = step_fn(self.state, batch)
+            if pending is not None:
+                self._read(pending, progress)
+            pending = Pending(step, metrics, host_batch, before)
+            done = step + 1
+            evaluate = done % train.eval_every == 0 or done == total
+            save = evaluate or done % train.checkpoint_every == 0
+            if save or self.instruments.at_edge(done):
+                self._read(pending, progress)
+                pending = None
+                self.instruments.end(done)
+            if save:
+                with self.instruments.pause(done):
+                    self._pause(done, evaluate, progress)
+        if self.preemption.agreed(wait=True):  # asked during the last step
+            self._preempted(total, None, progress)
+
+    def _read(self, pending: Pending, progress: Progress) -> None:
+        """Fetch a finished step's metrics; log them when due; stop if they are not finite."""
+        values = jax.device_get(pending.metrics)
+        if not values["finite"]:
+            self._halt(pending, values)
+        step = pending.step + 1
+        self.instruments.finished(step)
+        progress.update(step, loss=float(values["loss"]))
+        if step % self.config.train.log_every == 0 or step == 1:
+            self.writer.write(step, {**self._named(values), **self.instruments.rates()})
+
+    def _pause(self, step: int, evaluate: bool, progress: Progress) -> None:
+        """Evaluate and save between two steps."""
+        metrics = {}
+        if evaluate:
+            score = self.evaluator.score(self.state, self.config.train.eval_batches)
+            metrics["loss"] = score.loss
+            used = jax.device_get(self.utilisation(self.state.memory))
+            extra = {f"utilisation/{k}": float(v) for k, v in used.items()}
+            self.writer.write(
+                step, {"validation_loss": score.loss, "validation_targets": score.targets, **extra}
+            )
+            progress.note(f"step {step}: validation loss {score}")
+        table_order.save(
+            self.program,
+            self.checkpointer,
+            step,
+            self.state,
+            iterator=self.iterator.get_state(),
+            metrics=metrics,
+            metadata=self._about(),
+        )
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run that wrote it (checkpoint/load_model.py reads it)."""
+        return {"config": self.config.name, "seq_len": self.config.data.seq_len}
+
+    def _preempted(self, step: int, pending: Pending | None, progress: Progress) -> None:
+        """Save the state after `step` steps, unless it is where this launch began, and say so."""
+        if pending is not None:
+            self._read(pending, progress)
+        if step > self.first_step:
+            with self.instruments.pause(step):
+                self._pause(step, False, progress)
+                self.checkpointer.wait()
+        saved = "checkpoint" if step > self.first_step else "nothing new to save; step"
+        self.log(f"SIGTERM: stopped, {saved} {step} in {self.workdir}; the same command goes on")
+
+    def _halt(self, pending: Pending, values: dict[str, Any]) -> None:
+        """Keep the state before the bad step, the batch and the numbers; then stop."""
+        of = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self.workdir / f"bad_batch_step_{pending.step}{of}.npz"
+        arrays: dict[str, Any] = {k: v for k, v in pending.batch.items() if k != "addresses"}
+        np.savez_compressed(path, **arrays)
+        going = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
+        state = dataclasses.replace(self.state, halted=going)
+        with self.instruments.pause(pending.step):
+            table_order.save(
+                self.program,
+                self.checkpointer,
+                pending.step,
+                state,
+                iterator=pending.iterator_before,
+                metadata=self._about(),
+            )
+        raise UserError(
+            f"step {pending.step}: loss {float(values['loss'])}, gradient norm"
+            f" {float(values['grad_norm'])} on {process_name()}: not finite; the state"
+            f" before this step is checkpoint {pending.step} in {self.workdir}, its batch"
+            f" {path.name}"
+        )
+
+    def _named(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Step metrics under the names they are logged by, layers by their ids."""
+        out = dict(values)
+        out.pop("finite")
+        loads = np.asarray(out.pop("load"))
+        for layer, load in zip(moe_layers(self.config.model), loads, strict=True):
+            out[f"expert_load/{layer}"] = load / np.maximum(load.sum(), 1)
+        return out

@@ -1,0 +1,143 @@
+"""Whether a launch may go on with the run in its workdir: the same settings, the same text.
+
+More steps go on by themselves where no step so far would have had another learning rate; everything
+else that decides a result is refused, or accepted by name (checkpoint/run_settings.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.checkpoint.run_record import launch_of, recorded
+from engram_jax.checkpoint.run_settings import (
+    DATA,
+    Changes,
+    covers,
+    decisive,
+    listed,
+    refuse,
+    stored_config,
+)
+from engram_jax.checkpoint.workdir import LOGS, LOSSES, checkpoint_steps
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.training.optim.schedule import learning_rate
+
+
+def check_resumed(
+    config: Config, workdir: Path, accept: Sequence[str], log: Callable[[str], None]
+) -> Changes:
+    """Whether `config` may go on with the run in `workdir`; returns what it changes, all accepted.
+
+    accept: keys or sections that may differ. More or fewer steps need no acceptance where no step
+    so far would have had another learning rate; the log then says what becomes of the schedule.
+
+    Raises UserError with every other difference, for another data stream, if the run has more steps
+    than are asked for, or as many and accepted settings that no step would be made with, and for
+    results without checkpoints that are of other settings.
+    """
+    steps = checkpoint_steps(workdir)
+    if not steps:
+        if (workdir / LOSSES).exists() and _unsaved(config, workdir):
+            raise UserError(
+                f"--workdir={workdir}: holds the results of a run with other settings, whose"
+                " checkpoints are gone; give another --workdir"
+            )
+        return {}
+    stored = stored_config(workdir, max(steps))
+    if stored is None:
+        return {}
+    changes = decisive(stored, config)
+    done, wanted = max(steps), config.train.steps
+    if "train.steps" in changes:
+        if wanted < done:
+            raise UserError(
+                f"config.train.steps = {wanted}: the run in {workdir} has {done} steps already;"
+                " give as many at least, or another --workdir"
+            )
+        if _same_rates(stored, config, done):
+            accept = (*accept, "train.steps")
+    if fixed := [key for key in changes if covers([DATA], key)]:
+        raise UserError(
+            f"--workdir={workdir}: the run there reads other data:"
+            f" {listed(changes, fixed)}; a run cannot go on with another stream of batches: give"
+            " another --workdir"
+        )
+    more = f"set config.train.steps above {done} and " if wanted <= done else ""
+    schedule = _schedule(stored, config, done)
+    refuse(workdir, changes, accept, f"give another --workdir, or {more}", schedule)
+    if wanted <= done and (unused := [key for key in changes if key != "train.steps"]):
+        raise UserError(
+            f"--workdir={workdir}: the run there has made its {done} steps with other settings:"
+            f" {listed(changes, unused)}; none is left to make with these: set config.train.steps"
+            " higher, or give another --workdir"
+        )
+    for key in changes:
+        log(f"settings: {listed(changes, [key])}{schedule if key == 'train.steps' else ''}")
+    return changes
+
+
+def forget_unsaved(config: Config, workdir: Path) -> None:
+    """Remove what an earlier launch with other settings logged in `workdir`, where no checkpoint of
+    it is left to go on from: its curves and its time are not the new run's."""
+    if _unsaved(config, workdir):
+        for name in LOGS:
+            path = workdir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_resumed_text(workdir: Path, text: Mapping[str, Any]) -> None:
+    """Raises UserError if the run in `workdir` was trained on another text than this one.
+
+    text: `PreparedData.summary`. A record of before does not say; the position in the data does.
+    """
+    steps = checkpoint_steps(workdir)
+    launch = launch_of(workdir, max(steps)) if steps else None
+    theirs = (launch or {}).get("data") or {}
+    if theirs.get("digest", text["digest"]) != text["digest"]:
+        raise UserError(
+            f"config.data: {text['source']}, digest {text['digest']}, is not the text that the run"
+            f" in {workdir} was trained on, {theirs['source']}, digest {theirs['digest']}: go back"
+            " to it, or give another --workdir"
+        )
+
+
+def _unsaved(config: Config, workdir: Path) -> Changes:
+    """What differs from the last launch there, whatever became of it."""
+    stored = recorded(workdir, sys.maxsize)
+    return {} if stored is None else decisive(stored, config)
+
+
+def _schedule(stored: Config, config: Config, done: int) -> str:
+    """What other numbers of steps make of the learning rate, for a run that has `done`."""
+    boundaries = []
+    for given in (stored, config):
+        fractions = given.optimizer.decay_at
+        boundaries.append([round(fraction * given.train.steps) for fraction in fractions])
+    before, after = _rates(stored, done)[-1], _rates(config, done)[-1]
+    return (
+        f" (the learning rate falls at steps {_and(boundaries[1])} instead of"
+        f" {_and(boundaries[0])}; at step {done} it goes on with {after:.3g}, the run's was"
+        f" {before:.3g})"
+    )
+
+
+def _and(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers)) or "none"
+
+
+def _rates(config: Config, done: int) -> np.ndarray:
+    """Learning rates of steps 0 to `done`, the last one being the next to be made."""
+    rate = learning_rate(config.optimizer, config.train.steps)
+    return np.asarray(rate(jnp.arange(done + 1, dtype=jnp.int32)))
+
+
+def _same_rates(stored: Config, config: Config, done: int) -> bool:
+    return bool((_rates(stored, done)[:-1] == _rates(config, done)[:-1]).all())

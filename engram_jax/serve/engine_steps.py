@@ -1,0 +1,279 @@
+"""The compiled parts of a step: the model cut in front of its Engram layers, and the sampler.
+
+The first piece needs tokens only. Every further one begins with an Engram module and needs its
+rows; while they are on their way, the device runs the piece before. Shapes are fixed (the slots x
+1 token, or `prefill_sequences` x `prefill_chunk`), so a sequence's numbers depend on itself alone,
+whoever runs beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from engram_jax.config import ServeConfig
+from engram_jax.model.program import Program, Weights
+from engram_jax.model.sampling import log_probabilities, sample_rows
+from engram_jax.model.transformer import Transformer, pieces
+from engram_jax.serve.request import MAX_LOGPROBS
+from engram_jax.sharding.rules import P, row_major
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """What sequences leave on the device between steps.
+
+    pool: [layers, pages, page, r + p], see MLA.paged.
+    tails: Engram layer id -> the convolution's last inputs [slots, L, M, d], None without one.
+    tokens: int32 [slots], the token sampled last.
+
+    Arrays, or their shardings.
+    """
+
+    pool: Any
+    tails: Any
+    tokens: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Which sequences a step runs.
+
+    numbers: int32 [B, 5 + n]: slot (beyond the last: nobody), tokens before, tokens now, tokens
+      generated before, top_k; then the pages.
+    seed: uint32 [B]. levels: float32 [B, 2], temperature and top_p.
+    """
+
+    numbers: jax.Array
+    seed: jax.Array
+    levels: jax.Array
+
+    @property
+    def slot(self) -> jax.Array:
+        return self.numbers[:, 0]
+
+    @property
+    def start(self) -> jax.Array:
+        return self.numbers[:, 1]
+
+    @property
+    def valid(self) -> jax.Array:
+        return self.numbers[:, 2]
+
+    @property
+    def pages(self) -> jax.Array:
+        return self.numbers[:, PAGES_FROM:]
+
+
+PAGES_FROM = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Flow:
+    """What goes from piece to piece: tokens int32 [B, S], streams [B, S, M, d]."""
+
+    tokens: jax.Array
+    x: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Logprobs:
+    """chosen float32 [...]; top and ids [..., K], the K likeliest, best first."""
+
+    chosen: jax.Array
+    top: jax.Array
+    ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """tokens int32 [B]; their log-probabilities, and those of the fed tokens' successors [B, S],
+    if asked for; logits float32 [B, V] they were drawn from."""
+
+    tokens: jax.Array
+    logits: jax.Array
+    logprobs: Logprobs | None
+    prompt: Logprobs | None
+
+
+class Steps:
+    """The compiled functions of one program."""
+
+    def __init__(self, program: Program, serve: ServeConfig):
+        capacity = serve.capacity or program.config.data.seq_len
+        self.program, self.serve = program, replace(serve, capacity=capacity)
+        self.pieces = pieces(program.config.model)
+        everywhere = NamedSharding(program.mesh, P())
+        cache = Cache(row_major(program.mesh, P(), 4), everywhere, everywhere)
+        how = {"donate_argnums": 1, "out_shardings": (everywhere, cache)}
+        self.layers = tuple(str(piece[0].first) for piece in self.pieces[1:])
+        self._first = program.jit(self._run_first, **how)
+        self._middle = [
+            program.jit(partial(self._run_piece, i), **how) for i in range(1, len(self.pieces))
+        ]
+        self._sample = program.jit(self._run_sample, static_argnames=("logprobs", "prompt"), **how)
+        self.fresh = program.jit(self._fresh, out_shardings=cache)
+        self.take_out = program.jit(self._take_out, out_shardings=everywhere)
+        self.put_back = program.jit(self._put_back, donate_argnums=0, out_shardings=cache)
+
+    @property
+    def page_count(self) -> int:
+        """Pages of the pool."""
+        return self.serve.pages or self.serve.sequences * self.pages_each
+
+    @property
+    def pages_each(self) -> int:
+        """Pages of a sequence of full length."""
+        return -(-self.serve.capacity // self.serve.page)
+
+    @property
+    def alternatives(self) -> int:
+        return min(MAX_LOGPROBS, self.program.config.tokenizer.vocab_size)
+
+    def first(self, weights: Weights, cache: Cache, batch: Batch, tokens: Any) -> Any:
+        """Tokens int32 [B, S] (None: those sampled last) through what precedes all Engram layers.
+
+        Returns (flow, cache); the cache given is used up, here and below.
+        """
+        return self._first(weights, cache, batch, tokens)
+
+    def piece(self, i: int, weights: Weights, cache: Cache, batch: Batch, flow: Flow, rows: Any):
+        """The i-th piece, from its Engram layer on. rows [B, S, H, dim], or None = it is off."""
+        return self._middle[i - 1](weights, cache, batch, flow, rows)
+
+    def sample(
+        self,
+        weights: Weights,
+        cache: Cache,
+        batch: Batch,
+        flow: Flow,
+        targets: Any = None,
+        *,
+        logprobs: bool,
+    ) -> tuple[Sampled, Cache]:
+        """The next tokens, kept in the cache. targets int32 [B, S]: what follows each fed token, to
+        get its log-probability."""
+        return self._sample(
+            weights, cache, batch, flow, targets, logprobs=logprobs, prompt=targets is not None
+        )
+
+    def _model(self, weights: Weights) -> Transformer:
+        return self.program.model(weights.params, weights.router_bias)
+
+    def _fresh(self, weights: Weights) -> Cache:
+        model, serve = self._model(weights), self.serve
+        attention, config = self.program.config.model.attention, self.program.config.model
+        width = attention.kv_lora_rank + attention.rope_dim
+        shape = (config.layers, self.page_count, serve.page, width)
+        tails = {k: m.init_tail(serve.sequences, model.dtype) for k, m in model.engrams.items()}
+        return Cache(jnp.zeros(shape, model.dtype), tails, jnp.zeros((serve.sequences,), jnp.int32))
+
+    def _run_first(self, weights: Weights, cache: Cache, batch: Batch, tokens: Any) -> Any:
+        model = self._model(weights)
+        if tokens is None:
+            tokens = cache.tokens.at[batch.slot].get(mode="clip")[:, None]
+        return self._through(model, 0, cache, batch, Flow(tokens, model.embed(tokens)), None)
+
+    def _run_piece(
+        self, i: int, weights: Weights, cache: Cache, batch: Batch, flow: Flow, rows: Any
+    ) -> tuple[Flow, Cache]:
+        return self._through(self._model(weights), i, cache, batch, flow, rows)
+
+    def _through(
+        self, model: Transformer, i: int, cache: Cache, batch: Batch, flow: Flow, rows: Any
+    ) -> tuple[Flow, Cache]:
+        tails, tail, mask, kept = dict(cache.tails), None, None, None
+        layer = self.layers[i - 1] if i else ""
+        if rows is not None:
+            mask = self.program.memory_mask(flow.tokens)
+            rows = self._switched(rows)
+            kept = tails[layer]
+            if kept is not None:
+                tail = kept.at[batch.slot].get(mode="clip")
+                tail = jnp.where(batch.start[:, None, None, None] == 0, 0, tail)
+        x, tail, pool = model.paged(
+            self.pieces[i],
+            flow.x,
+            rows,
+            batch.start,
+            batch.valid,
+            mask,
+            tail,
+            batch.pages,
+            cache.pool,
+        )
+        if kept is not None:
+            tails[layer] = kept.at[batch.slot].set(tail, mode="drop")
+        return Flow(flow.tokens, x), Cache(pool, tails, cache.tokens)
+
+    def _switched(self, rows: jax.Array) -> jax.Array:
+        """Rows of the orders that are switched off read as zero."""
+        engram = self.program.config.model.engram
+        if not self.serve.off_orders:
+            return rows
+        on = [o not in self.serve.off_orders for o in engram.orders]
+        heads = jnp.repeat(jnp.array(on), engram.heads_per_order)
+        return jnp.where(heads[:, None], rows, 0)
+
+    def _run_sample(
+        self,
+        weights: Weights,
+        cache: Cache,
+        batch: Batch,
+        flow: Flow,
+        targets: Any,
+        *,
+        logprobs: bool,
+        prompt: bool,
+    ) -> tuple[Sampled, Cache]:
+        model = self._model(weights)
+        last = jnp.maximum(batch.valid - 1, 0)[:, None, None, None]
+        # By themselves, whoever else's prompt is looked at: another shape may round otherwise.
+        logits = model.logits(model.finish(jnp.take_along_axis(flow.x, last, axis=1)))[:, 0]
+        fed = None
+        if prompt:
+            all_logits = model.logits(model.finish(flow.x))
+            fed = Logprobs(*log_probabilities(all_logits, targets, self.alternatives))
+        tokens = self._choose(logits, batch)
+        own = None
+        if logprobs:
+            own = Logprobs(*log_probabilities(logits, tokens, self.alternatives))
+        kept = cache.tokens.at[batch.slot].set(tokens, mode="drop")
+        return Sampled(tokens, logits, own, fed), Cache(cache.pool, cache.tails, kept)
+
+    def _choose(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        return sample_rows(
+            logits,
+            batch.seed,
+            step=batch.numbers[:, 3],
+            temperature=batch.levels[:, 0],
+            top_p=batch.levels[:, 1],
+            top_k=batch.numbers[:, 4],
+        )
+
+    def _take_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
+        """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n], any number
+        beyond the sequence's own."""
+        tails = jax.tree.map(lambda t: t[slot], cache.tails)
+        return cache.pool.at[:, pages].get(mode="clip"), tails
+
+    def _put_back(
+        self, cache: Cache, slot: jax.Array, pages: jax.Array, state: Any, token: jax.Array
+    ) -> Cache:
+        """The inverse; pages beyond the sequence's own are out of range, and dropped."""
+        kept, tails = state
+        return Cache(
+            cache.pool.at[:, pages].set(kept, mode="drop"),
+            jax.tree.map(lambda all_, one: all_.at[slot].set(one), cache.tails, tails),
+            cache.tokens.at[slot].set(token),
+        )

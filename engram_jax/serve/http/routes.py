@@ -1,0 +1,286 @@
+"""The engine over HTTP: OpenAI's completions route, models, health and metrics.
+
+Whatever a client sends is answered in OpenAI's shape; one that goes away has its requests
+cancelled. docs/serving.md describes fields, limits and errors for users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn, Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from engram_jax.config.errors import UserError
+from engram_jax.serve.http import completion_request
+from engram_jax.serve.http.completion_response import Answer
+from engram_jax.serve.http.engine_thread import FAILED, ClosedError, Group, Runner, Steps
+from engram_jax.serve.http.json_fields import ApiError, Fields, parse_json, shown
+from engram_jax.serve.http.responses import (
+    DisconnectedError,
+    Limits,
+    dumps,
+    error_response,
+    json_response,
+    read_body,
+    while_connected,
+)
+from engram_jax.serve.request import Delta, Finish, QueueFullError
+
+ROUTES = "POST /v1/completions, GET /v1/models, /health and /metrics"
+NO_CHAT = "base models have no chat template; use POST /v1/completions"
+GONE = 499  # nginx's status for a client that went away: counted, not sent
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Served(Steps, Protocol):
+    """What is needed of the engine (serve/engine.py), constants of it among them."""
+
+    name: str
+    capacity: int
+    tokenizer: Any
+    eos_id: int | None
+
+    @property
+    def memory_error(self) -> str: ...
+
+
+class App:
+    """The routes of one engine. `asgi` is the application."""
+
+    def __init__(self, runner: Runner, engine: Served, limits: Limits):
+        self._runner, self._limits, self._engine = runner, limits, engine
+        self._name, self._capacity = engine.name, engine.capacity
+        self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
+        self._created = int(time.time())
+        self._responses: Counter[int] = Counter()
+        self._active = 0
+        routes = [
+            Route("/v1/completions", _Asgi(self._completions), methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        handlers: Any = {ApiError: _refused, HTTPException: _no_route, Exception: _our_mistake}
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        self.asgi: ASGIApp = self._counted(app)
+
+    async def _completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._active >= self._limits.requests:
+            raise self._busy(f"{self._active} requests are being answered; try again later")
+        self._active += 1
+        try:
+            fields = parse_json(await read_body(scope, receive, self._limits))
+            self._check_model(fields)
+            if self._runner.state != "ok":
+                raise self._closed()
+            request = await asyncio.to_thread(self._parse, fields)
+            await while_connected(receive, self._answer(request, scope, receive, send))
+        except DisconnectedError:
+            self._responses[GONE] += 1
+        finally:
+            self._active -= 1
+
+    def _check_model(self, fields: Fields) -> None:
+        model = fields.get("model")
+        if not isinstance(model, str):
+            fields.wrong("model", f"a text, {self._name!r}")
+        if model != self._name:
+            self._unknown_model(model)
+
+    def _parse(self, fields: Fields) -> completion_request.CompletionRequest:
+        return completion_request.parse(
+            fields,
+            tokenizer=self._tokenizer,
+            capacity=self._capacity,
+            most=self._limits.sequences,
+        )
+
+    async def _answer(
+        self,
+        request: completion_request.CompletionRequest,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Queue the request and send its answer. However this ends, nothing of it goes on."""
+        deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def listen(place: int, delta: Delta) -> None:
+            loop.call_soon_threadsafe(deltas.put_nowait, (place, delta))
+
+        group = self._runner.submit(request.sequences, listen)
+        try:
+            await self._accepted(group)
+            answer = Answer(request, self._name, self._tokenizer, self._eos)
+            arriving = _until_all_end(deltas, len(request.params))
+            if request.stream:
+                await _stream(answer, arriving, send)
+                return
+            whole: list[list[Delta]] = [[] for _ in request.params]
+            async for arrived in arriving:
+                for place, delta in arrived:
+                    whole[place].append(delta)
+            made = await asyncio.to_thread(lambda: json_response(answer.whole(whole)))
+            await made(scope, receive, send)
+        finally:
+            group.cancel()
+
+    async def _accepted(self, group: Group) -> None:
+        try:
+            await asyncio.wrap_future(group.accepted)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+        except QueueFullError as error:
+            raise self._busy(str(error)) from None
+        except ClosedError:
+            raise self._closed() from None
+
+    def _busy(self, message: str) -> ApiError:
+        wait = {"Retry-After": str(self._limits.retry_after)}
+        return ApiError(429, message, code="queue_full", headers=wait)
+
+    def _closed(self) -> ApiError:
+        if self._runner.state == "failed":
+            return ApiError(503, FAILED, code="failed")
+        wait = {"Retry-After": str(self._limits.retry_after)}
+        return ApiError(503, "the server is shutting down", code="draining", headers=wait)
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "engram_jax",
+            "max_model_len": self._capacity,
+        }
+
+    async def _models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self._described()]})
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._name:
+            self._unknown_model(request.path_params["name"])
+        return json_response(self._described())
+
+    def _unknown_model(self, name: str) -> NoReturn:
+        message = f"model = {shown(name)}: must be {self._name!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+    async def _health(self, request: Request) -> Response:
+        state = self._runner.state
+        found = {"status": state}
+        if error := self._engine.memory_error:  # others are answered: no reason to restart it
+            found = {"status": "degraded" if state == "ok" else state, "memory": error}
+        return json_response(found, 200 if state == "ok" else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        lines = []
+        for key, value in sorted(self._runner.stats().items()):
+            name = "engram_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)
+            lines += [f"# TYPE {name} untyped", f"{name} {float(value)!r}"]
+        lines.append("# TYPE engram_http_responses_total counter")
+        for status, count in sorted(self._responses.items()):
+            lines.append(f'engram_http_responses_total{{status="{status}"}} {count}')
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    def _counted(self, app: ASGIApp) -> ASGIApp:
+        """`app`, its responses counted by status."""
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            async def count(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    self._responses[message["status"]] += 1
+                await send(message)
+
+            await app(scope, receive, count)
+
+        return counted
+
+
+class _Asgi:
+    """An endpoint that sends its answer itself: Starlette hands requests to functions only."""
+
+    def __init__(self, call: ASGIApp):
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._call(scope, receive, send)
+
+
+async def _until_all_end(
+    deltas: asyncio.Queue[tuple[int, Delta]], sequences: int
+) -> AsyncIterator[list[tuple[int, Delta]]]:
+    """The deltas of all sequences, those together that arrived together.
+
+    Raises ApiError if a sequence ends without its answer.
+    """
+    while sequences:
+        arrived = [await deltas.get()]
+        while not deltas.empty():
+            arrived.append(deltas.get_nowait())
+        for _, delta in arrived:
+            if delta.finish == Finish.ERROR:
+                raise ApiError(500, delta.error)
+            if delta.finish == Finish.CANCELLED:
+                raise ApiError(503, "cancelled: the server is shutting down", code="draining")
+            sequences -= delta.finish is not None
+        yield arrived
+
+
+async def _stream(
+    answer: Answer, arriving: AsyncIterator[list[tuple[int, Delta]]], send: Send
+) -> None:
+    """Server-sent events. What goes wrong after the first one is an event, too."""
+    await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+
+    async def events(values: list[Any]) -> None:
+        body = b"".join(b"data: " + dumps(value) + b"\n\n" for value in values)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    try:
+        async for arrived in arriving:
+            added = (answer.choices[place].add(delta) for place, delta in arrived)
+            await events([answer.chunk(choice) for choice in added if choice is not None])
+        if (usage := answer.last_chunk()) is not None:
+            await events([usage])
+    except ApiError as error:
+        await events([error.body])
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+async def _refused(request: Request, error: ApiError) -> Response:
+    return error_response(error)
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    what = f"{request.method} {shown(request.url.path)[1:-1]}"
+    if error.status_code == 405:
+        message = f"{what}: must be {(error.headers or {}).get('Allow')}"
+    elif request.url.path.startswith("/v1/chat"):
+        message = f"{what}: {NO_CHAT}"
+    else:
+        message = f"{what}: no such route; there are {ROUTES}"
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _our_mistake(request: Request, error: Exception) -> Response:
+    """The traceback is in the log only."""
+    return error_response(ApiError(500, "internal error; the server's log says more"))

@@ -1,0 +1,236 @@
+"""A server process: bind, serve, drain on a signal.
+
+uvicorn speaks HTTP; what it leaves out is here: heads that never end, errors in OpenAI's shape, and
+an orderly end with status 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h11
+import jax
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.serve.http.engine_thread import Runner
+from engram_jax.serve.http.json_fields import ApiError
+from engram_jax.serve.http.responses import Limits
+from engram_jax.serve.http.routes import App, Served
+from engram_jax.serve.open_engine import open_engine
+
+BACKLOG = 128
+WRITE_SECONDS = 5  # at the end, for clients that do not read their answer
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port in use is known before a model is compiled.
+
+    port: 0 = any free one. Raises UserError.
+    """
+    if not 0 <= port <= 65535:
+        raise UserError(f"port {port}: must be from 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        made = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"host {host!r}, port {port}: {_reason(error)}") from None
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise _not_bound(host, port, error) from None
+    return made
+
+
+def _not_bound(host: str, port: int, error: Exception) -> UserError:
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return UserError(f"port {port} on {host}: is in use; config.serve.port gives another")
+    return UserError(f"port {port} on {host}: cannot be served: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def serve(
+    engine: Served,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    bound: socket.socket | None = None,
+    limits: Limits | None = None,
+    drain_seconds: float = 30.0,
+    ready: Callable[[str], None] = tell,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what runs, for at most `drain_seconds`.
+
+    bound: from `bind(host, port)`. ready: is given one line when requests are answered. A second
+    signal ends the process at once. Main thread only. Raises UserError if the port cannot be had.
+    """
+    limits = limits or Limits()
+    sock = bind(host, port) if bound is None else bound
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:  # another process was bound to it, too, and came first
+        sock.close()
+        raise _not_bound(host, port, error) from None
+    runner = Runner(engine)
+    app = App(runner, engine, limits)
+    line = f"serving {engine.name} at {_url(sock)}/v1"
+    server = Server(app, limits, lambda: ready(line))
+    try:
+        asyncio.run(_serve(server, runner, sock, drain_seconds))
+    finally:
+        runner.close()
+        sock.close()
+
+
+def serve_checkpoint(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> None:
+    """Serve a checkpoint over HTTP until SIGTERM. accept: as in `open_engine`."""
+    where = config.serve
+    bound = bind(where.host, where.port)  # before the model: a port in use is known at once
+    try:
+        if jax.process_count() > 1:
+            raise UserError("--mode=serve: must run as one process; this is one of several")
+        engine = open_engine(config, workdir, step, accept)
+        engine.warm_up()
+    except BaseException:
+        bound.close()
+        raise
+    limits = Limits(body=where.max_body, sequences=where.queue)
+    try:
+        serve(engine, bound=bound, limits=limits, drain_seconds=where.drain_seconds)
+    finally:
+        engine.close()
+
+
+async def _serve(server: Server, runner: Runner, sock: socket.socket, seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    drains: list[asyncio.Task[None]] = []
+
+    async def drain() -> None:
+        try:
+            await asyncio.to_thread(runner.drain, seconds)
+        finally:  # whatever happens, a signal ends the process
+            server.should_exit = True
+
+    def on_signal(number: int) -> None:
+        if drains:  # the second one: as if there were no handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        drains.append(loop.create_task(drain()))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await server.serve([sock])
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, without its signal handlers: they end the process by the signal's status."""
+
+    def __init__(self, app: App, limits: Limits, ready: Callable[[], None] = lambda: None):
+        config = uvicorn.Config(
+            app.asgi,
+            http=partial(_Connection, head_seconds=limits.seconds),  # type: ignore[arg-type]
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=WRITE_SECONDS,
+        )
+        super().__init__(config)
+        self._ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+class _Connection(H11Protocol):
+    """A connection whose request must have its head complete in time."""
+
+    def __init__(self, *args: Any, head_seconds: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._seconds = head_seconds
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget()
+
+    def _watch(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering or self.transport.is_closing():
+            self._forget()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self._seconds, self._too_late)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_late(self) -> None:
+        if self.conn.trailing_data[0]:  # a part of a head
+            self._refuse(408, f"head: must arrive within {self._seconds:g} s")
+        else:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "not an HTTP/1.1 request, or one with a head of more than 64 KiB")
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = json.dumps(ApiError(status, message).body).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=""),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

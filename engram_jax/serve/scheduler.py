@@ -1,0 +1,163 @@
+"""Which sequences run: first come, first served, in bounded memory, by rules and without luck.
+
+* A request is admitted when nothing older waits, a slot is free and pages for its whole prompt
+  and one token more are; one that can never fit was refused when it was submitted.
+* A running sequence takes a page whenever it has filled its last one. If none is free, the
+  youngest running sequence is moved out: its state goes to host memory as it is, its pages and its
+  slot are free. (Nothing is computed again: the state of a sequence that comes back is the same to
+  the last bit.) The oldest can always go on, because one sequence always fits.
+* Who was moved out comes back, oldest first, before anything new is admitted, when its pages are
+  free and one more for everyone who runs. So at most `slots` sequences have begun at any time, and
+  host memory is bounded by their states.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engram_jax.serve.pages import Pages
+from engram_jax.serve.request import Finish, QueueFullError, SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request on its way.
+
+    computed: tokens in the cache. pending: its next token is being computed.
+    history: its last N - 1 canonical ids (addressing/hash_numba.py).
+    saved: its state on the host, while it is moved out. text: detokenisation, or None.
+    """
+
+    number: int
+    prompt: np.ndarray
+    params: SamplingParams
+    history: np.ndarray
+    text: Any = None
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    generated: list[int] = field(default_factory=list)
+    pending: bool = False
+    finish: Finish | None = None
+    saved: Any = None
+    prompt_logprobs: list[Any] = field(default_factory=list)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.computed < len(self.prompt)
+
+    @property
+    def begins_with(self) -> int:
+        """Tokens that it needs room for before it runs: its prompt and the first of its answer."""
+        return len(self.prompt) + min(1, self.params.max_tokens)
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether a further token is to be computed, as far as is known before the pending one."""
+        return len(self.generated) + self.pending < self.params.max_tokens
+
+
+class Schedule:
+    """The waiting, the running and those moved out."""
+
+    def __init__(self, slots: int, pages: Pages, queue: int):
+        self.pages, self.queue = pages, queue
+        self._slots = list(range(slots))[::-1]
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.moved_out: list[Sequence] = []  # oldest first
+        self.evictions = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running or self.moved_out)
+
+    def submit(self, sequence: Sequence) -> None:
+        if len(self.waiting) >= self.queue:
+            raise QueueFullError(f"{self.queue} requests are waiting; try again later")
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Requests that begin now."""
+        begun = []
+        while self.waiting and self._slots and not self.moved_out:
+            needed = self.pages.needed(self.waiting[0].begins_with)
+            if needed > self.pages.free:
+                break
+            sequence = self.waiting.popleft()
+            self._place(sequence, needed)
+            begun.append(sequence)
+        return begun
+
+    def come_back(self) -> list[Sequence]:
+        """Those that were moved out and have a place again: their states must be put back."""
+        back = []
+        while self.moved_out and self._slots:
+            sequence = self.moved_out[0]
+            room = sequence.begins_with if sequence.prefilling else sequence.computed + 1
+            needed = self.pages.needed(room)
+            if needed + len(self.running) > self.pages.free:
+                break
+            self.moved_out.pop(0)
+            self._place(sequence, needed)
+            back.append(sequence)
+        return back
+
+    def _place(self, sequence: Sequence, pages: int) -> None:
+        sequence.slot, sequence.pages = self._slots.pop(), self.pages.take(pages)
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.number)
+
+    def room_for_next(self) -> tuple[list[Sequence], list[Sequence]]:
+        """(sequences whose next token can be computed, those that must be moved out for it).
+
+        Both oldest first. The state of the latter must be saved before anything is computed; then
+        call `vacate` on each of them.
+        """
+        ready = [s for s in self.running if not s.prefilling and s.wants_token]
+        out: list[Sequence] = []
+        free, going = self.pages.free, list(self.running)
+        for sequence in ready:
+            if sequence in out or self.pages.needed(sequence.computed + 1) <= len(sequence.pages):
+                continue
+            while free == 0 and sequence in going:
+                youngest = going.pop()
+                out.append(youngest)
+                free += len(youngest.pages)
+            if sequence in going:
+                free -= 1
+        return [s for s in ready if s not in out], out[::-1]
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Take a sequence's place away; it waits to come back."""
+        self.evictions += 1
+        self._leave(sequence)
+        self.moved_out.append(sequence)
+        self.moved_out.sort(key=lambda s: s.number)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Give it the page that its next token needs; True if that is a new one."""
+        if self.pages.needed(sequence.computed + 1) <= len(sequence.pages):
+            return False
+        sequence.pages += self.pages.take(1)
+        return True
+
+    def end(self, sequence: Sequence) -> None:
+        """It has finished: whatever it holds is free."""
+        sequence.saved = None
+        if sequence in self.running:
+            self._leave(sequence)
+        elif sequence in self.moved_out:
+            self.moved_out.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        self.pages.give(sequence.pages)
+        sequence.slot, sequence.pages = -1, []

@@ -1,0 +1,1 @@
+"""What a training step is: state, loss, gradients, optimizers."""

@@ -1,0 +1,1 @@
+"""What happens to gradients: schedule, clipping, Muon, AdamW, row-wise Adam of the tables."""

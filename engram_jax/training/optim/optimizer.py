@@ -1,0 +1,61 @@
+"""The backbone's optimizer: Muon and AdamW, each on its own parameters (see `partition`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from engram_jax.config import OptimizerConfig
+from engram_jax.sharding.rules import names
+from engram_jax.training.optim import partition
+from engram_jax.training.optim.muon import orthogonalised_momentum
+
+
+def build(
+    config: OptimizerConfig, rate: Callable[[jax.Array], jax.Array], mesh: Mesh
+) -> optax.GradientTransformation:
+    """An optax transformation for the parameter tree; gradients come in already clipped."""
+    muon = optax.chain(
+        orthogonalised_momentum(config.muon_momentum, config.muon_ns_steps, mesh),
+        scale_to_rms(config.muon_rms),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+    def adamw(decay: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps, weight_decay=decay
+        )
+
+    transforms = {
+        partition.MUON: muon,
+        partition.ADAMW: adamw(config.weight_decay),
+        partition.ADAMW_NO_DECAY: adamw(0.0),
+    }
+    return optax.partition(transforms, partition.labels)
+
+
+def scale_to_rms(rms: float) -> optax.GradientTransformation:
+    """Times rms * sqrt(max(in, out)) (arXiv 2502.16982).
+
+    An orthogonal matrix's entries then have the given RMS whatever its shape; with 0.2 it is
+    AdamW's, and one learning rate serves both.
+    """
+
+    def scale(path: Any, update: jax.Array) -> jax.Array:
+        dims = partition.MUON_MATRICES[names(path)[-1]]
+        fan = max(update.shape[dims.reduction_axis], update.shape[dims.output_axis])
+        return update * (rms * math.sqrt(fan))
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def clip_factor(squared_norm: jax.Array, clip_norm: float) -> jax.Array:
+    """Global-norm clipping as a factor: min(1, clip_norm / norm)."""
+    return jnp.minimum(1.0, clip_norm / (jnp.sqrt(squared_norm) + 1e-12))

@@ -1,0 +1,138 @@
+"""Everything a training run carries from step to step, as one pytree, and how it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from engram_jax.addressing.artifact import Addressing
+from engram_jax.config import Config, random_streams
+from engram_jax.config.errors import UserError
+from engram_jax.memory.exchange import natural_order
+from engram_jax.memory.table import Table, init_memory
+from engram_jax.model.program import (
+    Params,
+    Program,
+    Weights,
+    build_program,
+    split_model,
+    table_format,
+)
+from engram_jax.model.transformer import Transformer
+from engram_jax.sharding.rules import shardings
+from engram_jax.training.optim import optimizer
+from engram_jax.training.optim.schedule import learning_rate
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32 [], updates applied so far.
+
+    params: the model's trained parameters, a plain nested dict.
+    router_bias: the experts' selection biases (not trained by gradients), likewise.
+    opt_state: the optax state of `params`.
+    memory: Engram layer id -> Table (rows and their moments).
+    halted: bool [], True after a non-finite loss or gradient: later steps change nothing.
+    """
+
+    step: jax.Array
+    params: Params
+    router_bias: Params
+    opt_state: Any
+    memory: dict[str, Table]
+    halted: jax.Array
+
+
+@dataclass(frozen=True)
+class TrainingProgram(Program):
+    """A program and how it is trained. tx: the optimizer of params. rate: step -> learning rate."""
+
+    tx: optax.GradientTransformation
+    rate: optax.Schedule
+
+
+def build_training(
+    config: Config, addressing: Addressing | None, mesh: Mesh | None = None
+) -> TrainingProgram:
+    """`build_program`, with the optimizer and the schedule that `config.optimizer` names."""
+    program = build_program(config, addressing, mesh)
+    rate = learning_rate(config.optimizer, config.train.steps)
+    tx = optimizer.build(config.optimizer, rate, program.mesh)
+    return TrainingProgram(program.config, addressing, program.mesh, program.graphdef, tx, rate)
+
+
+def init_state(program: TrainingProgram) -> TrainState:
+    """A fresh state, a pure function of `config.train.seed`, whatever the mesh."""
+    config, engram = program.config, program.config.model.engram
+    seed = config.train.seed
+    rngs = nnx.Rngs(params=random_streams.stream(seed, random_streams.PARAMS))
+    _, params, bias = split_model(Transformer(config, rngs=rngs))
+    key = random_streams.stream(seed, random_streams.MEMORY)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        router_bias=bias,
+        opt_state=program.tx.init(params),
+        memory=init_memory(
+            key, program.layouts, engram.dim, engram.init_std, jnp.dtype(engram.table_dtype)
+        ),
+        halted=jnp.zeros((), bool),
+    )
+
+
+def state_shardings(program: TrainingProgram) -> TrainState:
+    """Where every array of the state lies: NamedShardings in the state's structure."""
+    mesh = program.mesh
+    shapes = jax.eval_shape(lambda: init_state(program))
+    found = shardings(shapes, mesh)
+    tables = jax.tree.map(lambda _: table_format(mesh), shapes.memory)
+    return dataclasses.replace(found, memory=tables)
+
+
+def abstract_state(program: TrainingProgram) -> TrainState:
+    """The state's shapes, dtypes and shardings, without allocating it."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(program)),
+        state_shardings(program),
+    )
+
+
+def create_state(program: TrainingProgram) -> TrainState:
+    """`init_state`, every device making its own part."""
+    create = jax.jit(partial(init_state, program), out_shardings=state_shardings(program))
+    return create()
+
+
+def check_memory(program: TrainingProgram) -> None:
+    """Raises UserError if the state cannot lie in memory: a machine that tries may stand still."""
+    needed = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract_state(program))
+    )
+    stats = jax.local_devices()[0].memory_stats() or {}
+    there = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"config.model: parameters, tables and their moments take {needed / 1e9:,.1f} GB on"
+            f" each of {program.axes.devices} devices, this {jax.default_backend()} has"
+            f" {there / 1e9:,.1f} GB; --mode=describe tells the parts"
+        )
+
+
+def weights_of(program: Program, state: TrainState) -> Weights:
+    """The part of a training state that inference uses, rows in their natural order."""
+    mesh, layouts = program.mesh, program.layouts
+    rows = {k: natural_order(mesh, layouts[k], t.rows) for k, t in state.memory.items()}
+    return Weights(state.params, state.router_bias, rows)

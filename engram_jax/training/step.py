@@ -1,0 +1,284 @@
+"""The pure training and evaluation steps.
+
+    tokens -> addresses -> rows -> loss(params, rows) -> gradients -> optimizer, row-wise Adam
+
+The tables are touched twice: the gather before differentiation and the scatter of the summed row
+gradients after it. With the state donated both happen in place, so a step costs what it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from engram_jax.addressing import hash_jax
+from engram_jax.config.random_streams import ROUNDING, number
+from engram_jax.layers.moe import updated_bias
+from engram_jax.memory.exchange import Plan, Sent
+from engram_jax.memory.row_gradients import RowGradients
+from engram_jax.memory.table import Memory, Table
+from engram_jax.model.block import MOE
+from engram_jax.model.program import Params, Program
+from engram_jax.model.transformer import Output, stages
+from engram_jax.sharding.rules import BATCH, P, specs
+from engram_jax.training.loss import cross_entropy
+from engram_jax.training.optim import optimizer, rowwise_adam
+from engram_jax.training.state import TrainingProgram, TrainState, state_shardings
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Any]
+INPUTS = ("tokens", "targets", "loss_mask", "segments", "positions")
+
+
+def batch_addresses(program: Program, batch: Batch) -> dict[str, jax.Array]:
+    """Addresses of every Engram layer, int32 [B, T, H]: from the pipeline, or hashed here."""
+    if program.addressing is None:
+        return {}
+    if "addresses" in batch:
+        return dict(batch["addresses"])
+    canonical = program.canonical(batch["tokens"])
+    return {
+        str(layer_id): hash_jax.addresses(canonical, layer, batch["segments"])
+        for layer_id, layer in program.addressing.layers.items()
+    }
+
+
+def fetch_rows(
+    program: Program, memory: Memory, addresses: Mapping[str, jax.Array]
+) -> tuple[dict[str, jax.Array], dict[str, Plan]]:
+    """Rows [B, T, H, dim] of every Engram layer, in the dtype the network computes in, and the
+    plans to send their gradients back by."""
+    dtype = program.config.model.dtype
+    exchanges = program.exchanges()
+    plans = {k: exchanges[k].plan(ids) for k, ids in addresses.items()}
+    rows = {
+        k: exchanges[k].fetch(memory[k].rows, ids, plans[k], dtype) for k, ids in addresses.items()
+    }
+    return rows, plans
+
+
+def forward(
+    program: Program, params: Params, rows: Mapping[str, jax.Array], bias: Params, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`).
+
+    One shard_map: every device runs the network on its sequences, with weights that it collects
+    when they are needed. Differentiating it returns each device its own pieces of the gradients.
+    """
+    local = program.local
+
+    def on_device(params: Params, rows: Any, bias: Params, batch: Batch) -> tuple[jax.Array, Any]:
+        stacks = {"blocks": params["blocks"]}  # a layer's weights are collected when it runs
+        rest = local.collect({k: v for k, v in params.items() if k != "blocks"})
+        model = program.model({**rest, **stacks}, bias)
+        mask = program.memory_mask(batch["tokens"])
+        output = model(batch["tokens"], rows, batch["positions"], batch["segments"], mask, local)
+        loss = cross_entropy(
+            output.hidden, model.unembedding(), batch["targets"], batch["loss_mask"]
+        )
+        return local.sum_batch((loss, statistics(output, batch["segments"])))
+
+    sequences = P(BATCH)
+    run = jax.shard_map(
+        on_device,
+        mesh=program.mesh,
+        in_specs=(specs(params, program.axes), sequences, P(), sequences),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return run(params, dict(rows), bias, {k: batch[k] for k in INPUTS})
+
+
+def statistics(output: Output, segments: jax.Array) -> Metrics:
+    """Sums over real tokens, so that pieces of a batch add up: gates per branch, expert loads."""
+    real = (segments > 0)[..., None]
+    gates = {k: jnp.sum(jnp.where(real, g, 0), axis=(0, 1)) for k, g in output.gates.items()}
+    return {"gate": gates, "load": output.loads, "tokens": jnp.sum(real)}
+
+
+def gradients(
+    program: Program, state: TrainState, rows: Mapping[str, jax.Array], batch: Batch
+) -> tuple[jax.Array, Params, dict[str, jax.Array], Metrics]:
+    """Loss (nats per target), its gradients for parameters and for every looked-up row, statistics.
+
+    With accumulation every device's sequences are cut along B and scanned; parameter gradients are
+    summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch but
+    the order of sums.
+    """
+    parts = program.config.train.accumulation
+    targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+    inputs = {k: batch[k] for k in INPUTS}
+
+    def part(rows: Any, inputs: Any) -> Any:
+        def loss_fn(params: Params, rows: Any) -> tuple[jax.Array, Metrics]:
+            loss, stats = forward(program, params, rows, state.router_bias, inputs)
+            return loss / targets, stats
+
+        grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, stats), (grad_params, grad_rows) = grad_fn(state.params, rows)
+        return (loss, grad_params, stats), grad_rows
+
+    if parts == 1:
+        (loss, grad_params, stats), grad_rows = part(rows, inputs)
+        return loss, grad_params, grad_rows, stats
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Part p is every device's sequences p, p + parts, ...: no sequence changes devices.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def body(total: Any, xs: Any) -> tuple[Any, Any]:
+        sums, grad_rows = part(*xs)
+        return jax.tree.map(jnp.add, total, sums), grad_rows
+
+    xs = jax.tree.map(cut, (dict(rows), inputs))
+    shapes = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], xs))[0]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (loss, grad_params, stats), grad_rows = jax.lax.scan(body, zeros, xs)
+    return loss, grad_params, jax.tree.map(join, grad_rows), stats
+
+
+def update_memory(
+    program: TrainingProgram,
+    memory: Memory,
+    plans: Mapping[str, Plan],
+    sent: Mapping[str, Sent],
+    factor: jax.Array,
+    step: jax.Array,
+    apply: jax.Array,
+) -> tuple[dict[str, Table], dict[str, jax.Array]]:
+    """Apply the summed row gradients (times the clipping factor) where the rows lie.
+
+    Returns the tables and, per layer, how many of the touched rows had been trained before.
+    """
+    config = program.config.optimizer
+    dense = config.memory_optimizer == "dense_adam"
+    adam = rowwise_adam.update_dense if dense else rowwise_adam.update
+    rate = program.rate(step) * config.memory_lr_multiplier
+    tables, seen = {}, {}
+
+    def rule(layer: str) -> Callable:
+        seed = number(program.config.train.seed, ROUNDING, int(layer))
+
+        def update(table: Table, gradients: RowGradients, addresses: Any, *now: Any) -> Any:
+            options = {"config": config, "identity": addresses, "seed": seed}
+            return adam(table, gradients, *now, **options)
+
+        return update
+
+    for layer, exchange in program.exchanges().items():
+        tables[layer], seen[layer] = exchange.apply(
+            rule(layer), memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
+        )
+    return tables, seen
+
+
+def update_router_bias(program: Program, bias: Params, loads: jax.Array) -> Params:
+    """Auxiliary-loss-free balancing: every selection bias steps against this batch's load."""
+    blocks, start = dict(bias.get("blocks", {})), 0
+    for stage in stages(program.config.model):
+        if stage.kind == MOE:
+            load = loads[start : start + stage.count]
+            start += stage.count
+            rate = program.config.model.ffn.bias_update_rate
+            blocks[stage.name] = jax.tree.map(
+                lambda b, load=load, rate=rate: updated_bias(b, load, rate), blocks[stage.name]
+            )
+    return {"blocks": blocks} if blocks else bias
+
+
+def train_step(
+    program: TrainingProgram, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One update. A non-finite loss or gradient changes nothing and sets `halted`.
+
+    Metrics (device scalars unless a shape is given): loss, grad_norm (all gradients, rows after
+    summation, before clipping), grad_norm_memory, learning_rate, finite, gate/<layer> [M] mean per
+    branch, load [MoE layers, E] assignments, and per Engram layer rows_touched, hit_rate (share of
+    the touched rows that earlier steps had already trained), distinct (share of the devices'
+    lookups that remains without each one's duplicates) and extra_rounds (of the exchange).
+    """
+    rows, plans = fetch_rows(program, state.memory, batch_addresses(program, batch))
+    loss, grad_params, grad_rows, stats = gradients(program, state, rows, batch)
+    exchanges = program.exchanges()
+    sent = {k: exchanges[k].send(g, plans[k]) for k, g in grad_rows.items()}
+
+    memory_norm = sum((s.squares for s in sent.values()), jnp.float32(0))
+    norm = optax.tree.norm(grad_params, squared=True) + memory_norm
+    factor = optimizer.clip_factor(norm, program.config.optimizer.clip_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    apply = finite & ~state.halted
+
+    updates, opt_state = program.tx.update(
+        jax.tree.map(lambda g: g * factor.astype(g.dtype), grad_params),
+        state.opt_state,
+        state.params,
+    )
+    params = optax.apply_updates(state.params, updates)
+    bias = update_router_bias(program, state.router_bias, stats["load"])
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(apply, new, old))
+    memory, seen = update_memory(program, state.memory, plans, sent, factor, state.step, apply)
+    if program.config.optimizer.memory_optimizer == "dense_adam":
+        memory = keep(memory, state.memory)  # dense moments decay even without gradients
+    new_state = TrainState(
+        step=state.step + apply.astype(jnp.int32),
+        params=keep(params, state.params),
+        router_bias=keep(bias, state.router_bias),
+        opt_state=keep(opt_state, state.opt_state),
+        memory=memory,
+        halted=~apply,
+    )
+    metrics: Metrics = {
+        "loss": loss,
+        "grad_norm": jnp.sqrt(norm),
+        "grad_norm_memory": jnp.sqrt(memory_norm),
+        "learning_rate": program.rate(state.step),
+        "finite": apply,
+        "load": stats["load"],
+    }
+    for k, plan in plans.items():
+        touched, asked = sent[k].touched, jnp.sum(plan.distinct.count)
+        metrics[f"gate/{k}"] = stats["gate"][k] / jnp.maximum(stats["tokens"], 1)
+        metrics[f"rows_touched/{k}"] = touched
+        metrics[f"hit_rate/{k}"] = seen[k] / jnp.maximum(touched, 1)
+        metrics[f"distinct/{k}"] = asked / plan.distinct.order.size
+        metrics[f"extra_rounds/{k}"] = plan.rounds - 1
+    return new_state, metrics
+
+
+def utilisation(program: Program, memory: Memory) -> dict[str, jax.Array]:
+    """Share of each table's rows that training has touched so far. Reads the moments: O(R)."""
+    rows = program.table_rows
+    return {k: jnp.sum(jnp.any(t.nu > 0, axis=1)) / rows[k] for k, t in memory.items()}
+
+
+def eval_step(
+    program: Program, params: Params, bias: Params, memory: Memory, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of token losses in nats, number of targets) of one batch."""
+    rows, _ = fetch_rows(program, memory, batch_addresses(program, batch))
+    loss, _ = forward(program, params, rows, bias, batch)
+    return loss, jnp.sum(batch["loss_mask"])
+
+
+def jit_train_step(program: TrainingProgram) -> jax.stages.Wrapped:
+    """The step compiled, its state donated (updated in place)."""
+    return program.jit(
+        partial(train_step, program),
+        out_shardings=(state_shardings(program), NamedSharding(program.mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def jit_utilisation(program: Program) -> Callable[[Memory], dict[str, jax.Array]]:
+    """`utilisation` compiled."""
+    everywhere = NamedSharding(program.mesh, P())
+    return jax.jit(partial(utilisation, program), out_shardings=everywhere)
