@@ -28,7 +28,7 @@ from engram_jax.aot.data_movement import collectives, large_copies
 from engram_jax.aot.topology import slice_topology
 from engram_jax.config import parse_config as parse_config
 from engram_jax.hardware.xla_flags import options_for
-from engram_jax.memory.exchange import EVERYWHERE, LOOKUPS, Exchange
+from engram_jax.memory.exchange import LOOKUPS, ROW_SHARDED, Exchange
 from engram_jax.sharding.rules import make_mesh
 from engram_jax.training.state import build_training
 
@@ -72,7 +72,7 @@ def _arrays(exchange: Exchange, program: Any) -> tuple[Any, Any, Any]:
     config, mesh = program.config, program.mesh
     dim = config.model.engram.dim
     shape = (config.data.batch_size, config.data.seq_len, config.model.engram.heads)
-    table = Format(Layout(major_to_minor=(0, 1)), NamedSharding(mesh, EVERYWHERE))
+    table = Format(Layout(major_to_minor=(0, 1)), NamedSharding(mesh, ROW_SHARDED))
 
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -95,7 +95,7 @@ def _exchanged(exchange: Exchange, program: Any, topology: Any) -> tuple[dict, d
     def backward(ids: jax.Array, gradients: jax.Array) -> Any:
         return exchange.send(gradients, exchange.plan(ids))
 
-    shard = [(exchange.layout.local, program.config.model.engram.dim)]
+    shard = [(exchange.layout.rows_per_device, program.config.model.engram.dim)]
     return (
         _received(jax.jit(forward).lower(table, addresses), topology, shard),
         _received(jax.jit(backward).lower(addresses, gradients), topology, shard),

@@ -26,7 +26,7 @@ from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.checkpoint.workdir import parse_step
 from engram_jax.config import Config, parse_config
 from engram_jax.data.placement import place_batch
-from engram_jax.data.run_data import open_together
+from engram_jax.data.run_data import open_on_all_processes
 from engram_jax.training.state import build_training
 from engram_jax.training.step import batch_addresses, fetch_rows, gradients
 from kernels_pallas.engram_gate.quantise import RECIPES
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--step", default="latest")
     flags = parser.parse_args()
     config = parse_config(engram_tiny.get_config())
-    data = open_together(config)
+    data = open_on_all_processes(config)
     program = build_training(config, data.addressing)
     with Checkpointer(flags.workdir, addressing=data.addressing, read_only=True) as checkpointer:
         restored = table_order.restore(program, checkpointer, parse_step(flags.step))

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.harness import Figure, Result
-from engram_jax.addressing import Addressing, BatchAddresser, LayerAddressing, hash_jax, plan
+from engram_jax.addressing import Addressing, BatchAddresser, LayerAddressing, hash_jax, plan_layer
 from engram_jax.config import EngramConfig
 
 ENGRAM_27B = EngramConfig(layers=(1, 14), rows_per_head=(2_262_400,), d_mem=1280)
@@ -54,7 +54,7 @@ def plain_numpy(ids: np.ndarray, layers: Sequence[LayerAddressing]) -> list[np.n
 
 def measure() -> Result:
     """Time the three forms on [BATCH, LENGTH] ids."""
-    layers = plan(ENGRAM_27B, CANONICAL_VOCAB, fill_id=PAD_ID)
+    layers = plan_layer(ENGRAM_27B, CANONICAL_VOCAB, fill_id=PAD_ID)
     ids = np.random.default_rng(0).integers(0, CANONICAL_VOCAB, (BATCH, LENGTH)).astype(np.int32)
     addressing = Addressing(None, CANONICAL_VOCAB, PAD_ID, layers, "paper", -1, "")
     pipeline = BatchAddresser(addressing)

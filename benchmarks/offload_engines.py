@@ -49,7 +49,7 @@ BACKBONES = {
 
 
 class Replay:
-    """Text as it stands: `Steps` whose choice is the request's own next token.
+    """Text as it stands: `EngineSteps` whose choice is the request's own next token.
 
     A request's seed is its row in `script` int32 [requests, longest answer].
     """
@@ -58,10 +58,10 @@ class Replay:
     def steps(program: Any, serve: Any, script: np.ndarray) -> Any:
         import jax.numpy as jnp
 
-        from engram_jax.serve.engine_steps import Batch, Steps
+        from engram_jax.serve.engine_steps import EngineSteps, StepBatch
 
-        class Replayed(Steps):
-            def _choose(self, logits: Any, batch: Batch) -> Any:
+        class Replayed(EngineSteps):
+            def _choose(self, logits: Any, batch: StepBatch) -> Any:
                 # The real choice is made, too: 0 times it keeps it in the program.
                 drawn = super()._choose(logits, batch)
                 step = jnp.minimum(batch.numbers[:, 3], script.shape[1] - 1)

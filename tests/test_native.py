@@ -64,9 +64,9 @@ def test_without_a_place_to_write_it_is_compiled_anyway(tmp_path, monkeypatch):
 
 def test_numbas_own_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", "/elsewhere")
-    from engram_jax.hardware.numba_jit import native
+    from engram_jax.hardware.numba_jit import host_jit
 
-    @native
+    @host_jit
     def one():
         return 1
 

@@ -10,7 +10,7 @@ in the data pipeline) and `hash_numba` (a few tokens, for serving).
 from engram_jax.addressing.artifact import Addressing, as_stored, build, check_same
 from engram_jax.addressing.compression import build_compression
 from engram_jax.addressing.hash_batches import BatchAddresser
-from engram_jax.addressing.hash_plan import LayerAddressing, plan
+from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
 from engram_jax.addressing.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_size
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "build_compression",
     "check_same",
     "load_tokenizer",
-    "plan",
+    "plan_layer",
     "tokenizer_fingerprint",
     "tokenizer_size",
 ]

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from engram_jax.addressing.compression import build_compression
-from engram_jax.addressing.hash_plan import LayerAddressing, plan
+from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
 from engram_jax.addressing.tokenizer import (
     former_fingerprint,
     load_tokenizer,
@@ -198,7 +198,7 @@ def build(config: Config, tokenizer: Tokenizer | None = None) -> Addressing:
         compression=compression,
         canonical_vocab_size=canonical_size,
         pad_id=pad_id,
-        layers=plan(engram, canonical_size, fill_id=fill_id, restart_id=restart_id),
+        layers=plan_layer(engram, canonical_size, fill_id=fill_id, restart_id=restart_id),
         dialect=engram.hash_dialect,
         eos_id=tokens.eos_id,
         tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),

@@ -13,10 +13,10 @@ import numpy as np
 from engram_jax.addressing.artifact import Addressing
 from engram_jax.addressing.hash_numpy import empty_history
 from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 
 
-@native
+@host_jit
 def _addresses(ids, past, fill, restart, multipliers, orders, per_order, sizes, offsets, out):  # type: ignore[no-untyped-def]
     """ids int32 [B, past + S], out int32 [B, S, H]. restart: an id, or a number that is none."""
     for b in range(out.shape[0]):

@@ -96,7 +96,7 @@ class LayerAddressing:
         return -(-self.rows // self.row_multiple) * self.row_multiple
 
 
-def plan(
+def plan_layer(
     config: EngramConfig,
     canonical_vocab_size: int,
     *,

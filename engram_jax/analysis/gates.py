@@ -25,8 +25,8 @@ def gates_of_document(
     token ids, from its first one on."""
     strings = [text_of(tokenizer, i, inside=place > 0) for place, i in enumerate(ids)]
     tokens = np.asarray([ids], np.int32)
-    everywhere = NamedSharding(program.mesh, P())
-    gates = program.jit(partial(_gates, program), out_shardings=everywhere)(weights, tokens)
+    replicated = NamedSharding(program.mesh, P())
+    gates = program.jit(partial(_gates, program), out_shardings=replicated)(weights, tokens)
     return strings, np.stack([np.asarray(g) for g in gates.values()])
 
 

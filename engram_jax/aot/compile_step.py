@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from engram_jax.addressing import Addressing, build, load_tokenizer
 from engram_jax.aot import step_cost
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
-from engram_jax.aot.topology import parse, slice_topology, slices_of
+from engram_jax.aot.topology import parse_topology, slice_topology, slices_of
 from engram_jax.config import PAPER, Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
@@ -44,7 +44,9 @@ def compile_step(config: Config, topology_name: str, program_name: str = "train"
     topology = slice_topology(topology_name)
     program = build_training(config, _addressing(config), make_mesh(config.mesh, topology.devices))
     lowered, state = {"train": _train, "decode": _decode}[program_name](program)
-    tables = [(layout.local, config.model.engram.dim) for layout in program.layouts.values()]
+    tables = [
+        (layout.rows_per_device, config.model.engram.dim) for layout in program.layouts.values()
+    ]
     options = options_of(program.mesh)
     try:
         compiled, text, seconds = compile_with_text(lowered, options)
@@ -73,10 +75,10 @@ def smallest_slice(
 
     As many microbatches as leave a device the sequences it has now.
     """
-    generation, size = parse(topology_name)
+    generation, size = parse_topology(topology_name)
     here = math.prod(size)
     for name in slices_of(generation.name):
-        chips = math.prod(parse(name)[1])
+        chips = math.prod(parse_topology(name)[1])
         parts, factor = config.train.accumulation, chips / here
         larger = dataclasses.replace(
             config,
@@ -178,9 +180,9 @@ def _decode(program: TrainingProgram) -> tuple[jax.stages.Lowered, Any]:
         jax.eval_shape(lambda w: start(program, w, data.batch_size, data.seq_len), weights),
         shardings,
     )
-    everywhere = NamedSharding(program.mesh, P())
-    tokens = jax.ShapeDtypeStruct((data.batch_size, 1), jnp.int32, sharding=everywhere)
-    valid = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32, sharding=everywhere)
+    replicated = NamedSharding(program.mesh, P())
+    tokens = jax.ShapeDtypeStruct((data.batch_size, 1), jnp.int32, sharding=replicated)
+    valid = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32, sharding=replicated)
     return jit_extend(program, shardings).lower(weights, tokens, valid, session), session
 
 

@@ -25,7 +25,7 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes of one device, as memory_analysis() has them for a program that fits.
 
     peak: the most that is alive at one time, code included; what is compared with the capacity.
@@ -55,7 +55,7 @@ class DoesNotFitError(Exception):
         needed: int | None,
         available: int | None,
         text: str = "",
-        memory: Memory | None = None,
+        memory: MemoryUse | None = None,
         buffers: tuple[Buffer, ...] = (),
         seconds: float = 0.0,
     ):
@@ -113,7 +113,7 @@ def _dumped(folder: Path, ending: str) -> str:
     return files[-1].read_text() if files else ""
 
 
-def memory_of(compiled: jax.stages.Compiled) -> Memory:
+def memory_of(compiled: jax.stages.Compiled) -> MemoryUse:
     """The program's memory on one device.
 
     peak: peak_memory_in_bytes is the largest sum of buffers alive at one time, arguments included:
@@ -123,7 +123,7 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory:
     stats = compiled.memory_analysis()
     if stats is None:
         raise ValueError("this backend does not analyse memory")
-    return Memory(
+    return MemoryUse(
         argument=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
         temp=stats.temp_size_in_bytes,
@@ -202,7 +202,7 @@ def alive_at_peak(live_ranges: str, assignment: str) -> tuple[Buffer, ...]:
     return tuple(sorted(found.values(), key=lambda b: -b.bytes))
 
 
-def _assigned(assignment: str, needed: int | None) -> Memory | None:
+def _assigned(assignment: str, needed: int | None) -> MemoryUse | None:
     """Sums over XLA's dump of the buffer assignment; memories other than HBM have a colour."""
     argument = output = temp = alias = 0
     for line in assignment.splitlines():
@@ -221,4 +221,4 @@ def _assigned(assignment: str, needed: int | None) -> Memory | None:
     if not argument + output + temp:
         return None
     output += alias  # memory_analysis() counts an aliased result on both sides
-    return Memory(argument, output, temp, alias, 0, needed or argument + output + temp - alias)
+    return MemoryUse(argument, output, temp, alias, 0, needed or argument + output + temp - alias)

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from engram_jax.aot.hlo_parser import Array, Computation, Instruction, Module, leaves, parse
+from engram_jax.aot.hlo_parser import Array, Computation, Instruction, Module, leaves, parse_hlo
 from engram_jax.aot.trip_counts import trip_count
 
 KINDS = (
@@ -78,7 +78,7 @@ class LargeCopy:
 
 def collectives(text: str | Module) -> list[Collective]:
     """Every collective of the module, largest first; those that are alike are added up."""
-    module = parse(text) if isinstance(text, str) else text
+    module = parse_hlo(text) if isinstance(text, str) else text
     found: dict[tuple, Collective] = {}
     for place in _places(module, module.entry, _Place(1, False, False)):
         for one in _in_computation(module, place.computation):
@@ -238,7 +238,7 @@ def large_copies(
     Args:
       shapes: one device's shard of each table, dims as in the program.
     """
-    module = parse(text) if isinstance(text, str) else text
+    module = parse_hlo(text) if isinstance(text, str) else text
     wanted = [tuple(shape) for shape in shapes]
     found = []
     for computation in module.computations.values():

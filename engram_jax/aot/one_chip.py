@@ -12,8 +12,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.aot import trip_counts
-from engram_jax.aot.compiling import Memory, compile_with_text, memory_of
-from engram_jax.aot.hlo_parser import Computation, Instruction, Module, leaves, parse
+from engram_jax.aot.compiling import MemoryUse, compile_with_text, memory_of
+from engram_jax.aot.hlo_parser import Computation, Instruction, Module, leaves, parse_hlo
 from engram_jax.aot.topology import Topology
 from kernels_pallas import traffic
 
@@ -31,7 +31,7 @@ class Operation:
     xla_bytes: moved by all other instructions (`xla_bytes`). vmem: bytes of VMEM of the kernel that
     uses most. text: the module as it is run."""
 
-    memory: Memory
+    memory: MemoryUse
     kernel_bytes: int
     xla_bytes: int
     vmem: int
@@ -66,7 +66,7 @@ def compile_operation(topology: Topology, function: Callable[..., Any], *args: A
 def kernel_vmem(text: str) -> int:
     """Bytes of VMEM of the kernel that uses most; 0 without kernels."""
     used = [0]
-    for computation in parse(text).computations.values():
+    for computation in parse_hlo(text).computations.values():
         for instruction in computation.instructions.values():
             if KERNEL in instruction.attributes:
                 memories = instruction.backend_config.get("used_scoped_memory_configs", [])
@@ -80,7 +80,7 @@ def xla_bytes(text: str) -> int:
     Every operand and result of an instruction counts once, padding included; what lies in VMEM, or
     is moved by a kernel, does not. Bodies of loops count as often as they run.
     """
-    module = parse(text)
+    module = parse_hlo(text)
     return sum(_moved(i, where) * times for i, where, times in _run(module, module.entry, 1))
 
 

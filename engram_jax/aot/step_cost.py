@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from engram_jax.aot.compiling import DoesNotFitError, Memory, memory_of
+from engram_jax.aot.compiling import DoesNotFitError, MemoryUse, memory_of
 from engram_jax.aot.data_movement import collectives, large_copies
-from engram_jax.aot.hlo_parser import Module, leaves, parse
+from engram_jax.aot.hlo_parser import Module, leaves, parse_hlo
 from engram_jax.aot.topology import Topology
 
 GIB = 1 << 30
@@ -54,7 +54,7 @@ def does_not_fit(
     """The same dict for a step that the compiler refused, with fits = False and `largest_buffers`:
     {bytes, name, op_name} of what is alive at its peak. Keys that the compiler left no trace of are
     None or empty."""
-    nothing = Memory(0, 0, 0, 0, 0, error.needed or 0)
+    nothing = MemoryUse(0, 0, 0, 0, 0, error.needed or 0)
     memory = error.memory or nothing
     report = _common(memory, error.text, topology, state, tables, error.seconds)
     if error.memory is None:
@@ -72,7 +72,7 @@ def does_not_fit(
 
 
 def _common(
-    memory: Memory,
+    memory: MemoryUse,
     text: str,
     topology: Topology,
     state: Any,
@@ -99,7 +99,7 @@ def _common(
             "not_aliased": [],
             "collectives": [],
         }
-    module = parse(text)
+    module = parse_hlo(text)
     large = large_copies(module, tables)
     copies = [copy for copy in large if not copy.vmem]
     donated, aliased = shard_bytes(state), aliased_bytes(module)
@@ -154,7 +154,7 @@ def not_aliased(module: Module) -> list[str]:
 
 def _origins(text: str) -> dict[str, str]:
     """op_name by instruction."""
-    computations = parse(text).computations.values() if text else ()
+    computations = parse_hlo(text).computations.values() if text else ()
     return {i.name: i.op_name for c in computations for i in c.instructions.values()}
 
 

@@ -37,7 +37,7 @@ class Topology:
     peak_flops: float
 
 
-def parse(name: str) -> tuple[Generation, tuple[int, ...]]:
+def parse_topology(name: str) -> tuple[Generation, tuple[int, ...]]:
     """ "v5p:4x4x8" -> (v5p, (4, 4, 8)).
 
     Raises:
@@ -67,7 +67,7 @@ def slice_topology(name: str) -> Topology:
     Raises:
       UserError: a bad name, a slice that libtpu refuses, or no libtpu.
     """
-    generation, size = parse(name)
+    generation, size = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('compiling for a TPU needs libtpu: pip install -e ".[tpu]"')
     try:

@@ -28,7 +28,7 @@ from engram_jax.model.program import Program, Weights, build_program
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A restored model: what inference needs.
 
     run: name of its folder. digest: of the checkpoint (checkpoint/integrity.py). seq_len: tokens of
@@ -50,13 +50,13 @@ class Trained:
         return f"{self.program.config.name}, run {self.run}, step {self.step}"
 
 
-def load(
+def load_model(
     config: Config,
     workdir: Path,
     step: str = "latest",
     rows: str | None = DEVICE,
     accept: Sequence[str] = (),
-) -> Trained:
+) -> LoadedModel:
     """The model of a run. Raises UserError if the workdir holds none, or another one.
 
     rows: where to read the tables to: DEVICE, HOST (np.ndarray) or None = not at all.
@@ -78,7 +78,9 @@ def load(
         found = restore_weights(program, checkpointer, parse_step(step), rows)
     seq_len = agree(lambda: _trained_length(found.metadata, workdir, found.step, config))
     run = workdir.resolve().name
-    return Trained(program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len)
+    return LoadedModel(
+        program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len
+    )
 
 
 def restore_weights(

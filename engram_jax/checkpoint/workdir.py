@@ -66,7 +66,7 @@ def parse_step(step: str) -> int | str | None:
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[None]:
     """Make `workdir` and keep other launches from training in it meanwhile.
 
     The lock goes with the process, however that ends. One process of a run holds it; on a file

@@ -58,7 +58,7 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     return RunData(config, prepared, addressing)
 
 
-def open_together(config: Config, log: Callable[[str], None] = print) -> RunData:
+def open_on_all_processes(config: Config, log: Callable[[str], None] = print) -> RunData:
     """`open_data` on every process, the same on all. Process 0 goes first: what it prepares in a
     data.cache_dir that all share, the others find."""
     first = jax.process_index() == 0

@@ -29,7 +29,7 @@ from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.packing import PackedSequences
 from engram_jax.data.placement import place_batch
-from engram_jax.data.run_data import RunData, open_together
+from engram_jax.data.run_data import RunData, open_on_all_processes
 from engram_jax.distributed.consensus import agree
 from engram_jax.model.program import Program
 from engram_jax.sharding.rules import P
@@ -106,8 +106,8 @@ def evaluate(
     tokenizer or text.
     """
     changes = agree(lambda: check_opened(config, workdir, step, accept))
-    data = open_together(config, log=lambda line: print(line, file=sys.stderr))
-    agree(lambda: check_tokenizer(workdir, data))
+    data = open_on_all_processes(config, log=lambda line: print(line, file=sys.stderr))
+    agree(lambda: check_scored_tokenizer(workdir, data))
     mine = data.addressing
     addressing = None if mine is None else agree(lambda: as_stored(mine, workdir))
     program = build_training(config, addressing)
@@ -143,7 +143,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def check_tokenizer(workdir: Path, data: RunData) -> None:
+def check_scored_tokenizer(workdir: Path, data: RunData) -> None:
     """Refuse to score token ids that mean something else than those the model was trained on."""
     file = workdir / TOKENIZER
     theirs = tokenizer_fingerprint(load_tokenizer(file))

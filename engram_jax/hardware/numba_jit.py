@@ -17,7 +17,7 @@ from typing import Any
 import numba
 
 
-def native(function: Callable) -> Any:
+def host_jit(function: Callable) -> Any:
     """Compile a function without the interpreter's lock, so that threads run at once.
 
     A division by zero gives what C gives. Functions that it calls must be of the same folder, or

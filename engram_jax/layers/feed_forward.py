@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from engram_jax.sharding.shard_view import ALONE, Local
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -37,7 +37,7 @@ class SwiGLU(nnx.Module):
         self.up = matrix(d_model, dim)
         self.down = matrix(dim, d_model)
 
-    def __call__(self, x: jax.Array, local: Local = ALONE) -> jax.Array:
+    def __call__(self, x: jax.Array, shard: ShardView = UNSHARDED) -> jax.Array:
         x = x.astype(self.dtype)
         gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        return local.sum_tensor(gated(x @ gate, x @ up) @ down)
+        return shard.psum_tensor(gated(x @ gate, x @ up) @ down)

@@ -27,7 +27,7 @@ from engram_jax.config import AttentionConfig
 from engram_jax.layers import splash
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.rope import apply_rope, rope_tables
-from engram_jax.sharding.shard_view import ALONE, Local
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 MASKED = -1e30  # finite: a row without any visible key still gives numbers, not NaN
 
@@ -77,7 +77,7 @@ class MLA(nnx.Module):
         self.o_proj = matrix(heads * config.v_dim, d_model)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array, local: Local = ALONE
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, shard: ShardView = UNSHARDED
     ) -> jax.Array:
         """Causal attention within each document.
 
@@ -97,11 +97,11 @@ class MLA(nnx.Module):
         shared = jnp.broadcast_to(key_rope[:, None], (*keys.shape[:3], key_rope.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
         query = query.transpose(0, 2, 1, 3)
-        if local.on_tpu and splash.usable(x.shape[1]):
+        if shard.on_tpu and splash.usable(x.shape[1]):
             mixed = splash.attention(query, keys, values, segments, self.scale)
         else:
             mixed = self._attention(query, keys, values, segments)
-        return self._output(mixed, local)
+        return self._output(mixed, shard)
 
     def _attention(
         self, query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array
@@ -128,7 +128,7 @@ class MLA(nnx.Module):
         )
 
     def cached(
-        self, x: jax.Array, positions: jax.Array, cache: MLACache, local: Local = ALONE
+        self, x: jax.Array, positions: jax.Array, cache: MLACache, shard: ShardView = UNSHARDED
     ) -> tuple[jax.Array, MLACache]:
         """Prefill or decode: attend to what the cache holds and to the new tokens, and keep these.
 
@@ -160,7 +160,7 @@ class MLA(nnx.Module):
         weights = self._softmax(scores, visible[:, :, None])
         mixed = jnp.einsum("bshl,blr->bshr", weights, cache.latent)
         heads = jnp.einsum("bshr,rhv->bshv", mixed, value_weights)
-        return self._output(heads, local), cache
+        return self._output(heads, shard), cache
 
     def paged(
         self,
@@ -169,7 +169,7 @@ class MLA(nnx.Module):
         pages: jax.Array,
         layer: jax.Array,
         pool: jax.Array,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array]:
         """As `cached`, with what is kept in pages of a pool that all sequences and layers share.
 
@@ -202,7 +202,7 @@ class MLA(nnx.Module):
         query = jnp.concatenate([absorbed, rope], axis=-1)
         mixed = self._paged_attention(query, positions, pages, layer, pool)
         heads = jnp.einsum("bshr,rhv->bshv", mixed, value_weights)
-        return self._output(heads, local), pool
+        return self._output(heads, shard), pool
 
     def _paged_attention(
         self,
@@ -282,7 +282,7 @@ class MLA(nnx.Module):
         scores = jnp.where(visible, scores * self.scale, MASKED)
         return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
 
-    def _output(self, heads: jax.Array, local: Local) -> jax.Array:
+    def _output(self, heads: jax.Array, shard: ShardView) -> jax.Array:
         """[B, S, h, v] -> [B, S, d]."""
         merged = heads.reshape(*heads.shape[:2], -1)
-        return local.sum_tensor(merged @ self.o_proj[...].astype(self.dtype))
+        return shard.psum_tensor(merged @ self.o_proj[...].astype(self.dtype))

@@ -22,7 +22,7 @@ from engram_jax.layers.feed_forward import SwiGLU
 from engram_jax.layers.grouped_matmul import routed_swiglu
 from engram_jax.layers.grouped_routing import Routing, sort_by_expert
 from engram_jax.layers.norm import compute_dtype
-from engram_jax.sharding.shard_view import ALONE, Local
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 
 class RouterBias(nnx.Variable):
@@ -80,14 +80,14 @@ class MoE(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, segments: jax.Array, local: Local = ALONE
+        self, x: jax.Array, segments: jax.Array, shard: ShardView = UNSHARDED
     ) -> tuple[jax.Array, jax.Array]:
         """Every token through the shared expert and its top-k routed ones.
 
         Args:
           x: [B, T, d].
           segments: int32 [B, T]; 0 marks padding, which is computed like any token but not counted.
-          local: the mesh; the routed experts' weights are then those of `Local.collect`.
+          shard: the mesh; the routed experts' weights are then those of `ShardView.collect`.
 
         Returns:
           y [B, T, d] in `dtype`; load float32 [E], how many (token, choice) pairs of real tokens
@@ -100,13 +100,13 @@ class MoE(nnx.Module):
         load = jnp.einsum("tke,t->e", picked, (segments.reshape(-1) != 0).astype(jnp.float32))
 
         flat = flat.astype(self.dtype)
-        y = self._routed(flat, chosen, weights, local)
+        y = self._routed(flat, chosen, weights, shard)
         if self.shared is not None:
-            y = y + self.shared(flat, local)
+            y = y + self.shared(flat, shard)
         return y.reshape(x.shape), load
 
     def _routed(
-        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, local: Local
+        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, shard: ShardView
     ) -> jax.Array:
         """x [T, d], chosen and weights [T, k] -> what the routed experts add, [T, d].
 
@@ -115,10 +115,10 @@ class MoE(nnx.Module):
         capacity, so nothing is dropped, whatever the router does.
         """
         matrices = [m[...].astype(self.dtype) for m in (self.gate, self.up, self.down)]
-        if local.axes.expert == 1:
+        if shard.axes.expert == 1:
             routing = sort_by_expert(chosen, self.config.routed_experts)
-            return local.sum_tensor(routed_swiglu(x, weights, routing, *matrices))
-        count = local.experts_here
+            return shard.psum_tensor(routed_swiglu(x, weights, routing, *matrices))
+        count = shard.local_experts
         x, chosen, weights = (lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weights))
         mine = chosen - lax.axis_index("expert") * count
         elsewhere = (mine < 0) | (mine >= count)
@@ -126,7 +126,7 @@ class MoE(nnx.Module):
         routing = Routing(routing.order, routing.slots, routing.sizes[:count])
         y = routed_swiglu(x, weights, routing, *matrices, chunk=x.shape[0] // 2)
         y = lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        return local.sum_tensor(y)
+        return shard.psum_tensor(y)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [T, d] -> experts int32 [T, k] and their weights [T, k], in at least float32."""

@@ -42,13 +42,13 @@ from engram_jax.memory.row_gradients import (
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding.rules import AXES, BATCH, P
 
-EVERYWHERE = P(AXES)  # one piece per device
+ROW_SHARDED = P(AXES)  # one piece per device
 LOOKUPS = P(BATCH, "tensor")  # addresses and rows [B, T, ...]: a tensor group shares the tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Plan:
+class ExchangePlan:
     """What one step wants of one table. Per device (all devices' arrays joined on axis 0):
 
     distinct: the distinct rows by where they are stored: device * L + row there.
@@ -87,17 +87,19 @@ class Exchange:
 
     # ---- on all devices ------------------------------------------------------------------------
 
-    def plan(self, addresses: jax.Array) -> Plan:
+    def plan(self, addresses: jax.Array) -> ExchangePlan:
         """addresses: int32 [B, T, H], rows of the table in natural order."""
         return self._each(self._plan, (LOOKUPS,), _PLAN)(addresses)
 
-    def fetch(self, rows: jax.Array, addresses: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
+    def fetch(
+        self, rows: jax.Array, addresses: jax.Array, plan: ExchangePlan, dtype: Any
+    ) -> jax.Array:
         """The exact rows [B, T, H, dim] in `dtype`; rows: the table, [n L, dim] as stored."""
         fetch = partial(self._fetch, dtype=jnp.dtype(dtype))
-        specs = (EVERYWHERE, LOOKUPS, _PLAN)
+        specs = (ROW_SHARDED, LOOKUPS, _PLAN)
         return self._each(fetch, specs, LOOKUPS)(rows, addresses, plan)
 
-    def send(self, gradients: jax.Array, plan: Plan) -> Sent:
+    def send(self, gradients: jax.Array, plan: ExchangePlan) -> Sent:
         """gradients: [B, T, H, dim], one per lookup."""
         return self._each(self._send, (LOOKUPS, _PLAN), _SENT)(gradients, plan)
 
@@ -105,7 +107,7 @@ class Exchange:
         self,
         update: Callable[..., tuple[Any, jax.Array]],
         table: Any,
-        plan: Plan,
+        plan: ExchangePlan,
         sent: Sent,
         factor: jax.Array,
         apply: jax.Array,
@@ -119,8 +121,8 @@ class Exchange:
 
         Returns the table and the sum of the counts.
         """
-        specs = (EVERYWHERE, _PLAN, _SENT, P(), P(), P())
-        run = self._each(partial(self._apply, update), specs, (EVERYWHERE, P()))
+        specs = (ROW_SHARDED, _PLAN, _SENT, P(), P(), P())
+        run = self._each(partial(self._apply, update), specs, (ROW_SHARDED, P()))
         return run(table, plan, sent, factor, apply, scalars)
 
     def _each(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -130,17 +132,17 @@ class Exchange:
 
     # ---- on each device ------------------------------------------------------------------------
 
-    def _plan(self, addresses: jax.Array) -> Plan:
-        n, length = self.layout.devices, self.layout.local
+    def _plan(self, addresses: jax.Array) -> ExchangePlan:
+        n, length = self.layout.devices, self.layout.rows_per_device
         addresses = addresses.reshape(-1)
         distinct = find_distinct(addresses % n * length + addresses // n)
         rounds = self._rounds(distinct.rows) if n > 1 else jnp.ones((), jnp.int32)
-        return Plan(_listed(distinct), rounds)
+        return ExchangePlan(_listed(distinct), rounds)
 
     def _rounds(self, distinct: jax.Array) -> jax.Array:
         """The least power of two of rounds in which no device wants more than C rows of another."""
         position = jnp.arange(distinct.size, dtype=jnp.int32)
-        owner, row = distinct // self.layout.local, distinct % self.layout.local
+        owner, row = distinct // self.layout.rows_per_device, distinct % self.layout.rows_per_device
 
         def most(rounds: jax.Array) -> jax.Array:
             """Most rows that one device wants of one range of one owner."""
@@ -158,18 +160,18 @@ class Exchange:
 
     def _range(self, rounds: jax.Array) -> jax.Array:
         """Rows of an owner that one round serves."""
-        return (self.layout.local + rounds - 1) // rounds
+        return (self.layout.rows_per_device + rounds - 1) // rounds
 
-    def _bounds(self, plan: Plan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _bounds(self, plan: ExchangePlan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which distinct rows round `index` asks every owner for: [low, high), int32 [n] each."""
-        length, size = self.layout.local, self._range(plan.rounds)
+        length, size = self.layout.rows_per_device, self._range(plan.rounds)
         base = jnp.arange(self.layout.devices, dtype=jnp.int32) * length
         low = base + jnp.minimum(index * size, length)
         high = base + jnp.minimum((index + 1) * size, length)
         found = jnp.searchsorted(plan.distinct.rows, jnp.concatenate([low, high])).astype(jnp.int32)
         return found[: low.size], found[low.size :]
 
-    def _wanted(self, plan: Plan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _wanted(self, plan: ExchangePlan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(positions in `distinct` [n, C], N where there is none; rows at the owners, likewise L)
         of round `index`."""
         low, high = self._bounds(plan, index)
@@ -177,11 +179,13 @@ class Exchange:
         there = position < high[:, None]
         position = jnp.where(there, position, plan.distinct.rows.size)
         stored = plan.distinct.rows.at[position].get(mode="fill", fill_value=0)
-        base = jnp.arange(self.layout.devices, dtype=jnp.int32)[:, None] * self.layout.local
-        return position, jnp.where(there, stored - base, self.layout.local)
+        base = (
+            jnp.arange(self.layout.devices, dtype=jnp.int32)[:, None] * self.layout.rows_per_device
+        )
+        return position, jnp.where(there, stored - base, self.layout.rows_per_device)
 
     def _fetch(
-        self, rows: jax.Array, addresses: jax.Array, plan: Plan, dtype: jnp.dtype
+        self, rows: jax.Array, addresses: jax.Array, plan: ExchangePlan, dtype: jnp.dtype
     ) -> jax.Array:
         if self.layout.devices == 1:
             return _converted(rows.at[addresses].get(mode="promise_in_bounds"), dtype)
@@ -198,7 +202,9 @@ class Exchange:
         def place(index: jax.Array) -> jax.Array:
             """Distinct row -> its place in what a round brings; n C if it is in another round."""
             low, high = self._bounds(plan, index)
-            owner = jnp.minimum(plan.distinct.rows // self.layout.local, self.layout.devices - 1)
+            owner = jnp.minimum(
+                plan.distinct.rows // self.layout.rows_per_device, self.layout.devices - 1
+            )
             rank = jnp.arange(plan.distinct.rows.size, dtype=jnp.int32) - low[owner]
             inside = (rank >= 0) & (rank < (high - low)[owner])
             nowhere = self.layout.devices * self.capacity
@@ -216,7 +222,7 @@ class Exchange:
         found = lax.fori_loop(1, plan.rounds, read, read(jnp.int32(0), 0))
         return found.reshape(*addresses.shape, rows.shape[1])
 
-    def _send(self, gradients: jax.Array, plan: Plan) -> Sent:
+    def _send(self, gradients: jax.Array, plan: ExchangePlan) -> Sent:
         sums = sum_equal(gradients.reshape(plan.distinct.rows.size, -1), plan.distinct)
         if self.layout.devices == 1:
             arrived = RowGradients(plan.distinct.rows, sums, plan.distinct.count)
@@ -233,7 +239,7 @@ class Exchange:
         squares, touched = lax.psum(total, AXES)
         return Sent(sums, _listed(arrived), squares, touched)
 
-    def _arrive(self, sums: jax.Array, plan: Plan, index: jax.Array) -> RowGradients:
+    def _arrive(self, sums: jax.Array, plan: ExchangePlan, index: jax.Array) -> RowGradients:
         """What all devices send of the rows this device owns and round `index` serves."""
         position, asked = self._wanted(plan, index)
         values = _swap(sums.at[position].get(mode="fill", fill_value=0))
@@ -242,14 +248,14 @@ class Exchange:
         return RowGradients(
             found.addresses,
             found.values,
-            jnp.sum(found.addresses < self.layout.local, dtype=jnp.int32),
+            jnp.sum(found.addresses < self.layout.rows_per_device, dtype=jnp.int32),
         )
 
     def _apply(
         self,
         update: Callable,
         table: Any,
-        plan: Plan,
+        plan: ExchangePlan,
         sent: Sent,
         factor: jax.Array,
         apply: jax.Array,
@@ -295,11 +301,11 @@ def _listed(x: Any) -> Any:
     return dataclasses.replace(x, count=x.count[None])
 
 
-_PER_DEVICE: Any = EVERYWHERE
+_PER_DEVICE: Any = ROW_SHARDED
 _SAME: Any = P()
 _DISTINCT = Distinct(_PER_DEVICE, _PER_DEVICE, _PER_DEVICE, _PER_DEVICE)
 _ARRIVED = RowGradients(_PER_DEVICE, _PER_DEVICE, _PER_DEVICE)
-_PLAN = Plan(_DISTINCT, _SAME)
+_PLAN = ExchangePlan(_DISTINCT, _SAME)
 _SENT = Sent(_PER_DEVICE, _ARRIVED, _SAME, _SAME)
 
 
@@ -332,5 +338,5 @@ def stored_order(mesh: Mesh, layout: TableLayout, x: jax.Array) -> jax.Array:
 
 def _reorder(mesh: Mesh, local: Callable) -> Callable:
     return jax.shard_map(
-        local, mesh=mesh, in_specs=EVERYWHERE, out_specs=EVERYWHERE, check_vma=False
+        local, mesh=mesh, in_specs=ROW_SHARDED, out_specs=ROW_SHARDED, check_vma=False
     )

@@ -29,7 +29,7 @@ class TableLayout:
     devices: int = 1
 
     @property
-    def local(self) -> int:
+    def rows_per_device(self) -> int:
         """L: rows per device, the last of which may be padding. A multiple of n, so that one
         all-to-all turns the stored into the natural order."""
         unit = self.devices**2 if self.devices > 1 else 1
@@ -38,7 +38,7 @@ class TableLayout:
     @property
     def stored(self) -> int:
         """Rows of the array of all devices."""
-        return self.local * self.devices
+        return self.rows_per_device * self.devices
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ class Table:
 
 
 # The tables of a model by layer id ("1", "14"): strings, being pytree keys and checkpoint names.
-Memory = Mapping[str, Table]
+Tables = Mapping[str, Table]
 
 
 def init_table(
@@ -79,7 +79,7 @@ def _normal(
 
     def draw(key: jax.Array) -> jax.Array:
         # The generator counts along the natural order; device j owns [:, j].
-        shape = (layout.local, layout.devices, columns)
+        shape = (layout.rows_per_device, layout.devices, columns)
         drawn = (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
         if stored > layout.rows:
             index = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * layout.devices

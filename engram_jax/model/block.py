@@ -15,7 +15,7 @@ from engram_jax.layers.hyper_connections import HyperConnection
 from engram_jax.layers.mla import MLA, MLACache
 from engram_jax.layers.moe import MoE
 from engram_jax.layers.norm import RMSNorm
-from engram_jax.sharding.shard_view import ALONE, COLLECTED, Local
+from engram_jax.sharding.shard_view import GATHERED, UNSHARDED, ShardView
 
 DENSE, MOE = "dense", "moe"
 
@@ -48,25 +48,25 @@ class Block(nnx.Module):
         )
 
     def _feed_forward(
-        self, x: jax.Array, segments: jax.Array, local: Local
+        self, x: jax.Array, segments: jax.Array, shard: ShardView
     ) -> tuple[jax.Array, jax.Array]:
         """streams [B, T, M, d] -> (streams, load [E]; [0] for a dense block)."""
         h, post, res = self.ffn_hyper.pre(x)
         h = self.ffn_norm(h)
         if isinstance(self.ffn, MoE):
-            y, load = self.ffn(h, segments, local)
+            y, load = self.ffn(h, segments, shard)
         else:
-            y, load = self.ffn(h, local), jnp.zeros((0,), jnp.float32)
+            y, load = self.ffn(h, shard), jnp.zeros((0,), jnp.float32)
         return self.ffn_hyper.merge(x, y, post, res), load
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array, local: Local = ALONE
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, shard: ShardView = UNSHARDED
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, M, d], positions and segments int32 [B, T] -> (x, load [E])."""
         h, post, res = self.attention_hyper.pre(x)
-        y = self.attention(self.attention_norm(h), positions, segments, local)
+        y = self.attention(self.attention_norm(h), positions, segments, shard)
         x = self.attention_hyper.merge(x, y, post, res)
-        return self._feed_forward(x, segments, local)
+        return self._feed_forward(x, segments, shard)
 
     def cached(
         self,
@@ -74,16 +74,16 @@ class Block(nnx.Module):
         positions: jax.Array,
         valid: jax.Array,
         cache: MLACache,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, MLACache]:
         """Prefill or decode: x [B, S, M, d]; positions of padding lie beyond the cache's capacity.
 
         valid: int32 [B, S], 1 for real tokens and 0 for padding.
         """
         h, post, res = self.attention_hyper.pre(x)
-        y, cache = self.attention.cached(self.attention_norm(h), positions, cache, local)
+        y, cache = self.attention.cached(self.attention_norm(h), positions, cache, shard)
         x = self.attention_hyper.merge(x, y, post, res)
-        return self._feed_forward(x, valid, local)[0], cache
+        return self._feed_forward(x, valid, shard)[0], cache
 
     def paged(
         self,
@@ -93,14 +93,14 @@ class Block(nnx.Module):
         pages: jax.Array,
         layer: jax.Array,
         pool: jax.Array,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array]:
         """As `cached`, with a shared pool of pages (MLA.paged)."""
         h, post, res = self.attention_hyper.pre(x)
         h = self.attention_norm(h)
-        y, pool = self.attention.paged(h, positions, pages, layer, pool, local)
+        y, pool = self.attention.paged(h, positions, pages, layer, pool, shard)
         x = self.attention_hyper.merge(x, y, post, res)
-        return self._feed_forward(x, valid, local)[0], pool
+        return self._feed_forward(x, valid, shard)[0], pool
 
 
 class Stack(nnx.Module):
@@ -121,22 +121,22 @@ class Stack(nnx.Module):
         self.blocks = create(rngs, jnp.arange(first, first + count, dtype=jnp.int32))
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array, local: Local = ALONE
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, shard: ShardView = UNSHARDED
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, M, d] -> (x, loads [count, E])."""
         graphdef, state = self._split()
 
         def body(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
-            block = nnx.merge(graphdef, local.collect(state, layer=True))
-            return block(x, positions, segments, local)
+            block = nnx.merge(graphdef, shard.all_gather(state, layer=True))
+            return block(x, positions, segments, shard)
 
         if self.remat == "block":
             body = jax.checkpoint(body)
         elif self.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, policy=policy)
-        elif local.axes.devices > 1:  # a layer's weights are collected again, not kept
-            policy = jax.checkpoint_policies.save_anything_except_these_names(COLLECTED)
+        elif shard.axes.devices > 1:  # a layer's weights are collected again, not kept
+            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             body = jax.checkpoint(body, policy=policy)
         return jax.lax.scan(body, x, state)
 
@@ -151,15 +151,15 @@ class Stack(nnx.Module):
         positions: jax.Array,
         valid: jax.Array,
         cache: MLACache,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, MLACache]:
         """As Block.cached, with caches stacked on axis 0."""
         graphdef, state = self._split()
 
         def body(x: jax.Array, inputs: tuple[Any, MLACache]) -> tuple[jax.Array, MLACache]:
             state, cache = inputs
-            block = nnx.merge(graphdef, local.collect(state, layer=True))
-            return block.cached(x, positions, valid, cache, local)
+            block = nnx.merge(graphdef, shard.all_gather(state, layer=True))
+            return block.cached(x, positions, valid, cache, shard)
 
         return jax.lax.scan(body, x, (state, cache))
 
@@ -170,15 +170,15 @@ class Stack(nnx.Module):
         valid: jax.Array,
         pages: jax.Array,
         pool: jax.Array,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array]:
         """As Block.paged. The pool is carried, not cut by layers: it is changed in place."""
         graphdef, state = self._split()
 
         def body(carry: tuple[jax.Array, jax.Array], inputs: tuple[Any, jax.Array]) -> Any:
             state, layer = inputs
-            block = nnx.merge(graphdef, local.collect(state, layer=True))
-            return block.paged(carry[0], positions, valid, pages, layer, carry[1], local), None
+            block = nnx.merge(graphdef, shard.all_gather(state, layer=True))
+            return block.paged(carry[0], positions, valid, pages, layer, carry[1], shard), None
 
         layers = jnp.arange(self.first, self.first + self.count, dtype=jnp.int32)
         return jax.lax.scan(body, (x, pool), (state, layers))[0]

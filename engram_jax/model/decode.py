@@ -92,10 +92,10 @@ def jit_start(program: Program, session: Session) -> jax.stages.Wrapped:
 
 def jit_extend(program: Program, session: Session) -> jax.stages.Wrapped:
     """`extend` compiled; the old session's buffers are reused, so the caches are updated in place.
-    Logits are everywhere: every process reads what was chosen."""
-    everywhere = NamedSharding(program.mesh, P())
+    Logits are replicated: every process reads what was chosen."""
+    replicated = NamedSharding(program.mesh, P())
     return program.jit(
-        partial(extend, program), donate_argnums=3, out_shardings=(everywhere, session)
+        partial(extend, program), donate_argnums=3, out_shardings=(replicated, session)
     )
 
 
@@ -105,9 +105,9 @@ class Generator:
     def __init__(self, program: Program, weights: Weights):
         self.program, self.weights = program, weights
         self._compiled: dict[bool, tuple[Any, Any]] = {}
-        everywhere = NamedSharding(program.mesh, P())
+        replicated = NamedSharding(program.mesh, P())
         self._sample = jax.jit(
-            sample, static_argnames=("temperature", "top_p", "top_k"), out_shardings=everywhere
+            sample, static_argnames=("temperature", "top_p", "top_k"), out_shardings=replicated
         )
 
     def _functions(self, batch: int) -> tuple[Any, Any]:

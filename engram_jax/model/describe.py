@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from engram_jax.addressing import artifact, load_tokenizer, plan
+from engram_jax.addressing import artifact, load_tokenizer, plan_layer
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.config import QWEN, Config
 from engram_jax.model.transformer import Transformer
@@ -102,7 +102,7 @@ def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
         tokenizer = load_tokenizer(tokens.path) if tokens.path else None
         addressing = artifact.build(config, tokenizer)
         return addressing.layers, addressing.canonical_vocab_size
-    return plan(engram, tokens.vocab_size), None
+    return plan_layer(engram, tokens.vocab_size), None
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
 from engram_jax.layers.moe import RouterBias
-from engram_jax.memory.exchange import EVERYWHERE, Exchange
+from engram_jax.memory.exchange import ROW_SHARDED, Exchange
 from engram_jax.memory.table import TableLayout
 from engram_jax.model.transformer import Transformer
 from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, on_tpu, row_major, shardings
-from engram_jax.sharding.shard_view import Local
+from engram_jax.sharding.shard_view import ShardView
 
 Params = dict[str, Any]
 
@@ -50,10 +50,10 @@ class Program:
         return axes_of(self.mesh)
 
     @property
-    def local(self) -> Local:
+    def shard_view(self) -> ShardView:
         """The mesh as the network sees it from inside shard_map."""
         model = self.config.model
-        return Local(self.axes, model.dtype, model.ffn.routed_experts, on_tpu(self.mesh))
+        return ShardView(self.axes, model.dtype, model.ffn.routed_experts, on_tpu(self.mesh))
 
     @property
     def layouts(self) -> dict[str, TableLayout]:
@@ -163,7 +163,7 @@ def _network(config: Config) -> Transformer:
 
 def table_format(mesh: Mesh) -> Any:
     """Rows one after another, sharded over all devices."""
-    return row_major(mesh, EVERYWHERE, 2)
+    return row_major(mesh, ROW_SHARDED, 2)
 
 
 @jax.tree_util.register_dataclass

@@ -20,7 +20,7 @@ from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
 from engram_jax.model.block import DENSE, MOE, Stack
 from engram_jax.model.decode_state import DecodeState
-from engram_jax.sharding.shard_view import ALONE, Local
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 Rows = Mapping[str, jax.Array]
 
@@ -59,9 +59,9 @@ def stages(config: ModelConfig) -> tuple[Stage, ...]:
     return tuple(Stage(a, b - a, kinds[a]) for a, b in zip(cuts, ends, strict=True))
 
 
-def pieces(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
+def spans(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
     """The stages in runs that begin with an Engram module, behind one that has none (and may be
-    empty). A piece can run while the rows of the next one are on their way."""
+    empty). A span can run while the rows of the next one are on their way."""
     found: list[list[Stage]] = [[]]
     for stage in stages(config):
         if stage.first in config.engram.layers:
@@ -144,7 +144,7 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         segments: jax.Array,
         mask: jax.Array | None = None,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> Output:
         """The differentiated part of a training step.
 
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
           tokens, positions, segments: int32 [B, T] (see data/packing.py).
           rows: Engram layer id -> [B, T, H, dim] from the memory.
           mask: bool [B, T] or None; False = a token that gets no memory.
-          local: the mesh, if this runs on one device's sequences; the stacks' parameters are then
+          shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
             this device's pieces, all others whole.
         """
         x = self.embed(tokens)
@@ -163,7 +163,7 @@ class Transformer(nnx.Module):
                     rows[stage.name], x, segments, mask
                 )
                 x = x + out
-            x, load = self.blocks[stage.name](x, positions, segments, local)
+            x, load = self.blocks[stage.name](x, positions, segments, shard)
             if stage.kind == MOE:
                 loads.append(load)
         hidden = self.finish(x)
@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
         valid: jax.Array,
         state: DecodeState,
         mask: jax.Array | None = None,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, DecodeState]:
         """Prefill or decode S more tokens of each sequence.
 
@@ -213,14 +213,14 @@ class Transformer(nnx.Module):
                 )
                 x = x + out
             x, caches[stage.name] = self.blocks[stage.name].cached(
-                x, positions, real.astype(jnp.int32), state.caches[stage.name], local
+                x, positions, real.astype(jnp.int32), state.caches[stage.name], shard
             )
         hidden = self.finish(x)
         return hidden, DecodeState(state.lengths + valid, caches, tails)
 
     def paged(
         self,
-        piece: tuple[Stage, ...],
+        span: tuple[Stage, ...],
         x: jax.Array,
         rows: jax.Array | None,
         start: jax.Array,
@@ -229,13 +229,13 @@ class Transformer(nnx.Module):
         tail: jax.Array | None,
         pages: jax.Array,
         pool: jax.Array,
-        local: Local = ALONE,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """One of `pieces` over S more tokens of each sequence, caches in shared pages.
+        """One of `spans` over S more tokens of each sequence, caches in shared pages.
 
         Args:
           x: streams [B, S, M, d].
-          rows: [B, S, H, dim] of the piece's Engram layer; None = it adds nothing, or has none.
+          rows: [B, S, H, dim] of the span's Engram layer; None = it adds nothing, or has none.
           start: int32 [B], tokens before these. valid: int32 [B], how many of the S are real.
           mask: bool [B, S] or None, as in `__call__`.
           tail: of the Engram module's convolution, [B, L, M, d], or None.
@@ -248,11 +248,11 @@ class Transformer(nnx.Module):
         real = steps < valid[:, None]
         beyond = pages.shape[1] * pool.shape[2]
         positions = jnp.where(real, start[:, None] + steps, beyond)
-        for stage in piece:
+        for stage in span:
             if stage.name in self.engrams and rows is not None:
                 out, tail = self.engrams[stage.name].cached(rows, x, tail, valid, mask)
                 x = x + out
             x, pool = self.blocks[stage.name].paged(
-                x, positions, real.astype(jnp.int32), pages, pool, local
+                x, positions, real.astype(jnp.int32), pages, pool, shard
             )
         return x, tail, pool

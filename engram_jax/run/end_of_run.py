@@ -36,7 +36,7 @@ _TITLES = {
 }
 
 
-def finish(
+def end_run(
     config: Config,
     workdir: Path,
     data: RunData,

@@ -23,11 +23,11 @@ from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.checkpoint.run_record import add_launch
 from engram_jax.checkpoint.run_settings import Changes
 from engram_jax.checkpoint.run_tokenizer import save_text_side
-from engram_jax.checkpoint.workdir import check_writable, held
+from engram_jax.checkpoint.workdir import check_writable, locked
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.placement import place_batch
-from engram_jax.data.run_data import RunData, open_together
+from engram_jax.data.run_data import RunData, open_on_all_processes
 from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree
 from engram_jax.distributed.preemption import Preemption
@@ -35,9 +35,9 @@ from engram_jax.evaluation.held_out import Evaluator, check_held_out
 from engram_jax.model.transformer import moe_layers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
 from engram_jax.monitoring.provenance import process_name
-from engram_jax.run.end_of_run import check_samples, finish
+from engram_jax.run.end_of_run import check_samples, end_run
 from engram_jax.run.exchange_capacity import with_planned_exchange
-from engram_jax.run.monitors import Instruments
+from engram_jax.run.monitors import Monitors
 from engram_jax.run.resume import check_resumed, check_resumed_text, forget_unsaved
 from engram_jax.training.state import (
     TrainingProgram,
@@ -94,14 +94,14 @@ def _train(
 ) -> TrainState:
     agree(lambda: check_writable(workdir))
     changes = agree(lambda: check_resumed(config, workdir, accept, log))
-    data = open_together(config, log)
+    data = open_on_all_processes(config, log)
     agree(lambda: check_resumed_text(workdir, data.prepared.summary()))
     agree(lambda: check_samples(config, data.prepared.tokenizer))
     agree(lambda: check_held_out(data, config.train.eval_batches))
     program = build_training(config, data.addressing)
     agree(lambda: check_memory(program))
     program = with_planned_exchange(program, data, log)
-    with held(workdir):
+    with locked(workdir):
         with (
             preemption.deferred(),
             Checkpointer(
@@ -117,7 +117,7 @@ def _train(
             state = run.loop()
         if preemption.stopped:
             return state
-        finish(config, workdir, data, run.evaluator, state, log)
+        end_run(config, workdir, data, run.evaluator, state, log)
     return state
 
 
@@ -148,7 +148,7 @@ class Run:
         self.writer = agree(lambda: self._records(data, changes or {}))
         self.evaluator = Evaluator(program, data)
         self.utilisation = jit_utilisation(program)
-        self.instruments = Instruments(
+        self.instruments = Monitors(
             config, workdir, first_step=self.first_step, log=log, **watched or {}
         )
 

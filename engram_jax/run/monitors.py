@@ -17,7 +17,7 @@ from engram_jax.monitoring.profiling import ProfileWindow
 from engram_jax.monitoring.throughput import Throughput
 
 
-class Instruments:
+class Monitors:
     """Context around the loop: step times, goodput, profiler window, watchdog.
 
     started: time.monotonic() at the start of the launch, None: now.
@@ -54,7 +54,7 @@ class Instruments:
         )
         self._stack = ExitStack()
 
-    def __enter__(self) -> Instruments:
+    def __enter__(self) -> Monitors:
         for each in (self.goodput, self.watchdog, self.profile):
             self._stack.enter_context(each)
         return self

@@ -6,18 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from engram_jax.checkpoint.load_model import Trained
+from engram_jax.checkpoint.load_model import LoadedModel
 from engram_jax.config import ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.config.validate import validate
 from engram_jax.memory.store.memory_file import MemoryFile
 
-CHECKPOINT = "checkpoint"  # in a memory file's metadata: `Trained.digest` of what it was made from
+CHECKPOINT = "checkpoint"  # in a memory file's metadata: the digest of what it was made from
 _SHOWN = 12  # digits of a digest
 Warn = Callable[[str], None]
 
 
-def describe(trained: Trained) -> dict[str, str]:
+def describe(trained: LoadedModel) -> dict[str, str]:
     """What a memory file says of the checkpoint that its rows are of."""
     return {
         "name": trained.program.config.name,
@@ -27,7 +27,7 @@ def describe(trained: Trained) -> dict[str, str]:
     }
 
 
-def check_memory(file: MemoryFile, trained: Trained, serve: ServeConfig, warn: Warn) -> None:
+def check_memory(file: MemoryFile, trained: LoadedModel, serve: ServeConfig, warn: Warn) -> None:
     """Raises UserError for rows of another checkpoint than the weights, or warns, if
     serve.accept_other_memory says so. Rows in any format belong to their checkpoint."""
     said = file.metadata
@@ -54,7 +54,7 @@ def check_memory(file: MemoryFile, trained: Trained, serve: ServeConfig, warn: W
     warn(line)
 
 
-def with_capacity(trained: Trained, serve: ServeConfig, warn: Warn) -> ServeConfig:
+def with_capacity(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> ServeConfig:
     """`serve` with its capacity in tokens, 0 being what the model was last trained for.
 
     Raises UserError for more than that, or warns, if serve.accept_longer says so.
@@ -66,7 +66,7 @@ def with_capacity(trained: Trained, serve: ServeConfig, warn: Warn) -> ServeConf
 
 
 def for_one(
-    trained: Trained, serve: ServeConfig, prompt: int, answer: int, warn: Warn
+    trained: LoadedModel, serve: ServeConfig, prompt: int, answer: int, warn: Warn
 ) -> ServeConfig:
     """`serve` for a single sequence of `prompt` + `answer` tokens, of which the latter are
     config.generate.max_tokens. Errors: as `with_capacity`."""
@@ -75,7 +75,9 @@ def for_one(
     return replace(serve, sequences=1, prefill_sequences=1, pages=0, capacity=prompt + answer)
 
 
-def _check_length(what: str, tokens: int, trained: Trained, serve: ServeConfig, warn: Warn) -> None:
+def _check_length(
+    what: str, tokens: int, trained: LoadedModel, serve: ServeConfig, warn: Warn
+) -> None:
     if tokens <= trained.seq_len:
         return
     line = f"{what}: {trained.name} was trained on sequences of {trained.seq_len} tokens"

@@ -27,11 +27,11 @@ from jax.sharding import NamedSharding
 
 from engram_jax.config.errors import UserError
 from engram_jax.model.program import Program, Weights
-from engram_jax.serve.engine_steps import PAGES_FROM, Batch, Logprobs, Sampled, Steps
+from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, Logprobs, Sampled, StepBatch
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.prefetch import Prefetch
 from engram_jax.serve.request import Completion, Delta, Finish, Logprob, SamplingParams
-from engram_jax.serve.row_fetch import Memory
+from engram_jax.serve.row_fetch import LayerMemory
 from engram_jax.serve.scheduler import Schedule
 from engram_jax.serve.scheduler import Sequence as Running
 from engram_jax.serve.text_stream import TextStream
@@ -62,12 +62,12 @@ class Engine:
         self,
         program: Program,
         weights: Weights,
-        memory: Mapping[str, Memory],
-        steps: Steps | None = None,
+        memory: Mapping[str, LayerMemory],
+        steps: EngineSteps | None = None,
         tokenizer: Any = None,
         eos_id: int | None = None,
     ):
-        self._steps = Steps(program, program.config.serve) if steps is None else steps
+        self._steps = EngineSteps(program, program.config.serve) if steps is None else steps
         self.serve = self._steps.serve
         self.program, self.tokenizer, self.eos_id = program, tokenizer, eos_id
         self.name, self.capacity = program.config.name, self.serve.capacity
@@ -75,7 +75,7 @@ class Engine:
         self._prefetch = Prefetch(program, memory, self._steps)
         pages = Pages(self._steps.page_count, self.serve.page)
         self._schedule = Schedule(self.serve.sequences, pages, self.serve.queue)
-        self._everywhere = NamedSharding(program.mesh, P())
+        self._replicated = NamedSharding(program.mesh, P())
         self._cache = self._steps.fresh(self._weights)
         self._numbers = itertools.count()
         self._open: dict[int, Running] = {}
@@ -200,14 +200,14 @@ class Engine:
         self._decode(ready, batch, flow)
         self._prefill()
         for sequence in schedule.come_back():
-            self._put_back(sequence)
+            self._swap_in(sequence)
         schedule.admit()
         self._ask_for_prompts()
         deltas, self._deltas = self._deltas, []
         return deltas
 
     def _begin_decoding(self, ready: list[Running]) -> tuple[Any, Any]:
-        """The first piece, whose tokens the device knows already."""
+        """The first span, whose tokens the device knows already."""
         if not ready:
             return None, None
         for sequence in ready:
@@ -219,7 +219,7 @@ class Engine:
         return batch, flow
 
     def _decode(self, ready: list[Running], batch: Any, flow: Any) -> None:
-        """The other pieces, for the tokens that the host knows now."""
+        """The other spans, for the tokens that the host knows now."""
         rows = [(s.slot, s, 1) for s in ready if s.finish is None]
         if not rows:
             return
@@ -242,7 +242,7 @@ class Engine:
         self._ahead = tokens, rows, self._prefetch.ask(tokens, rows)
 
     def _prefill(self) -> None:
-        """A further part of some prompts, through all pieces."""
+        """A further part of some prompts, through all spans."""
         if self._ahead is None:
             return
         tokens, rows, asked = self._ahead
@@ -256,15 +256,15 @@ class Engine:
                 part = sequence.prompt[sequence.computed + 1 :][: tokens.shape[1]]
                 targets[row, : len(part)] = part
         batch = self._batch(len(tokens), rows)
-        device_tokens = jax.device_put(tokens, self._everywhere)
+        device_tokens = jax.device_put(tokens, self._replicated)
         flow, self._cache = self._steps.first(self._weights, self._cache, batch, device_tokens)
         for _, sequence, count in rows:
             sequence.computed += count
             self._counts["prompt_tokens"] += count
         self._run(batch, flow, rows, asked, targets)
 
-    def _run(self, batch: Batch, flow: Any, rows: Any, asked: Any, targets: Any = None) -> None:
-        """All pieces behind the first, and the sampler."""
+    def _run(self, batch: StepBatch, flow: Any, rows: Any, asked: Any, targets: Any = None) -> None:
+        """All spans behind the first, and the sampler."""
         steps, weights = self._steps, self._weights
         self._prefetch.advance(asked, rows)
         for i, layer in enumerate(steps.layers, 1):
@@ -272,7 +272,7 @@ class Engine:
             for row, sequence, _ in rows:
                 if row in errors and sequence.finish is None:
                     self._end(sequence, Finish.ERROR, errors[row])
-            flow, self._cache = steps.piece(i, weights, self._cache, batch, flow, got)
+            flow, self._cache = steps.span(i, weights, self._cache, batch, flow, got)
         alive = [(row, s, count) for row, s, count in rows if s.finish is None]
         logprobs = any(s.params.logprobs is not None for _, s, _ in alive)
         sampled, self._cache = steps.sample(
@@ -285,7 +285,7 @@ class Engine:
             flight.rows.append((row, sequence, sequence.computed - count, count, done))
         self._flights.append(flight)
 
-    def _batch(self, size: int, rows: Any) -> Batch:
+    def _batch(self, size: int, rows: Any) -> StepBatch:
         """(row of the batch, sequence, tokens now) as what the compiled steps take."""
         steps = self._steps
         numbers = np.zeros((size, PAGES_FROM + steps.pages_each), np.int32)
@@ -296,7 +296,7 @@ class Engine:
             numbers[row, :PAGES_FROM] = s.slot, s.computed, count, drawn, s.params.top_k
             numbers[row, PAGES_FROM : PAGES_FROM + len(s.pages)] = s.pages
             seed[row], levels[row] = s.params.seed, (s.params.temperature, s.params.top_p)
-        return Batch(*jax.device_put((numbers, seed, levels), self._everywhere))
+        return StepBatch(*jax.device_put((numbers, seed, levels), self._replicated))
 
     # What came of it
 
@@ -368,17 +368,17 @@ class Engine:
 
     def _move_out(self, s: Running) -> None:
         used = self._schedule.pages.needed(s.computed)
-        kept, tails = self._steps.take_out(self._cache, np.int32(s.slot), self._pages_of(s))
+        kept, tails = self._steps.swap_out(self._cache, np.int32(s.slot), self._pages_of(s))
         s.saved = np.asarray(kept)[:, :used].copy(), jax.device_get(tails)
         self._schedule.vacate(s)
 
-    def _put_back(self, s: Running) -> None:
+    def _swap_in(self, s: Running) -> None:
         (used, tails), s.saved = s.saved, None
         shape = (used.shape[0], self._steps.pages_each, *used.shape[2:])
         kept = np.zeros(shape, used.dtype)
         kept[:, : used.shape[1]] = used
         token = np.int32(s.generated[-1] if s.generated else 0)
-        self._cache = self._steps.put_back(
+        self._cache = self._steps.swap_in(
             self._cache, np.int32(s.slot), self._pages_of(s), (kept, tails), token
         )
 

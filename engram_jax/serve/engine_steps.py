@@ -1,7 +1,7 @@
 """The compiled parts of a step: the model cut in front of its Engram layers, and the sampler.
 
-The first piece needs tokens only. Every further one begins with an Engram module and needs its
-rows; while they are on their way, the device runs the piece before. Shapes are fixed (the slots x
+The first span needs tokens only. Every further one begins with an Engram module and needs its
+rows; while they are on their way, the device runs the span before. Shapes are fixed (the slots x
 1 token, or `prefill_sequences` x `prefill_chunk`), so a sequence's numbers depend on itself alone,
 whoever runs beside it.
 """
@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from engram_jax.config import ServeConfig
 from engram_jax.model.program import Program, Weights
 from engram_jax.model.sampling import log_probabilities, sample_rows
-from engram_jax.model.transformer import Transformer, pieces
+from engram_jax.model.transformer import Transformer, spans
 from engram_jax.serve.request import MAX_LOGPROBS
 from engram_jax.sharding.rules import P, row_major
 
@@ -43,7 +43,7 @@ class Cache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """Which sequences a step runs.
 
     numbers: int32 [B, 5 + n]: slot (beyond the last: nobody), tokens before, tokens now, tokens
@@ -78,7 +78,7 @@ PAGES_FROM = 5
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Flow:
-    """What goes from piece to piece: tokens int32 [B, S], streams [B, S, M, d]."""
+    """What goes from span to span: tokens int32 [B, S], streams [B, S, M, d]."""
 
     tokens: jax.Array
     x: jax.Array
@@ -106,25 +106,25 @@ class Sampled:
     prompt: Logprobs | None
 
 
-class Steps:
+class EngineSteps:
     """The compiled functions of one program."""
 
     def __init__(self, program: Program, serve: ServeConfig):
         capacity = serve.capacity or program.config.data.seq_len
         self.program, self.serve = program, replace(serve, capacity=capacity)
-        self.pieces = pieces(program.config.model)
-        everywhere = NamedSharding(program.mesh, P())
-        cache = Cache(row_major(program.mesh, P(), 4), everywhere, everywhere)
-        how = {"donate_argnums": 1, "out_shardings": (everywhere, cache)}
-        self.layers = tuple(str(piece[0].first) for piece in self.pieces[1:])
+        self.spans = spans(program.config.model)
+        replicated = NamedSharding(program.mesh, P())
+        cache = Cache(row_major(program.mesh, P(), 4), replicated, replicated)
+        how = {"donate_argnums": 1, "out_shardings": (replicated, cache)}
+        self.layers = tuple(str(span[0].first) for span in self.spans[1:])
         self._first = program.jit(self._run_first, **how)
         self._middle = [
-            program.jit(partial(self._run_piece, i), **how) for i in range(1, len(self.pieces))
+            program.jit(partial(self._run_span, i), **how) for i in range(1, len(self.spans))
         ]
         self._sample = program.jit(self._run_sample, static_argnames=("logprobs", "prompt"), **how)
         self.fresh = program.jit(self._fresh, out_shardings=cache)
-        self.take_out = program.jit(self._take_out, out_shardings=everywhere)
-        self.put_back = program.jit(self._put_back, donate_argnums=0, out_shardings=cache)
+        self.swap_out = program.jit(self._swap_out, out_shardings=replicated)
+        self.swap_in = program.jit(self._swap_in, donate_argnums=0, out_shardings=cache)
 
     @property
     def page_count(self) -> int:
@@ -140,22 +140,22 @@ class Steps:
     def alternatives(self) -> int:
         return min(MAX_LOGPROBS, self.program.config.tokenizer.vocab_size)
 
-    def first(self, weights: Weights, cache: Cache, batch: Batch, tokens: Any) -> Any:
+    def first(self, weights: Weights, cache: Cache, batch: StepBatch, tokens: Any) -> Any:
         """Tokens int32 [B, S] (None: those sampled last) through what precedes all Engram layers.
 
         Returns (flow, cache); the cache given is used up, here and below.
         """
         return self._first(weights, cache, batch, tokens)
 
-    def piece(self, i: int, weights: Weights, cache: Cache, batch: Batch, flow: Flow, rows: Any):
-        """The i-th piece, from its Engram layer on. rows [B, S, H, dim], or None = it is off."""
+    def span(self, i: int, weights: Weights, cache: Cache, batch: StepBatch, flow: Flow, rows: Any):
+        """The i-th span, from its Engram layer on. rows [B, S, H, dim], or None = it is off."""
         return self._middle[i - 1](weights, cache, batch, flow, rows)
 
     def sample(
         self,
         weights: Weights,
         cache: Cache,
-        batch: Batch,
+        batch: StepBatch,
         flow: Flow,
         targets: Any = None,
         *,
@@ -178,19 +178,19 @@ class Steps:
         tails = {k: m.init_tail(serve.sequences, model.dtype) for k, m in model.engrams.items()}
         return Cache(jnp.zeros(shape, model.dtype), tails, jnp.zeros((serve.sequences,), jnp.int32))
 
-    def _run_first(self, weights: Weights, cache: Cache, batch: Batch, tokens: Any) -> Any:
+    def _run_first(self, weights: Weights, cache: Cache, batch: StepBatch, tokens: Any) -> Any:
         model = self._model(weights)
         if tokens is None:
             tokens = cache.tokens.at[batch.slot].get(mode="clip")[:, None]
         return self._through(model, 0, cache, batch, Flow(tokens, model.embed(tokens)), None)
 
-    def _run_piece(
-        self, i: int, weights: Weights, cache: Cache, batch: Batch, flow: Flow, rows: Any
+    def _run_span(
+        self, i: int, weights: Weights, cache: Cache, batch: StepBatch, flow: Flow, rows: Any
     ) -> tuple[Flow, Cache]:
         return self._through(self._model(weights), i, cache, batch, flow, rows)
 
     def _through(
-        self, model: Transformer, i: int, cache: Cache, batch: Batch, flow: Flow, rows: Any
+        self, model: Transformer, i: int, cache: Cache, batch: StepBatch, flow: Flow, rows: Any
     ) -> tuple[Flow, Cache]:
         tails, tail, mask, kept = dict(cache.tails), None, None, None
         layer = self.layers[i - 1] if i else ""
@@ -202,7 +202,7 @@ class Steps:
                 tail = kept.at[batch.slot].get(mode="clip")
                 tail = jnp.where(batch.start[:, None, None, None] == 0, 0, tail)
         x, tail, pool = model.paged(
-            self.pieces[i],
+            self.spans[i],
             flow.x,
             rows,
             batch.start,
@@ -229,7 +229,7 @@ class Steps:
         self,
         weights: Weights,
         cache: Cache,
-        batch: Batch,
+        batch: StepBatch,
         flow: Flow,
         targets: Any,
         *,
@@ -251,7 +251,7 @@ class Steps:
         kept = cache.tokens.at[batch.slot].set(tokens, mode="drop")
         return Sampled(tokens, logits, own, fed), Cache(cache.pool, cache.tails, kept)
 
-    def _choose(self, logits: jax.Array, batch: Batch) -> jax.Array:
+    def _choose(self, logits: jax.Array, batch: StepBatch) -> jax.Array:
         return sample_rows(
             logits,
             batch.seed,
@@ -261,13 +261,13 @@ class Steps:
             top_k=batch.numbers[:, 4],
         )
 
-    def _take_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
+    def _swap_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
         """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n], any number
         beyond the sequence's own."""
         tails = jax.tree.map(lambda t: t[slot], cache.tails)
         return cache.pool.at[:, pages].get(mode="clip"), tails
 
-    def _put_back(
+    def _swap_in(
         self, cache: Cache, slot: jax.Array, pages: jax.Array, state: Any, token: jax.Array
     ) -> Cache:
         """The inverse; pages beyond the sequence's own are out of range, and dropped."""

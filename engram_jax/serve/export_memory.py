@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from engram_jax.addressing.hash_batches import BatchAddresser
-from engram_jax.checkpoint.load_model import load
+from engram_jax.checkpoint.load_model import load_model
 from engram_jax.config import HOST, Config
 from engram_jax.config.errors import UserError
-from engram_jax.data.run_data import open_together
+from engram_jax.data.run_data import open_on_all_processes
 from engram_jax.memory.store.memory_file import write_memory
 from engram_jax.memory.store.read_counts import count_accesses, save_frequency
 from engram_jax.memory.store.row_format import RowFormat
@@ -38,7 +38,7 @@ def export_memory(
     """
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory to export")
-    trained = load(config, workdir, step, rows=HOST, accept=accept)
+    trained = load_model(config, workdir, step, rows=HOST, accept=accept)
     stored = RowFormat(row_format or config.model.engram.table_dtype, config.model.engram.dim)
     addressing = trained.program.addressing
     assert addressing is not None
@@ -59,7 +59,7 @@ def count_memory(config: Config, path: Path, tokens: int, log: Log) -> None:
     """Count which rows the first `tokens` training tokens read, into a frequency file."""
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory whose reads to count")
-    data = open_together(config, log=log)
+    data = open_on_all_processes(config, log=log)
     assert data.addressing is not None
     addresser = BatchAddresser(data.addressing)
     seen = 0

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from engram_jax.checkpoint.load_model import Trained, load
+from engram_jax.checkpoint.load_model import LoadedModel, load_model
 from engram_jax.config import DEVICE, DISK, HOST, Config, ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.distributed import processes
@@ -19,13 +19,13 @@ from engram_jax.memory.store.host_cache import CachedTable
 from engram_jax.memory.store.memory_file import MemoryFile, open_memory
 from engram_jax.memory.store.read_counts import Frequency, load_frequency
 from engram_jax.memory.store.row_format import RowFormat
-from engram_jax.memory.store.row_source import Source
+from engram_jax.memory.store.row_source import RowSource
 from engram_jax.model.program import Program
 from engram_jax.serve.compatibility import Warn, check_memory, for_one, with_capacity
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.engine_steps import Steps
+from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.request import Delta, SamplingParams
-from engram_jax.serve.row_fetch import DeviceMemory, Memory, StagedMemory, on_device
+from engram_jax.serve.row_fetch import DeviceMemory, LayerMemory, StagedMemory, on_device
 
 
 def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Engine:
@@ -38,7 +38,7 @@ def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] 
     return make_engine(load_for(config, workdir, step, accept), config.serve)
 
 
-def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Trained:
+def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> LoadedModel:
     """The weights, and the tables where config.serve wants them, unless they come from a memory
     file or are all off."""
     serve = config.serve
@@ -49,10 +49,10 @@ def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = (
     rows: str | None = DEVICE if serve.memory == DEVICE else HOST
     if serve.memory_file or all(map(serve.is_off, config.model.engram.layers)):
         rows = None
-    return load(config, workdir, step, rows=rows, accept=accept)
+    return load_model(config, workdir, step, rows=rows, accept=accept)
 
 
-def make_engine(trained: Trained, serve: ServeConfig, warn: Warn = processes.warn) -> Engine:
+def make_engine(trained: LoadedModel, serve: ServeConfig, warn: Warn = processes.warn) -> Engine:
     """An engine over weights and tables of `load_for`. warn: is given lines for the user.
 
     Raises UserError for what does not belong together (serve/compatibility.py).
@@ -60,12 +60,12 @@ def make_engine(trained: Trained, serve: ServeConfig, warn: Warn = processes.war
     return _engine(trained, with_capacity(trained, serve, warn), warn)
 
 
-def _engine(trained: Trained, serve: ServeConfig, warn: Warn) -> Engine:
+def _engine(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Engine:
     program, weights = trained.program, trained.weights
     memory = open_memories(
         program, serve, weights.rows, lambda file: check_memory(file, trained, serve, warn)
     )
-    steps = Steps(program, serve)
+    steps = EngineSteps(program, serve)
     return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
 
 
@@ -74,7 +74,7 @@ def open_memories(
     serve: ServeConfig,
     rows: Any = None,
     check: Callable[[MemoryFile], None] = lambda file: None,
-) -> dict[str, Memory]:
+) -> dict[str, LayerMemory]:
     """Every Engram layer's table where `serve` wants it.
 
     rows: tables [R, dim] by layer id (on the device for memory = "device"), or None or empty = they
@@ -89,7 +89,7 @@ def open_memories(
     counts: dict[str, Frequency] = {}
     if serve.frequency_file:
         counts = load_frequency(serve.frequency_file, fingerprint).layers
-    made: dict[str, Memory] = {}
+    made: dict[str, LayerMemory] = {}
     for layer in program.table_rows:
         if serve.is_off(layer):
             continue
@@ -122,7 +122,7 @@ def _on_device(program: Program, file: MemoryFile | None, layer: str, rows: Any)
     return DeviceMemory(program, on_device(program, stored.parts), stored.format)
 
 
-def _source(serve: ServeConfig, file: MemoryFile | None, layer: str, rows: Any) -> Source:
+def _source(serve: ServeConfig, file: MemoryFile | None, layer: str, rows: Any) -> RowSource:
     if serve.memory == DISK:
         assert file is not None  # config/validate.py
         return file.disk(layer)

@@ -21,8 +21,8 @@ import numpy as np
 from engram_jax.addressing.hash_numba import Hasher
 from engram_jax.config.errors import UserError
 from engram_jax.model.program import Program
-from engram_jax.serve.engine_steps import Steps
-from engram_jax.serve.row_fetch import DeviceMemory, Memory
+from engram_jax.serve.engine_steps import EngineSteps
+from engram_jax.serve.row_fetch import DeviceMemory, LayerMemory
 from engram_jax.serve.scheduler import Sequence as Running
 
 # Row of the batch, the sequence, and how many of the row's tokens are real.
@@ -46,7 +46,7 @@ class Asked:
 class Prefetch:
     """All tables of a model. memory: by Engram layer id, of the layers that are on."""
 
-    def __init__(self, program: Program, memory: Mapping[str, Memory], steps: Steps):
+    def __init__(self, program: Program, memory: Mapping[str, LayerMemory], steps: EngineSteps):
         layers = program.addressing.layers if program.addressing is not None else {}
         on = [str(layer) for layer in layers if not steps.serve.is_off(layer)]
         if missing := [layer for layer in on if layer not in memory]:

@@ -1,6 +1,6 @@
 """Where the rows of one Engram layer come from: addresses in, rows on the device out.
 
-On the device a table is gathered there. Elsewhere a `Source` (memory/store/) gives stored bytes,
+On the device a table is gathered there. Elsewhere a `RowSource` (memory/store/) gives stored bytes,
 which are staged in host buffers, moved, and become numbers on the device. What comes out is the
 same to the last bit.
 """
@@ -23,7 +23,7 @@ from engram_jax.memory.store.file_table import DiskTable
 from engram_jax.memory.store.host_cache import CachedTable
 from engram_jax.memory.store.hot_rows import Slots
 from engram_jax.memory.store.row_format import RowFormat
-from engram_jax.memory.store.row_source import Source
+from engram_jax.memory.store.row_source import RowSource
 from engram_jax.memory.table import lookup
 from engram_jax.model.program import Program
 from engram_jax.sharding.rules import P, row_major
@@ -36,7 +36,7 @@ STATS = (
 MERGE_FROM = 4096  # lookups; below, finding the distinct ones takes longer than it saves
 
 
-class Memory(Protocol):
+class LayerMemory(Protocol):
     """One Engram layer's table."""
 
     def fetch(self, addresses: np.ndarray) -> jax.Array:
@@ -63,8 +63,8 @@ class DeviceMemory:
                 return lookup(table, addresses)
             return stored.decode(tuple(lookup(part, addresses) for part in table))
 
-        everywhere = NamedSharding(program.mesh, P())
-        self._table, self._read = table, program.jit(read, out_shardings=everywhere)
+        replicated = NamedSharding(program.mesh, P())
+        self._table, self._read = table, program.jit(read, out_shardings=replicated)
         self._lookups, self._seconds = 0, 0.0
 
     def fetch(self, addresses: np.ndarray) -> jax.Array:
@@ -86,9 +86,9 @@ class StagedMemory:
     hot: addresses, int32 or int64 [h].
     """
 
-    def __init__(self, program: Program, source: Source, hot: np.ndarray | None = None):
+    def __init__(self, program: Program, source: RowSource, hot: np.ndarray | None = None):
         self.source, self._program = source, program
-        self._everywhere = NamedSharding(program.mesh, P())
+        self._replicated = NamedSharding(program.mesh, P())
         self._buffers = [_Buffers(source.format) for _ in range(BUFFERS)]
         self._turn, self._lock = 0, threading.Lock()
         self._hot: Any = None
@@ -103,7 +103,7 @@ class StagedMemory:
         self._before = self._behind()
         self._jitted: dict[bool, Callable] = {
             indexed: program.jit(
-                partial(_assemble, source.format, indexed), out_shardings=self._everywhere
+                partial(_assemble, source.format, indexed), out_shardings=self._replicated
             )
             for indexed in (False, True)
         }
@@ -119,7 +119,7 @@ class StagedMemory:
             self._turn = (self._turn + 1) % len(self._buffers)
             parts = buffers.of(size)
             self.source.gather(wanted, tuple(part[: len(wanted)] for part in parts))
-            staged = jax.device_put(parts, self._everywhere)
+            staged = jax.device_put(parts, self._replicated)
             rows = self._jitted[index is not None](self._hot, staged, index)
             buffers.used_by(rows)
             stats = dict(self._stats)

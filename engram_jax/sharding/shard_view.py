@@ -1,9 +1,9 @@
 """What code that runs on one device of the mesh (inside shard_map) needs to know of the others.
 
 The differentiated part of a training step is one shard_map: every device has its own sequences and
-its pieces of the weights. `Local.collect` puts the pieces together where they are needed; its
+its pieces of the weights. `ShardView.collect` puts the pieces together where they are needed; its
 transpose sums the gradients and leaves each device its own piece. On a mesh of one device, and
-outside of shard_map (`ALONE`), everything here is the identity.
+outside of shard_map (`UNSHARDED`), everything here is the identity.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jax.typing import DTypeLike
 from engram_jax.sharding import rules
 from engram_jax.sharding.rules import ONE_DEVICE, Axes
 
-COLLECTED = "collected weights"  # what rematerialisation need not keep
+GATHERED = "collected weights"  # what rematerialisation need not keep
 _IN_FLOAT32 = ("router", "fn")  # used in float32 whatever the network computes in
 
 
 @dataclass(frozen=True)
-class Local:
+class ShardView:
     """The mesh seen from one device; static.
 
     dtype: what matrices are collected in, being used in it; None = their own.
@@ -44,13 +44,13 @@ class Local:
         return self.experts % self.axes.expert == 0
 
     @property
-    def experts_here(self) -> int:
+    def local_experts(self) -> int:
         """Experts a device computes; the last devices' may include some that do not exist."""
         return -(-self.experts // self.axes.expert)
 
-    def collect(self, params: Any, *, layer: bool = False) -> Any:
+    def all_gather(self, params: Any, *, layer: bool = False) -> Any:
         """Weights from their pieces: whole, but for heads and inner widths cut by `tensor` and for
-        experts, of which a device gets its own [experts_here, in, out].
+        experts, of which a device gets its own [local_experts, in, out].
 
         layer: the tree is one layer of a stack.
         """
@@ -71,23 +71,23 @@ class Local:
         if not gathers and pieces is None:
             return x
         dtype = x.dtype if self.dtype is None or name in _IN_FLOAT32 else jnp.dtype(self.dtype)
-        padding = self.experts_here * self.axes.expert - self.experts
-        return checkpoint_name(_collected(x, dtype.name, gathers, pieces, padding), COLLECTED)
+        padding = self.local_experts * self.axes.expert - self.experts
+        return checkpoint_name(_gathered(x, dtype.name, gathers, pieces, padding), GATHERED)
 
-    def sum_batch(self, x: Any) -> Any:
+    def psum_batch(self, x: Any) -> Any:
         """The sum over all pieces of the batch."""
         return lax.psum(x, rules.BATCH) if self.axes.batch > 1 else x
 
-    def sum_tensor(self, x: jax.Array) -> jax.Array:
+    def psum_tensor(self, x: jax.Array) -> jax.Array:
         """The sum of what the devices of a tensor group computed of the same tokens."""
         return lax.psum(x, "tensor") if self.axes.tensor > 1 else x
 
 
-ALONE = Local()
+UNSHARDED = ShardView()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _collected(
+def _gathered(
     x: jax.Array, dtype: str, gathers: tuple, pieces: int | None, padding: int
 ) -> jax.Array:
     """A weight from its pieces, in `dtype`.
@@ -105,7 +105,7 @@ def _collected(
 
 
 def _forward(x: jax.Array, *static: Any) -> tuple[jax.Array, jax.Array]:
-    return _collected(x, *static), jnp.zeros((0,), x.dtype)
+    return _gathered(x, *static), jnp.zeros((0,), x.dtype)
 
 
 def _backward(
@@ -121,4 +121,4 @@ def _backward(
     return (g.astype(like.dtype),)
 
 
-_collected.defvjp(_forward, _backward)
+_gathered.defvjp(_forward, _backward)

@@ -20,9 +20,9 @@ from jax.sharding import NamedSharding
 from engram_jax.addressing import hash_jax
 from engram_jax.config.random_streams import ROUNDING, number
 from engram_jax.layers.moe import updated_bias
-from engram_jax.memory.exchange import Plan, Sent
+from engram_jax.memory.exchange import ExchangePlan, Sent
 from engram_jax.memory.row_gradients import RowGradients
-from engram_jax.memory.table import Memory, Table
+from engram_jax.memory.table import Table, Tables
 from engram_jax.model.block import MOE
 from engram_jax.model.program import Params, Program
 from engram_jax.model.transformer import Output, stages
@@ -50,8 +50,8 @@ def batch_addresses(program: Program, batch: Batch) -> dict[str, jax.Array]:
 
 
 def fetch_rows(
-    program: Program, memory: Memory, addresses: Mapping[str, jax.Array]
-) -> tuple[dict[str, jax.Array], dict[str, Plan]]:
+    program: Program, memory: Tables, addresses: Mapping[str, jax.Array]
+) -> tuple[dict[str, jax.Array], dict[str, ExchangePlan]]:
     """Rows [B, T, H, dim] of every Engram layer, in the dtype the network computes in, and the
     plans to send their gradients back by."""
     dtype = program.config.model.dtype
@@ -71,18 +71,18 @@ def forward(
     One shard_map: every device runs the network on its sequences, with weights that it collects
     when they are needed. Differentiating it returns each device its own pieces of the gradients.
     """
-    local = program.local
+    shard = program.shard_view
 
     def on_device(params: Params, rows: Any, bias: Params, batch: Batch) -> tuple[jax.Array, Any]:
         stacks = {"blocks": params["blocks"]}  # a layer's weights are collected when it runs
-        rest = local.collect({k: v for k, v in params.items() if k != "blocks"})
+        rest = shard.all_gather({k: v for k, v in params.items() if k != "blocks"})
         model = program.model({**rest, **stacks}, bias)
         mask = program.memory_mask(batch["tokens"])
-        output = model(batch["tokens"], rows, batch["positions"], batch["segments"], mask, local)
+        output = model(batch["tokens"], rows, batch["positions"], batch["segments"], mask, shard)
         loss = cross_entropy(
             output.hidden, model.unembedding(), batch["targets"], batch["loss_mask"]
         )
-        return local.sum_batch((loss, statistics(output, batch["segments"])))
+        return shard.psum_batch((loss, statistics(output, batch["segments"])))
 
     sequences = P(BATCH)
     run = jax.shard_map(
@@ -148,8 +148,8 @@ def gradients(
 
 def update_memory(
     program: TrainingProgram,
-    memory: Memory,
-    plans: Mapping[str, Plan],
+    memory: Tables,
+    plans: Mapping[str, ExchangePlan],
     sent: Mapping[str, Sent],
     factor: jax.Array,
     step: jax.Array,
@@ -254,14 +254,14 @@ def train_step(
     return new_state, metrics
 
 
-def utilisation(program: Program, memory: Memory) -> dict[str, jax.Array]:
+def utilisation(program: Program, memory: Tables) -> dict[str, jax.Array]:
     """Share of each table's rows that training has touched so far. Reads the moments: O(R)."""
     rows = program.table_rows
     return {k: jnp.sum(jnp.any(t.nu > 0, axis=1)) / rows[k] for k, t in memory.items()}
 
 
 def eval_step(
-    program: Program, params: Params, bias: Params, memory: Memory, batch: Batch
+    program: Program, params: Params, bias: Params, memory: Tables, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of token losses in nats, number of targets) of one batch."""
     rows, _ = fetch_rows(program, memory, batch_addresses(program, batch))
@@ -278,7 +278,7 @@ def jit_train_step(program: TrainingProgram) -> jax.stages.Wrapped:
     )
 
 
-def jit_utilisation(program: Program) -> Callable[[Memory], dict[str, jax.Array]]:
+def jit_utilisation(program: Program) -> Callable[[Tables], dict[str, jax.Array]]:
     """`utilisation` compiled."""
-    everywhere = NamedSharding(program.mesh, P())
-    return jax.jit(partial(utilisation, program), out_shardings=everywhere)
+    replicated = NamedSharding(program.mesh, P())
+    return jax.jit(partial(utilisation, program), out_shardings=replicated)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from engram_jax.addressing import LayerAddressing, hash_jax, plan
+from engram_jax.addressing import LayerAddressing, hash_jax, plan_layer
 from engram_jax.config import EngramConfig
 
 DEMO = EngramConfig(layers=(1, 15), rows_per_head=(646_400,), d_mem=1024)
@@ -36,7 +36,7 @@ GEOMETRIES: dict[str, tuple[EngramConfig, int, int, int | None]] = {
 
 def planned(name: str) -> dict[int, LayerAddressing]:
     config, vocab, fill, restart = GEOMETRIES[name]
-    return plan(config, vocab, fill_id=fill, restart_id=restart)
+    return plan_layer(config, vocab, fill_id=fill, restart_id=restart)
 
 
 # The jnp form as everybody runs it: compiled, the layer a constant.

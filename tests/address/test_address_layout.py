@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engram_jax.addressing import LayerAddressing, plan
+from engram_jax.addressing import LayerAddressing, plan_layer
 from engram_jax.addressing.hash_plan import MAX_HEAD_SIZE, MAX_TABLE_ROWS, is_prime
 from engram_jax.config import EngramConfig
 from engram_jax.config.errors import UserError
@@ -57,17 +57,17 @@ def test_qwen_counts_primes_and_multipliers_over_the_memory_layers():
     three = EngramConfig(
         layers=(2, 5, 9), heads_per_order=4, rows_per_head=(101,), seed=1234, hash_dialect="qwen"
     )
-    layers = plan(three, 997)
+    layers = plan_layer(three, 997)
     expected = sieve(1000)[np.searchsorted(sieve(1000), 101) :][:24]
     found = [size for layer in layers.values() for size in layer.head_sizes]
     np.testing.assert_array_equal(found, expected)
-    assert layers[2].multipliers == plan(QWEN_GOLDEN, 997)[1].multipliers
+    assert layers[2].multipliers == plan_layer(QWEN_GOLDEN, 997)[1].multipliers
     assert len({m for layer in layers.values() for m in layer.multipliers}) == 9
 
 
 def test_each_order_takes_the_next_free_primes_from_its_own_base():
     config = EngramConfig(layers=(0, 3), heads_per_order=3, rows_per_head=(100, 90), d_mem=60)
-    layers = plan(config, 50)
+    layers = plan_layer(config, 50)
     # From 100: 101 103 107; from 90: 97, then past those taken. Then the second layer.
     assert layers[0].head_sizes == (101, 103, 107, 97, 109, 113)
     assert layers[3].head_sizes == (127, 131, 137, 139, 149, 151)
@@ -109,7 +109,7 @@ def test_is_prime():
 )
 def test_geometries_that_cannot_be_addressed_are_refused(config, told):
     with pytest.raises(UserError, match=rf"config\.model\.engram\.rows_per_head.*{told}"):
-        plan(config, 1000)
+        plan_layer(config, 1000)
 
 
 def test_a_layer_that_contradicts_itself_is_refused():
@@ -121,4 +121,4 @@ def test_a_layer_that_contradicts_itself_is_refused():
 
 
 def test_no_layers_is_an_empty_plan():
-    assert plan(EngramConfig(layers=()), 100) == {}
+    assert plan_layer(EngramConfig(layers=()), 100) == {}

@@ -114,7 +114,7 @@ def test_restored_tables_lie_as_the_step_wants_them(tpu_slice):
     move = table_order._mover(stored_order, mesh, layout, donate=True)
     compiled, _, _ = compile_with_text(move.lower(table))
     assert compiled.output_formats.layout.major_to_minor == (0, 1)
-    assert memory_of(compiled).alias >= layout.local * 80 * 4
+    assert memory_of(compiled).alias >= layout.rows_per_device * 80 * 4
 
 
 @pytest.mark.parametrize(

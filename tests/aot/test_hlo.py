@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from engram_jax.aot.data_movement import collectives, large_copies
-from engram_jax.aot.hlo_parser import Array, parse, parse_instruction
+from engram_jax.aot.hlo_parser import Array, parse_hlo, parse_instruction
 
 SLICES = ("v5e:2x2", "v5p:2x2x1")
 X = 1024 * 512 * 4  # bytes of x
@@ -294,7 +294,7 @@ def test_an_instruction_on_several_lines():
         "  ROOT %it = f32[100,80] copy(%k)\n"
         '}, execution_thread="main"\n'
     )
-    entry = parse(text).entry
+    entry = parse_hlo(text).entry
     assert entry.root.name == "it"
     assert entry.instructions["k"].op_name == "jit(f)/kernel"
     assert [c.name for c in large_copies(text, [(100, 80)])] == ["k", "it"]

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from engram_jax.aot.hlo_parser import parse
+from engram_jax.aot.hlo_parser import parse_hlo
 from engram_jax.aot.trip_counts import trip_count
 
 
 def loops(text):
     """Trip counts of all loops of a module, by the last named scope in their op_name."""
-    module = parse(text)
+    module = parse_hlo(text)
     return {
         re.sub(r"/(while|body|closed_call)", "", i.op_name).split("/")[-1]: trip_count(module, i, c)
         for c in module.computations.values()

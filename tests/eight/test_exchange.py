@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from engram_jax.config import MeshConfig
-from engram_jax.memory.exchange import EVERYWHERE, LOOKUPS, Exchange, natural_order, stored_order
+from engram_jax.memory.exchange import LOOKUPS, ROW_SHARDED, Exchange, natural_order, stored_order
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding.rules import AXES, P, make_mesh
 
@@ -110,7 +110,7 @@ def run(compiled, rows, mesh, capacity, table, addresses, gradients, apply=True)
     padded = np.zeros((exchange.layout.stored, DIM), np.float32)
     padded[:rows] = table
     out = everything(
-        placed(exchange, padded, EVERYWHERE),
+        placed(exchange, padded, ROW_SHARDED),
         placed(exchange, addresses.astype(np.int32), LOOKUPS),
         placed(exchange, gradients, LOOKUPS),
         placed(exchange, np.bool_(apply), P()),
@@ -172,10 +172,10 @@ def test_orders_are_each_other_s_inverse():
     mesh = make_mesh(MESHES["fsdp 8"])
     layout = TableLayout(ROWS, mesh.size)
     natural = np.arange(layout.stored * 2, dtype=np.float32).reshape(-1, 2)
-    there = jax.device_put(natural, NamedSharding(mesh, EVERYWHERE))
+    there = jax.device_put(natural, NamedSharding(mesh, ROW_SHARDED))
     stored = stored_order(mesh, layout, there)
     index = np.arange(layout.stored)
     expected = np.empty_like(natural)
-    expected[index % 8 * layout.local + index // 8] = natural
+    expected[index % 8 * layout.rows_per_device + index // 8] = natural
     np.testing.assert_array_equal(stored, expected)
     np.testing.assert_array_equal(natural_order(mesh, layout, stored), natural)

@@ -14,7 +14,7 @@ from engram_jax.memory.store.dram import HostTable
 from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.memory.table import lookup
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.engine_steps import Steps
+from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.request import SamplingParams
 from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory
 from engram_jax.training.state import weights_of
@@ -59,7 +59,7 @@ def make_engine(memory=None, tokenizer=None, eos_id=None, **serve):
 @lru_cache
 def compiled(serve):
     """One compilation for all engines of a configuration."""
-    return Steps(model()[0], serve)
+    return EngineSteps(model()[0], serve)
 
 
 @lru_cache

@@ -9,7 +9,7 @@ import pytest
 
 from engram_jax.addressing import tokenizer_size
 from engram_jax.addressing.detokenizer import BROKEN, bytes_of
-from engram_jax.serve.http.completion_request import parse
+from engram_jax.serve.http.completion_request import parse_request
 from engram_jax.serve.http.completion_response import Answer
 from engram_jax.serve.http.json_fields import Fields
 from engram_jax.serve.request import Delta, Finish, Logprob
@@ -37,7 +37,7 @@ def deltas_of(tokenizer, prompt, ids, stop=()):
 def answers(tokenizer, prompt, ids, **fields):
     """(the choice as one object, the choice put together from events)."""
     asked = {"prompt": prompt, "max_tokens": len(ids), "logprobs": 0, **fields}
-    request = parse(Fields(asked), tokenizer=tokenizer, capacity=10_000, most=1)
+    request = parse_request(Fields(asked), tokenizer=tokenizer, capacity=10_000, most=1)
     deltas = deltas_of(tokenizer, request.prompts[0].ids, ids)
     whole = Answer(request, "m", tokenizer).whole([deltas])["choices"][0]
     streaming = Answer(request, "m", tokenizer).choices[0]
@@ -118,7 +118,7 @@ def test_a_leading_space_is_not_lost():
 def test_tokens_that_differ_by_a_space_are_two_entries():
     tokenizer = kind("Unigram, byte fallback")
     ids = [tokenizer.token_to_id(t) for t in ("e", "<0x65>", "\u2581the")]
-    request = parse(
+    request = parse_request(
         Fields({"prompt": "e", "logprobs": 3, "max_tokens": 1}),
         tokenizer=tokenizer,
         capacity=9,

@@ -13,7 +13,7 @@ from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.model.decode import Generator
 from engram_jax.model.sampling import key_of_token, sample
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.engine_steps import Steps
+from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.request import Finish, SamplingParams
 from engram_jax.serve.row_fetch import StagedMemory
 from engram_jax.training.state import weights_of
@@ -159,7 +159,7 @@ RARE = ("no memory", "one stream, tied")  # each model is a minute of compilatio
 def test_other_models_decode_as_the_plain_generator(name):
     program, state = tiny(**MODELS[name])
     weights = weights_of(program, state)
-    steps = Steps(program, dataclasses.replace(SERVE, pages=9))
+    steps = EngineSteps(program, dataclasses.replace(SERVE, pages=9))
     engine = Engine(program, weights, host_memory(program, weights), steps)
     given = [*prompts((1, 9, 30)), [7, 3, 7, 7, 1, 2, 7]]
     found = engine.generate(given, SamplingParams(max_tokens=14))

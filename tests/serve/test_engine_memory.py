@@ -16,7 +16,7 @@ from engram_jax.memory.store.read_counts import Frequency, save_frequency
 from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.serve import row_fetch as serve_memory
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.engine_steps import Steps
+from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.open_engine import open_memories
 from engram_jax.serve.request import Finish, SamplingParams
 from engram_jax.serve.row_fetch import StagedMemory
@@ -169,7 +169,7 @@ def test_a_neighbours_padding_reads_no_damaged_row(order):
 def test_one_of_two_layers_can_be_switched_off():
     program, state = tiny(**{"model.engram.layers": (0, 2)})
     weights = weights_of(program, state)
-    steps = Steps(program, dataclasses.replace(SERVE, off_layers=(2,)))
+    steps = EngineSteps(program, dataclasses.replace(SERVE, off_layers=(2,)))
     memory = {"0": host_memory(program, weights)["0"]}
     engine = Engine(program, weights, memory, steps)
     prompt = prompts((9,))[0]

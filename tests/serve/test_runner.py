@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from engram_jax.config.errors import UserError
-from engram_jax.serve.http.engine_thread import CLOSED, FAILED, ClosedError, Runner
+from engram_jax.serve.http.engine_thread import CLOSED, FAILED, ClosedError, EngineThread
 from engram_jax.serve.request import Completion, Delta, Finish, QueueFullError, SamplingParams
 from tests.serve.served import SERVE, make_engine
 
@@ -65,7 +65,7 @@ def engine():
 
 @pytest.fixture
 def runner(engine):
-    made = Runner(engine)
+    made = EngineThread(engine)
     yield made
     made.close()
 
@@ -74,7 +74,7 @@ def test_groups_get_what_the_engine_gives_alone(engine):
     prompts = [[1], [5, 6, 7, 8], list(range(30))]
     each = [params(n, temperature=t, seed=n) for n, t in [(3, 0.0), (9, 1.0), (20, 0.7)]]
     expected = engine.generate(prompts, each)
-    runner = Runner(engine)
+    runner = EngineThread(engine)
     listeners = [Heard() for _ in range(2)]
     for heard in listeners:
         group = runner.submit(list(zip(prompts, each, strict=True)), heard)

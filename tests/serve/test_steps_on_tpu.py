@@ -13,7 +13,7 @@ from engram_jax.aot import data_movement
 from engram_jax.aot.compiling import compile_with_text, memory_of
 from engram_jax.config import ServeConfig
 from engram_jax.model.program import Weights, build_program
-from engram_jax.serve.engine_steps import PAGES_FROM, Batch, Steps
+from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, StepBatch
 from engram_jax.sharding.rules import P, make_mesh, row_major
 from engram_jax.training.state import abstract_state
 from tests.tiny import tiny_addressing, tiny_config
@@ -26,9 +26,9 @@ def test_no_step_copies_the_pool(tpu_slice, sequences, tokens):
     mesh = make_mesh(config.mesh, topology.devices[:1])
     program = build_program(config, tiny_addressing(config), mesh)
     serve = ServeConfig(sequences=4, capacity=1024, page=16, pages=4096, prefill_chunk=16)
-    steps, everywhere = Steps(program, serve), NamedSharding(mesh, P())
+    steps, replicated = EngineSteps(program, serve), NamedSharding(mesh, P())
 
-    def shape(x, where=everywhere):
+    def shape(x, where=replicated):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     state = abstract_state(program)
@@ -37,9 +37,9 @@ def test_no_step_copies_the_pool(tpu_slice, sequences, tokens):
     cache = dataclasses.replace(cache, pool=shape(cache.pool, row_major(mesh, P(), 4)))
 
     def array(*dims, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=replicated)
 
-    batch = Batch(
+    batch = StepBatch(
         array(sequences, PAGES_FROM + steps.pages_each),
         array(sequences, dtype=jnp.uint32),
         array(sequences, 2, dtype=jnp.float32),

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from engram_jax.checkpoint.load_model import Trained
+from engram_jax.checkpoint.load_model import LoadedModel
 from engram_jax.config import ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.memory.store.memory_file import MemoryFile, open_memory, write_memory
 from engram_jax.serve.compatibility import check_memory, describe, for_one, with_capacity
-from engram_jax.serve.engine_steps import Steps
+from engram_jax.serve.engine_steps import EngineSteps
 from tests.memory.store.tables import FORMATS, numbers
 from tests.serve.served import model, prompts, served
 
@@ -19,8 +19,8 @@ DIGEST = "0123456789abcdef" * 4
 
 
 @pytest.fixture(scope="module")
-def trained() -> Trained:
-    return Trained(*model(), None, -1, 400, "seed1", DIGEST, 48)
+def trained() -> LoadedModel:
+    return LoadedModel(*model(), None, -1, 400, "seed1", DIGEST, 48)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_the_capacity_is_what_was_trained(trained, warned):
 def test_without_a_checkpoint_the_configuration_says_it():
     """For who makes an engine of a program by hand: 20 tokens, three pages of 8."""
     program, _ = model()
-    steps = Steps(program, ServeConfig(page=8))
+    steps = EngineSteps(program, ServeConfig(page=8))
     assert (steps.serve.capacity, steps.pages_each) == (program.config.data.seq_len, 3) == (20, 3)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engram_jax.serve.http import server
-from engram_jax.serve.http.engine_thread import Runner
+from engram_jax.serve.http.engine_thread import EngineThread
 from engram_jax.serve.http.responses import Limits
 from engram_jax.serve.http.routes import App
 from tests.tiny import VOCAB
@@ -147,7 +147,7 @@ class Running(Client):
         sock = server.bind("127.0.0.1", 0)
         sock.listen()
         super().__init__(sock.getsockname()[1])
-        self.runner = Runner(engine)
+        self.runner = EngineThread(engine)
         app = App(self.runner, engine, self.limits)
         ready = threading.Event()
         self._server = server.Server(app, self.limits, ready.set)

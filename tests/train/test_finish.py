@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 
 from engram_jax.addressing import BatchAddresser
-from engram_jax.checkpoint.load_model import load
+from engram_jax.checkpoint.load_model import load_model
 from engram_jax.data.run_data import open_data
 from engram_jax.evaluation.held_out import Evaluator
 from engram_jax.run.end_of_run import gate_sample
@@ -20,7 +20,7 @@ def test_gates_are_those_of_one_document(corpus, undisturbed, monkeypatch, longe
     """As long as asked for, cut off at its end or not; nothing of its neighbours plays a part."""
     monkeypatch.setattr("engram_jax.run.end_of_run.GATE_TOKENS", longest)
     config = small_config(corpus)
-    data, trained = open_data(config, log=lambda line: None), load(config, undisturbed)
+    data, trained = open_data(config, log=lambda line: None), load_model(config, undisturbed)
     sample = gate_sample(data, Evaluator(trained.program, data), trained.weights)
     store = data.prepared.store_valid
     documents = [

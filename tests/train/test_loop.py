@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from engram_jax.checkpoint import run_record
-from engram_jax.checkpoint.load_model import load
+from engram_jax.checkpoint.load_model import load_model
 from engram_jax.checkpoint.manager import Checkpointer
-from engram_jax.checkpoint.workdir import held
+from engram_jax.checkpoint.workdir import locked
 from engram_jax.config import Config, to_dict
 from engram_jax.data.run_data import RunData, open_data
 from engram_jax.evaluation.count_models import fit_and_score
@@ -316,7 +316,7 @@ def test_generate_prints_the_prompt_and_what_the_generator_says(
     settings = small_config(
         corpus, generate__temperature=temperature, generate__max_tokens=20
     ).generate
-    trained = load(config, undisturbed, "best")
+    trained = load_model(config, undisturbed, "best")
     generator = Generator(trained.program, trained.weights)
     ids = trained.tokenizer.encode("document 3\nabcd", add_special_tokens=False).ids
     (found,) = generator.complete([ids], settings, trained.eos_id)
@@ -334,7 +334,7 @@ def test_generating_needs_a_token_to_start_from(corpus, undisturbed):
 
 def test_two_launches_do_not_train_in_one_workdir(corpus, undisturbed):
     before = (undisturbed / "run.json").read_text()
-    with held(undisturbed):
+    with locked(undisturbed):
         outcome = launched(*small_run(corpus, undisturbed))
     assert outcome.code == 2
     assert f"--workdir={undisturbed}: another process is training there" in outcome.err

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from engram_jax.checkpoint.integrity import seal
-from engram_jax.checkpoint.load_model import load
+from engram_jax.checkpoint.load_model import load_model
 from engram_jax.memory.store.memory_file import open_memory, write_memory
 from engram_jax.memory.store.read_counts import load_frequency, save_frequency
 from tests.runs import launched, refused, small_config, small_run
@@ -59,7 +59,7 @@ def plain(corpus, undisturbed):
 
 def test_the_file_holds_the_checkpoints_rows(corpus, undisturbed, made):
     config = small_config(corpus)
-    trained = load(config, undisturbed, "best")
+    trained = load_model(config, undisturbed, "best")
     file = open_memory(made[0], trained.program.addressing.fingerprint)
     rows = np.asarray(trained.weights.rows["1"])
     assert set(file.layers) == {"1"} and file.layers["1"][0] == len(rows)
@@ -67,17 +67,17 @@ def test_the_file_holds_the_checkpoints_rows(corpus, undisturbed, made):
     np.testing.assert_array_equal(stored.view(np.float32), rows)
     assert (file.metadata["name"], file.metadata["step"]) == (config.name, str(trained.step))
     assert file.metadata["checkpoint"] == trained.digest
-    on_host = load(config, undisturbed, "best", rows="host")
+    on_host = load_model(config, undisturbed, "best", rows="host")
     assert isinstance(on_host.weights.rows["1"], np.ndarray)
     np.testing.assert_array_equal(on_host.weights.rows["1"], rows)
-    assert load(config, undisturbed, "best", rows=None).weights.rows == {}
+    assert load_model(config, undisturbed, "best", rows=None).weights.rows == {}
 
 
 def test_counts_are_those_of_the_training_text(corpus, made):
     from engram_jax.addressing.hash_batches import BatchAddresser
-    from engram_jax.data.run_data import open_together
+    from engram_jax.data.run_data import open_on_all_processes
 
-    data = open_together(small_config(corpus), log=lambda line: None)
+    data = open_on_all_processes(small_config(corpus), log=lambda line: None)
     found = load_frequency(made[1], data.addressing.fingerprint)
     wanted = np.zeros(found.layers["1"].rows, np.int64)
     seen, batches = 0, data.train_iterator()
@@ -119,7 +119,7 @@ def test_generation_is_the_same_wherever_the_memory_lies(corpus, undisturbed, ma
 
 @pytest.mark.parametrize("memory", ["device", "disk"])
 def test_rows_of_another_step_are_refused(corpus, undisturbed, made, memory):
-    best = load(small_config(corpus), undisturbed, "best", rows=None)
+    best = load_model(small_config(corpus), undisturbed, "best", rows=None)
     assert best.step != 21
     other = generated(corpus, undisturbed, "21", memory=memory, memory_file=made[0])
     words = f"step {best.step}, checkpoint {best.digest[:12]}", "step 21, checkpoint "
@@ -175,9 +175,9 @@ def test_nothing_longer_than_was_trained(corpus, undisturbed, tmp_path):
     launches.append(copy.deepcopy(launches[0]) | {"resumed_at": 24})  # has made no checkpoint
     launches[-1]["config"]["data"]["seq_len"] = 64
     (workdir / "run.json").write_text(json.dumps({"launches": launches}))
-    assert load(config, workdir, rows=None, accept=["data.seq_len"]).seq_len == 16
+    assert load_model(config, workdir, rows=None, accept=["data.seq_len"]).seq_len == 16
     (workdir / "run.json").unlink()
-    assert load(config, workdir, rows=None).seq_len == 32
+    assert load_model(config, workdir, rows=None).seq_len == 32
 
 
 def test_without_memory_the_text_is_another(corpus, undisturbed, plain):
@@ -256,7 +256,7 @@ def test_a_port_in_use_is_told_at_once(corpus, tmp_path):
 def test_special_tokens_in_a_prompt_are_text_unless_asked_for(corpus, undisturbed):
     """--prompt, requests and samples take the ids of the loader; so does training."""
     ids = {
-        parse: load(small_config(corpus, serve__parse_special=parse), undisturbed, rows=None)
+        parse: load_model(small_config(corpus, serve__parse_special=parse), undisturbed, rows=None)
         .tokenizer.encode("a<|eos|>b", add_special_tokens=False)
         .ids
         for parse in (False, True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import int64, types, uint64
 
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.gather_rows import move_row
 from engram_jax.memory.store.xxh64 import xxh64_at
 
@@ -35,7 +35,7 @@ if sys.platform == "linux" and _NOWAIT:
         "preadv2", types.intp(types.intc, types.uintp, types.intc, types.int64, types.intc)
     )
 
-    @native
+    @host_jit
     def _cached(file, vector, to, size, at):  # type: ignore[no-untyped-def]
         """Whether `size` bytes at `at` were in the page cache; they are at address `to` then.
         False, too, where the file system cannot tell."""
@@ -44,7 +44,7 @@ if sys.platform == "linux" and _NOWAIT:
 
 else:
 
-    @native
+    @host_jit
     def _cached(file, vector, to, size, at):  # type: ignore[no-untyped-def]
         return False
 
@@ -54,18 +54,18 @@ if hasattr(os, "posix_fadvise"):
         "posix_fadvise", types.intc(types.intc, types.int64, types.int64, types.intc)
     )
 
-    @native
+    @host_jit
     def _announce(file, at, size):  # type: ignore[no-untyped-def]
         _advise(file, at, size, _WILLNEED)
 
 else:
 
-    @native
+    @host_jit
     def _announce(file, at, size):  # type: ignore[no-untyped-def]
         pass
 
 
-@native
+@host_jit
 def _whole(file, to, size, at):  # type: ignore[no-untyped-def]
     """Whether `size` bytes at `at` could be read to address `to`."""
     done = uint64(0)
@@ -77,7 +77,7 @@ def _whole(file, to, size, at):  # type: ignore[no-untyped-def]
     return True
 
 
-@native
+@host_jit
 def read_rows(  # type: ignore[no-untyped-def]
     file, start, rows, block_rows, checksums, ids, order, out, buffer, waiting, found
 ):

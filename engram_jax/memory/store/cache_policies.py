@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.distinct_rows import distinct
 from engram_jax.memory.store.s3fifo import Sets
 
@@ -111,7 +111,7 @@ ONLINE: dict[str, Callable[[Trace, int], int]] = {
 }
 
 
-@native
+@host_jit
 def _lru(ids, since, rows, capacity):  # type: ignore[no-untyped-def]
     """A ring of linked rows around the node `rows`: its successor was used last."""
     after = np.full(rows + 1, -1, np.int64)
@@ -139,7 +139,7 @@ def _lru(ids, since, rows, capacity):  # type: ignore[no-untyped-def]
     return hits
 
 
-@native
+@host_jit
 def _sift(heap, place, key, size, at):  # type: ignore[no-untyped-def]
     """Restore a heap of rows, least key first, after the key of heap[at] has changed."""
     row = heap[at]
@@ -160,7 +160,7 @@ def _sift(heap, place, key, size, at):  # type: ignore[no-untyped-def]
     place[row] = at
 
 
-@native
+@host_jit
 def _lfu(ids, since, rows, capacity):  # type: ignore[no-untyped-def]
     key = np.zeros(rows, np.int64)
     heap = np.empty(capacity, np.int64)
@@ -183,7 +183,7 @@ def _lfu(ids, since, rows, capacity):  # type: ignore[no-untyped-def]
     return hits
 
 
-@native
+@host_jit
 def _next_use(ids, rows):  # type: ignore[no-untyped-def]
     seen = np.full(rows, ids.size, np.int64)
     found = np.empty(ids.size, np.int64)
@@ -193,7 +193,7 @@ def _next_use(ids, rows):  # type: ignore[no-untyped-def]
     return found
 
 
-@native
+@host_jit
 def _belady(ids, since, next_use, rows, capacity):  # type: ignore[no-untyped-def]
     key = np.zeros(rows, np.int64)  # minus the next use: the least is dropped
     heap = np.empty(capacity, np.int64)
@@ -216,7 +216,7 @@ def _belady(ids, since, next_use, rows, capacity):  # type: ignore[no-untyped-de
     return hits
 
 
-@native
+@host_jit
 def _s3_fifo(ids, since, rows, capacity):  # type: ignore[no-untyped-def]
     """where: 0 nowhere, 1 small, 2 main; uses: capped at 3; left: when a row left the small queue,
     counted in rows that did (a ghost while at most as many as the main queue holds have since).

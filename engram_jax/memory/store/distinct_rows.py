@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.gather_rows import cores, split
 from engram_jax.memory.store.reused_buffers import Scratch
 
@@ -18,7 +18,7 @@ _DIGITS = ((1 << 12, 8), (1 << 15, 11), (1 << 62, 15))
 _scratch = Scratch()
 
 
-@native
+@host_jit
 def _all_bits(ids):  # type: ignore[no-untyped-def]
     """The bits that any id has; negative if one is."""
     found = np.int64(0)
@@ -27,7 +27,7 @@ def _all_bits(ids):  # type: ignore[no-untyped-def]
     return found
 
 
-@native
+@host_jit
 def _pack(ids, low, high, keys, shift):  # type: ignore[no-untyped-def]
     """keys = id << shift | position of every id in [low, high); how many."""
     if low == 0 and high > ids.max():  # all of them: this loop is vectorised
@@ -41,7 +41,7 @@ def _pack(ids, low, high, keys, shift):  # type: ignore[no-untyped-def]
     return count
 
 
-@native
+@host_jit
 def _sort(keys, spare, low, high, digit_bits):  # type: ignore[no-untyped-def]
     """Radix sort of uint64 keys by their bits [low, high); True: the result is in `spare`."""
     buckets = 1 << digit_bits
@@ -68,7 +68,7 @@ def _sort(keys, spare, low, high, digit_bits):  # type: ignore[no-untyped-def]
     return swapped
 
 
-@native
+@host_jit
 def _count(keys, shift):  # type: ignore[no-untyped-def]
     count = min(1, keys.size)
     for i in range(1, keys.size):
@@ -76,7 +76,7 @@ def _count(keys, shift):  # type: ignore[no-untyped-def]
     return count
 
 
-@native
+@host_jit
 def _unique(keys, shift, number, unique, inverse):  # type: ignore[no-untyped-def]
     """From sorted keys: the distinct ids to unique[number:], their numbers to `inverse`."""
     mask = (uint64(1) << uint64(shift)) - uint64(1)

@@ -74,7 +74,7 @@ def _expected(layers: Mapping[str, LayerHeader]) -> dict[str, tuple[str, tuple[i
     return {**data, **sums, HEADER_CHECKSUM: ("U64", (1,))}
 
 
-def plan(layers: Mapping[str, LayerHeader]) -> dict[str, Tensor]:
+def plan_tensors(layers: Mapping[str, LayerHeader]) -> dict[str, Tensor]:
     """Where every tensor lies, padding included."""
     tensors, at = {}, 0
     for name, (dtype, shape) in _expected(layers).items():
@@ -111,7 +111,7 @@ def to_bytes(
     }
     own = dict(zip(RESERVED, (FORMAT, VERSION, fingerprint, json.dumps(described)), strict=True))
     entries: dict[str, Any] = {"__metadata__": {**own, **metadata}}
-    for name, t in plan(layers).items():
+    for name, t in plan_tensors(layers).items():
         entries[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": (t.begin, t.end)}
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
@@ -122,14 +122,14 @@ def to_bytes(
 
 @dataclass(frozen=True)
 class Header:
-    """What `parse` found: `tensors` by name, the whole metadata, and the tables by layer id."""
+    """What `parse_header` found: `tensors` by name, the metadata, the tables by layer id."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     layers: dict[str, LayerHeader]
 
 
-def parse(text: bytes, data_bytes: int) -> Header:
+def parse_header(text: bytes, data_bytes: int) -> Header:
     """The JSON of a header, checked against the number of bytes after it.
 
     Raises ValueError, one line without the file's name, unless it is exactly a file of this format:
@@ -157,7 +157,7 @@ def parse(text: bytes, data_bytes: int) -> Header:
     tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
     _check_tiling(tensors, data_bytes)
     layers = _layers(metadata.get("layers", ""), tensors)
-    wanted = plan(layers)
+    wanted = plan_tensors(layers)
     for name in [*wanted, *tensors]:
         if wanted.get(name) != tensors.get(name):
             raise ValueError(

@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 from numba import uint64
 
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.cpu_intrinsics import (
     LINE,
     fence,
@@ -33,7 +33,7 @@ INLINE_BYTES = 1 << 20  # what a hand-over to another thread, tens of microsecon
 _PIECES = 4  # per core
 
 
-@native
+@host_jit
 def move_row(to, start, size):  # type: ignore[no-untyped-def]
     """Copy `size` bytes between two addresses (all uint64), for use in compiled loops."""
     done = uint64(0)
@@ -48,7 +48,7 @@ def move_row(to, start, size):  # type: ignore[no-untyped-def]
         done += uint64(1)
 
 
-@native
+@host_jit
 def prefetch_row(start, size):  # type: ignore[no-untyped-def]
     """Ask for every cache line of a row, for use in compiled loops."""
     end = start + size
@@ -58,7 +58,7 @@ def prefetch_row(start, size):  # type: ignore[no-untyped-def]
         line += uint64(LINE)
 
 
-@native
+@host_jit
 def _gather(table, ids, out, ahead, streams):  # type: ignore[no-untyped-def]
     size = uint64(table.shape[1])
     start, to = uint64(table.ctypes.data), uint64(out.ctypes.data)
@@ -80,7 +80,7 @@ def _gather(table, ids, out, ahead, streams):  # type: ignore[no-untyped-def]
         fence()
 
 
-@native
+@host_jit
 def _first_outside(ids, rows):  # type: ignore[no-untyped-def]
     wrong = 0
     for i in range(ids.size):  # no exit inside: the loop is vectorised

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import uint64
 
 from engram_jax.config.errors import UserError
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.counters import Counters
 from engram_jax.memory.store.distinct_rows import distinct
 from engram_jax.memory.store.dram import host_array
@@ -24,23 +23,21 @@ from engram_jax.memory.store.gather_rows import (
 )
 from engram_jax.memory.store.read_counts import Frequency
 from engram_jax.memory.store.reused_buffers import Scratch
+from engram_jax.memory.store.row_source import RowSource
 from engram_jax.memory.store.s3fifo import Sets
-
-if TYPE_CHECKING:
-    from engram_jax.memory.store.row_source import Source
 
 POLICIES = ("adaptive", "static")
 _WARM = 1 << 16  # rows that are read at a time when a cache is warmed
 
 
 class CachedTable:
-    """At most `capacity` rows of `source` in DRAM. A `Source`; thread-safe, and the same bits.
+    """At most `capacity` rows of `source` in DRAM. A `RowSource`; thread-safe, and the same bits.
 
     Rows never change, so the cache cannot be stale. Its lock is held while it is searched and while
     rows are copied out of it, never while `source` reads.
     """
 
-    def __init__(self, source: Source, capacity: int, policy: str = "adaptive") -> None:
+    def __init__(self, source: RowSource, capacity: int, policy: str = "adaptive") -> None:
         """capacity: rows, at least 1; above 16 rounded down to a multiple of 16, and not more than
         the table has. policy: "adaptive", S3-FIFO (`sets`), or "static", what `warm`
         brought in and nothing else. Raises UserError for others."""
@@ -92,7 +89,7 @@ class CachedTable:
         return ids.size
 
     def gather(self, ids: np.ndarray, out: tuple[np.ndarray, ...]) -> None:
-        """See `Source.gather`. A row that is asked for several times is read once."""
+        """See `RowSource.gather`. A row that is asked for several times is read once."""
         began = time.perf_counter()
         ids = check_request(ids, self.rows, out, self.format.parts)
         slots = np.empty(ids.size, np.int32)
@@ -155,7 +152,7 @@ def _copy_parts(
             split(rows.size, work)
 
 
-@native
+@host_jit
 def _copy(table, rows, places, out):  # type: ignore[no-untyped-def]
     size = uint64(table.shape[1])
     start, to = uint64(table.ctypes.data), uint64(out.ctypes.data)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 
 _EMPTY = -1
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
 
 
-@native
+@host_jit
 def _insert(ids, shift, keys, slots):  # type: ignore[no-untyped-def]
     mask = keys.size - 1
     for i in range(ids.size):
@@ -24,7 +24,7 @@ def _insert(ids, shift, keys, slots):  # type: ignore[no-untyped-def]
     return -1
 
 
-@native
+@host_jit
 def _find(ids, shift, keys, slots, out):  # type: ignore[no-untyped-def]
     mask = keys.size - 1
     for i in range(ids.size):

@@ -20,7 +20,7 @@ from engram_jax.memory.store.file_format import (
     MOST_HEADER,
     PAGE,
     Header,
-    parse,
+    parse_header,
     tensor_name,
 )
 from engram_jax.memory.store.file_table import PUT_BACK, DiskTable, OpenFile, StoredPart
@@ -146,7 +146,7 @@ def _header(file: OpenFile) -> tuple[int, Header]:
     if (8 + length) % PAGE:
         raise ValueError(f"the data begins at {8 + length}: must be a multiple of {PAGE}")
     text = os.pread(number, length, 8)
-    header, start = parse(text, size - 8 - length), 8 + length
+    header, start = parse_header(text, size - 8 - length), 8 + length
     stored = os.pread(number, 8, start + header.tensors[HEADER_CHECKSUM].begin)
     if int.from_bytes(stored, "little") != xxh64(text):
         raise ValueError("damaged: the header's XXH64 is not the stored one")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config.errors import UserError
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 
 _FORMAT = 1
 
@@ -64,7 +64,7 @@ class AccessCounter:
         return Frequency(ids[order], counts[order], self._counts.size, self.lookups)
 
 
-@native
+@host_jit
 def _count(counts, ids):  # type: ignore[no-untyped-def]
     full = np.uint32(0xFFFFFFFF)
     for i in range(ids.size):

@@ -1,4 +1,4 @@
-"""Where rows come from: the protocol of every tier, and the tiers."""
+"""Where rows come from: what every tier (dram, file_table, host_cache) offers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ from typing import Protocol
 
 import numpy as np
 
-from engram_jax.memory.store.counters import Counters, Stats
-from engram_jax.memory.store.distinct_rows import distinct
-from engram_jax.memory.store.dram import HostTable
-from engram_jax.memory.store.file_table import DiskTable
-from engram_jax.memory.store.host_cache import CachedTable
+from engram_jax.memory.store.counters import Counters
 from engram_jax.memory.store.row_format import RowFormat
 
-__all__ = ["CachedTable", "Counters", "DiskTable", "HostTable", "Source", "Stats", "distinct"]
 
-
-class Source(Protocol):
+class RowSource(Protocol):
     """One table, addresses in and stored bytes out.
 
     rows: R. format: what a row is. counters: what has been read so far (`counters.snapshot()`).

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import uint8, uint32, uint64
 
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.cpu_intrinsics import prefetch
 
 WAYS = 16  # a cache line of row numbers
@@ -82,12 +82,12 @@ class Sets:
         return slots
 
 
-@native
+@host_jit
 def _ask(array, set_):  # type: ignore[no-untyped-def]
     prefetch(uint64(array.ctypes.data) + uint64(set_) * uint64(array.shape[1] * array.itemsize))
 
 
-@native
+@host_jit
 def _find(line, row):  # type: ignore[no-untyped-def]
     found = -1
     for way in range(line.size):  # no exit inside: the loop is vectorised
@@ -96,7 +96,7 @@ def _find(line, row):  # type: ignore[no-untyped-def]
     return found
 
 
-@native
+@host_jit
 def _look(keys, state, ids, slots):  # type: ignore[no-untyped-def]
     sets, ways = uint32(keys.shape[0]), keys.shape[1]
     hits = 0
@@ -117,7 +117,7 @@ def _look(keys, state, ids, slots):  # type: ignore[no-untyped-def]
     return hits
 
 
-@native
+@host_jit
 def _oldest(state, turns, stays):  # type: ignore[no-untyped-def]
     """The way of the oldest row on probation (stays 0) or of those that may stay (4); how many."""
     found, count, least = -1, 0, np.int64(1 << 62)
@@ -129,7 +129,7 @@ def _oldest(state, turns, stays):  # type: ignore[no-untyped-def]
     return found, count
 
 
-@native
+@host_jit
 def _make_room(keys, ghosts, state, turns, clock):  # type: ignore[no-untyped-def]
     """The way that is freed in a full set."""
     while True:
@@ -149,7 +149,7 @@ def _make_room(keys, ghosts, state, turns, clock):  # type: ignore[no-untyped-de
         clock[0] += uint32(1)
 
 
-@native
+@host_jit
 def _admit(keys, ghosts, state, turns, clocks, ids, slots):  # type: ignore[no-untyped-def]
     sets, ways = uint32(keys.shape[0]), keys.shape[1]
     for i in range(ids.size):
@@ -178,7 +178,7 @@ def _admit(keys, ghosts, state, turns, clocks, ids, slots):  # type: ignore[no-u
         slots[i] = here * ways + way
 
 
-@native
+@host_jit
 def _seed(keys, state, turns, clocks, ids, slots):  # type: ignore[no-untyped-def]
     sets, ways = uint32(keys.shape[0]), keys.shape[1]
     for i in range(ids.size):

@@ -17,7 +17,7 @@ from engram_jax.memory.store.file_format import (
     LayerHeader,
     Tensor,
     block_rows,
-    plan,
+    plan_tensors,
     tensor_name,
     to_bytes,
 )
@@ -88,7 +88,7 @@ def _whole_or_nothing(partial: Path, path: Path) -> Iterator[int]:
 def _write(
     file: int, head: bytes, heads: Mapping[str, LayerHeader], layers: Mapping[str, LayerRows]
 ) -> None:
-    tensors, start = plan(heads), len(head)
+    tensors, start = plan_tensors(heads), len(head)
     os.ftruncate(file, start + tensors[HEADER_CHECKSUM].end)  # padding: what nobody writes is zero
     _put(file, np.frombuffer(head, np.uint8), 0)
     for layer, (row_format, rows, chunks) in layers.items():

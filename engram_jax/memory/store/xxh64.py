@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.cpu_intrinsics import load_1, load_4, load_8
 
 _P1 = np.uint64(0x9E3779B185EBCA87)
@@ -20,22 +20,22 @@ _START_1 = np.uint64((0x9E3779B185EBCA87 + 0xC2B2AE3D27D4EB4F) % 2**64)
 _START_4 = np.uint64(2**64 - 0x9E3779B185EBCA87)
 
 
-@native
+@host_jit
 def _rotate(x, left):  # type: ignore[no-untyped-def]
     return (x << uint64(left)) | (x >> uint64(64 - left))
 
 
-@native
+@host_jit
 def _round(lane, word):  # type: ignore[no-untyped-def]
     return _rotate(lane + word * _P2, 31) * _P1
 
 
-@native
+@host_jit
 def _merge(total, lane):  # type: ignore[no-untyped-def]
     return (total ^ _round(uint64(0), lane)) * _P1 + _P4
 
 
-@native
+@host_jit
 def xxh64_at(address, size):  # type: ignore[no-untyped-def]
     """XXH64 of `size` bytes at a memory address (both uint64), for use in compiled loops."""
     here, end = uint64(address), uint64(address) + uint64(size)
@@ -66,7 +66,7 @@ def xxh64_at(address, size):  # type: ignore[no-untyped-def]
     return total ^ (total >> uint64(32))
 
 
-@native
+@host_jit
 def _blocks(address, size, block_bytes, out):  # type: ignore[no-untyped-def]
     for i in range(out.size):
         start = i * block_bytes

@@ -61,7 +61,7 @@ class CompletionRequest:
         return sum(len(p.ids) for p in self.prompts)
 
 
-def parse(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> CompletionRequest:
+def parse_request(fields: Fields, *, tokenizer: Any, capacity: int, most: int) -> CompletionRequest:
     """The request. capacity: tokens of a sequence. most: sequences of a request.
 
     Encodes the prompts, which may take a while. Raises ApiError.

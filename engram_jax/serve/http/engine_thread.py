@@ -49,7 +49,7 @@ class Group:
       QueueFullError or ClosedError.
     """
 
-    def __init__(self, runner: Runner, listener: Listener):
+    def __init__(self, runner: EngineThread, listener: Listener):
         self.accepted: Future[None] = Future()
         self.ids: tuple[int, ...] = ()
         self.listener = listener
@@ -61,7 +61,7 @@ class Group:
         self._runner.end([self])
 
 
-class Runner:
+class EngineThread:
     """Steps the engine while it is busy and sleeps otherwise. Public methods are thread-safe."""
 
     def __init__(self, engine: Steps):

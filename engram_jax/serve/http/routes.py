@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engram_jax.config.errors import UserError
 from engram_jax.serve.http import completion_request
 from engram_jax.serve.http.completion_response import Answer
-from engram_jax.serve.http.engine_thread import FAILED, ClosedError, Group, Runner, Steps
+from engram_jax.serve.http.engine_thread import FAILED, ClosedError, EngineThread, Group, Steps
 from engram_jax.serve.http.json_fields import ApiError, Fields, parse_json, shown
 from engram_jax.serve.http.responses import (
     DisconnectedError,
@@ -61,7 +61,7 @@ class Served(Steps, Protocol):
 class App:
     """The routes of one engine. `asgi` is the application."""
 
-    def __init__(self, runner: Runner, engine: Served, limits: Limits):
+    def __init__(self, runner: EngineThread, engine: Served, limits: Limits):
         self._runner, self._limits, self._engine = runner, limits, engine
         self._name, self._capacity = engine.name, engine.capacity
         self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
@@ -104,7 +104,7 @@ class App:
             self._unknown_model(model)
 
     def _parse(self, fields: Fields) -> completion_request.CompletionRequest:
-        return completion_request.parse(
+        return completion_request.parse_request(
             fields,
             tokenizer=self._tokenizer,
             capacity=self._capacity,

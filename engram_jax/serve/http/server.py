@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
-from engram_jax.serve.http.engine_thread import Runner
+from engram_jax.serve.http.engine_thread import EngineThread
 from engram_jax.serve.http.json_fields import ApiError
 from engram_jax.serve.http.responses import Limits
 from engram_jax.serve.http.routes import App, Served
@@ -93,7 +93,7 @@ def serve(
     except OSError as error:  # another process was bound to it, too, and came first
         sock.close()
         raise _not_bound(host, port, error) from None
-    runner = Runner(engine)
+    runner = EngineThread(engine)
     app = App(runner, engine, limits)
     line = f"serving {engine.name} at {_url(sock)}/v1"
     server = Server(app, limits, lambda: ready(line))
@@ -123,7 +123,7 @@ def serve_checkpoint(config: Config, workdir: Path, step: str, accept: Sequence[
         engine.close()
 
 
-async def _serve(server: Server, runner: Runner, sock: socket.socket, seconds: float) -> None:
+async def _serve(server: Server, runner: EngineThread, sock: socket.socket, seconds: float) -> None:
     loop = asyncio.get_running_loop()
     drains: list[asyncio.Task[None]] = []
 

@@ -15,7 +15,7 @@ import pytest
 from engram_jax.config.errors import UserError
 from engram_jax.memory.store import file_format as header_module
 from engram_jax.memory.store import file_table, write_file
-from engram_jax.memory.store.file_format import LayerHeader, block_rows, plan, to_bytes
+from engram_jax.memory.store.file_format import LayerHeader, block_rows, plan_tensors, to_bytes
 from engram_jax.memory.store.memory_file import open_memory, write_memory
 from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.memory.store.xxh64 import xxh64
@@ -442,7 +442,7 @@ def test_forty_gigabytes_open_at_once(tmp_path):
     form = RowFormat("fp8", 256)
     layers = {"1": LayerHeader(form, rows, block_rows(form))}
     head = to_bytes(layers, "f", {})
-    end = plan(layers)[header_module.HEADER_CHECKSUM].end
+    end = plan_tensors(layers)[header_module.HEADER_CHECKSUM].end
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.write(head)

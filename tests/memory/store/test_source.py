@@ -11,14 +11,14 @@ from engram_jax.memory.store import file_table, gather_rows
 from engram_jax.memory.store.dram import HostTable, host_array
 from engram_jax.memory.store.memory_file import open_memory, write_memory
 from engram_jax.memory.store.row_format import RowFormat
-from engram_jax.memory.store.row_source import Source
+from engram_jax.memory.store.row_source import RowSource
 from tests.memory.store.tables import FORMATS, numbers, stored
 
 ROWS = 1_237
 KINDS = ["host", "from_rows", "loaded", "disk", "disk, scales resident"]
 
 
-def table(kind: str, row_format: RowFormat, rows: np.ndarray, folder) -> Source:
+def table(kind: str, row_format: RowFormat, rows: np.ndarray, folder) -> RowSource:
     if kind == "host":
         return HostTable(row_format, stored(row_format, rows))
     if kind == "from_rows":
