@@ -11,7 +11,7 @@ import pytest
 
 from engram_jax.sharding.rules import names
 from engram_jax.training.loss import token_losses
-from engram_jax.training.optim import partition
+from engram_jax.training.optim import optimizer
 from engram_jax.training.state import abstract_state, build_training, init_state
 from engram_jax.training.step import (
     batch_addresses,
@@ -245,7 +245,7 @@ def optimizers(program):
     """Parameter name, numbers as "*" -> the label of its optimizer."""
     found = {}
     for path, label in jax.tree_util.tree_leaves_with_path(
-        partition.labels(abstract_state(program).params)
+        optimizer.labels(abstract_state(program).params)
     ):
         name = "/".join("*" if part.isdigit() else part for part in names(path))
         assert found.setdefault(name, label) == label
