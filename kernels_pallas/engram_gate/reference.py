@@ -3,11 +3,11 @@
 Rounding is the kernels': rows and weights are multiplied in the rows' dtype, but the products are
 summed and kept in float32, and so is all that follows, up to the gated value, which is rounded once
 to the streams' dtype. (Keys in bfloat16 would move a score near 0 across it, where the gate is
-steepest: gradients were off by 8 to 78 %.) Backward, the gradients of keys and value are rounded to
-the rows' dtype for the two products behind them, which are summed in float32 again. FP8 is taken
-back to float32 and multiplied so; backward in the dtype of what was rounded to it. Where rows are
-narrower than float32, only arguments are kept for the backward pass, and keys computed again, as by
-the kernels: what is computed in float32 would fill twice the memory that it once did.
+steepest: README.md.) Backward, the gradients of keys and value are rounded to the rows' dtype for
+the two products behind them, which are summed in float32 again. FP8 is taken back to float32 and
+multiplied so; backward in the dtype of what was rounded to it. Where rows are narrower than
+float32, only arguments are kept for the backward pass, and keys computed again, as by the kernels:
+what is computed in float32 would fill twice the memory that it once did.
 """
 
 from __future__ import annotations
