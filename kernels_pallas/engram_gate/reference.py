@@ -55,7 +55,8 @@ def _product(a: jax.Array, b: jax.Array, contracted: tuple[list[int], list[int]]
 def _projected_forward(
     rows: jax.Array, weights: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, tuple]:
-    kept = rows.astype(dtype), weights.astype(dtype), jnp.zeros((), rows.dtype)
+    like = jnp.zeros((), rows.dtype)  # rows' dtype, which is the weights', too
+    kept = rows.astype(dtype), weights.astype(dtype), like
     return _projected(rows, weights, dtype), kept
 
 
