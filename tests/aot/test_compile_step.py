@@ -122,7 +122,10 @@ def test_restored_tables_lie_as_the_step_wants_them(tpu_slice):
     [
         (["--mode=compile"], "--topology: missing"),
         (["--mode=compile", "--topology=v5p:4x4"], "a v5p slice is v5p:AxBxC"),
-        (["--mode=compile", "--topology=v5e:2x2", "--program=serve"], "must be train or decode"),
+        (
+            ["--mode=compile", "--topology=v5e:2x2", "--program=serve"],
+            "must be train, decode or prefill",
+        ),
         (["--mode=compile", "--topology=v5e:2x2", "--config.mesh.expert=3"], "must make 4"),
     ],
 )
