@@ -40,7 +40,7 @@ def lower_steps(program: Program, serve: ServeConfig, *, prefill: bool) -> Lower
     def shape(x: Any, where: Any = replicated) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    def array(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def array(*dims: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=replicated)
 
     weights = program.abstract_weights()
