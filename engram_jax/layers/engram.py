@@ -1,7 +1,7 @@
 """The Engram module: rows of the memory, gated by the hidden state, added to the residual streams.
 
-Section 2 of the paper. For a token t, its n-gram orders n and hash heads k, every branch m of M (the
-streams of mHC) and hidden width d:
+Section 2 of the paper. For a token t, its n-gram orders n and hash heads k, every branch m of M
+(the streams of mHC) and hidden width d:
 
     z_n,k   = hash_k of canonical ids t - n + 1 .. t,  row = E_n,k[z_n,k]          (1)
     e       = the rows of all orders and heads, concatenated                       (2)
@@ -114,7 +114,7 @@ class Engram(nnx.Module):
     def gated_value(
         self, rows: jax.Array, streams: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Equations 2, 3, 4 and 6: u [B, T, M, d] in the streams' dtype, and the gates [B, T, M]."""
+        """Equations 2, 3, 4, 6: u [B, T, M, d] in the streams' dtype, and the gates [B, T, M]."""
         e = rows.reshape(*rows.shape[:2], -1).astype(self.projection_dtype)
         eps = self.norm_eps
         if eps is None:

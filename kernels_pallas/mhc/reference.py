@@ -1,7 +1,7 @@
 """mHC's coefficients and products in plain jax.numpy (arXiv 2512.24880, section 4).
 
-The equations, with what the sources leave open: engram_jax/layers/hyper_connections.py. Coefficients
-are computed in float32 (float64 for float64 streams), streams keep their dtype.
+The equations, with what the sources leave open: engram_jax/layers/hyper_connections.py.
+Coefficients are computed in float32 (float64 for float64 streams), streams keep their dtype.
 """
 
 from __future__ import annotations
