@@ -49,8 +49,8 @@ class ShardView:
         return -(-self.experts // self.axes.expert)
 
     def all_gather(self, params: Any, *, layer: bool = False) -> Any:
-        """Weights from their shards: whole, but for heads and inner widths, sharded by `tensor`, and
-        for experts, of which a device gets its own [local_experts, in, out].
+        """Weights from their shards: whole, but for heads and inner widths (of `tensor`) and for
+        experts, of which a device gets its own [local_experts, in, out].
 
         layer: the tree is one layer of a stack.
         """

@@ -108,8 +108,8 @@ def gradients(
     """Loss (nats per target), its gradients for parameters and for every looked-up row, statistics.
 
     With accumulation every device's sequences are split along B and scanned; parameter gradients
-    are summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch but
-    the order of sums.
+    are summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch
+    but the order of sums.
     """
     parts = program.config.train.accumulation
     targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
