@@ -235,4 +235,6 @@ def _shared_flags() -> dict[str, Any]:
 
 def run() -> None:
     """The program: read the command line, carry out its mode, exit."""
+    for flag in flags.FLAGS.get_flags_for_module(__name__):  # --help lists those of the program
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main, flags_parser=parse_flags)
