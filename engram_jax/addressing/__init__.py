@@ -1,10 +1,10 @@
-"""Token ids to rows of the tables: no parameters, from tokenizer and configuration alone.
+"""Maps token ids to rows of the tables; it depends on the tokenizer and configuration alone.
 
     raw ids --compression--> canonical ids --hash (primes, multipliers: hash_plan)--> rows
 
-`artifact` holds all of it with a fingerprint. The hash exists four times, bit for bit the same:
-`hash_numpy` (int64, the authority), `hash_jax` (32-bit words, on a device), `hash_batches` (batches
-in the data pipeline) and `hash_numba` (a few tokens, for serving).
+`artifact` stores all of it with a fingerprint. The hash has four implementations, equal bit for
+bit: `hash_numpy` (int64, the reference), `hash_jax` (32-bit words, on a device), `hash_batches`
+(batches in the data pipeline) and `hash_numba` (a few tokens, for serving).
 """
 
 from engram_jax.addressing.artifact import Addressing, as_stored, build, check_same

@@ -1,7 +1,7 @@
 """The addressing artifact: everything that decides an address, saved beside a checkpoint.
 
-A table is worth nothing under other addresses, and NumPy does not promise that a generator's
-stream stays the same for ever. So the numbers themselves are stored, with a fingerprint over all of
+A table is useless under other addresses, and NumPy does not promise that a generator's stream stays
+the same between versions. So the numbers themselves are stored, with a fingerprint over all of
 them, and a checkpoint made under one fingerprint is refused under another.
 """
 
@@ -36,16 +36,16 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Addressing:
-    """Text to rows, for all Engram layers of a model.
+    """From token ids to rows, for all Engram layers of a model.
 
-    compression: int32 [V_tok] canonical id per raw id; None = raw ids are hashed as they are
-      (dialect "qwen"), or no tokenizer was at hand (describe, compile).
+    compression: int32 [V_tok] canonical id per raw id; None = raw ids are hashed (dialect "qwen"),
+      or no tokenizer was given (describe, compile).
     canonical_vocab_size: number of ids that are hashed.
     pad_id: canonical id of the tokenizer's pad id.
     layers: addressing of each Engram layer by 0-based layer id.
     dialect: "paper" or "qwen".
     eos_id: raw end-of-sequence id, -1 = none.
-    tokenizer_fingerprint: SHA-256 of the tokenizer, "" = none was at hand.
+    tokenizer_fingerprint: SHA-256 of the tokenizer, "" = none was given.
 
     Compare two by `fingerprint`.
     """
@@ -62,7 +62,7 @@ class Addressing:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what decides an address: tokenizer, map, multipliers, primes, fill."""
         numbers = self._numbers()
-        del numbers["eos_id"]  # decides none by itself: where it does, it is a layer's restart_id
+        del numbers["eos_id"]  # decides no address, except as a layer's restart_id
         digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
         digest.update(_bytes(self.compression))
         return digest.hexdigest()
@@ -74,9 +74,9 @@ class Addressing:
         return {**fields, "layers": layers, "compression": self.compression is not None}
 
     def save(self, directory: str | Path) -> None:
-        """Write addressing.json and addressing.npz into `directory` (made if missing).
+        """Write addressing.json and addressing.npz into `directory` (created if missing).
 
-        The JSON file comes last and by renaming: where it stands, both are whole.
+        The JSON file is written last, atomically: where it exists, both are complete.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Addressing:
 
     @classmethod
     def load(cls, directory: str | Path) -> Addressing:
-        """Read what `save` wrote. Raises UserError when it is missing, broken or was changed."""
+        """Read what `save` wrote. Raises UserError when it is missing, broken or modified."""
         folder = Path(directory)
         try:
             state = json.loads((folder / _JSON).read_text())
@@ -150,10 +150,11 @@ def check_same(stored: Addressing, mine: Addressing) -> None:
 
 
 def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
-    """`mine`, under the name that an older run in `workdir` knows its tokenizer by.
+    """`mine`, with the tokenizer fingerprint that an older run in `workdir` has stored.
 
-    A post-processor once counted in tokenizers' fingerprints, though it changes no id of a text.
-    The run's tokenizer.json proves that it is the same one; without that proof `mine` comes back.
+    Earlier versions included the post-processor in the fingerprint, though it changes no id of a
+    text. If the run's tokenizer.json shows that the tokenizer is the same, the stored fingerprint
+    is adopted; otherwise `mine` is returned unchanged.
     """
     folder = Path(workdir)
     if not (folder / "addressing" / _JSON).is_file() or not (folder / "tokenizer.json").is_file():
@@ -168,8 +169,8 @@ def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
 def build(config: Config, tokenizer: Tokenizer | None = None) -> Addressing:
     """The addressing of a configuration.
 
-    tokenizer: None = none at hand (describe, compile): dialect "paper" then takes the recorded
-      `config.tokenizer.canonical_vocab_size`, and has no compression and the raw pad id.
+    tokenizer: None = not available (describe, compile): dialect "paper" then takes the recorded
+      `config.tokenizer.canonical_vocab_size`, no compression and the raw pad id.
 
     Raises UserError naming the key when the recorded sizes and the tokenizer disagree.
     """

@@ -1,8 +1,8 @@
 """Vocabulary compression: raw token id -> canonical id (paper, section 2.1; Appendix C, Table 6).
 
-Tokens that read the same once case, accents and surrounding white space are dropped share one
-canonical id, so that " Apple", "apple" and "APPLE" lie in the same n-grams. The map is a function
-of the tokenizer alone.
+Tokens that are equal up to case, accents and surrounding white space share one canonical id, so
+that " Apple", "apple" and "APPLE" form the same n-grams. The map is a function of the tokenizer
+alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def build_compression(tokenizer: Tokenizer) -> np.ndarray:
     """Canonical id of every raw id: int32 [V], V = highest id + 1.
 
     A token's key is its decoded text (special tokens kept), normalised; the text itself where
-    nothing is left of it; the raw token string where the text holds a broken character. Canonical
-    ids number the keys in the order in which the raw ids first show them, so they are dense from 0.
+    normalising leaves nothing; the raw token string where the text has a broken character.
+    Canonical ids number the keys in order of first appearance, so they are dense from 0.
     """
     size = tokenizer_size(tokenizer)
     texts = tokenizer.decode_batch([[i] for i in range(size)], skip_special_tokens=False)

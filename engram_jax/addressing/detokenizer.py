@@ -1,9 +1,9 @@
-"""Token ids back to text, one after the other: exactly what `Tokenizer.decode` makes of them all.
+"""Streaming detokenizer: token ids to text one at a time, equal to `Tokenizer.decode` of them all.
 
-The library decodes whole lists. A text that grows cannot be decoded again at every token, nor in
-parts: a decoder may drop the first space, join bytes to characters, or take back what it would have
-said. So each decoder of the library is a stage here that takes the tokens' strings ("pieces") one
-by one, gives what no later one can change, and holds the rest.
+The library decodes whole lists. A growing text cannot be decoded again at every token, nor in
+parts: a decoder may drop the first space, join bytes to characters, or change its earlier output.
+So each decoder of the library is a stage here that takes the tokens' strings ("pieces") one by one,
+emits the text that no later piece can change, and holds the rest.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Pieces = list[str]
 
 
 class Detokenizer:
-    """The text of one sequence of tokens, as far as it is certain.
+    """The text of one sequence of tokens, as far as it is final.
 
-    length: characters of it that have been given.
+    length: characters emitted so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, inside: bool = False):
-        """inside: as if text came before, so that nothing is done as at a beginning."""
+        """inside: decode as if text came before: nothing is treated as the beginning."""
         self._tokenizer = tokenizer
         stages, self._special = _plan(tokenizer)
         self._stages = [make() for make in stages]
@@ -40,16 +40,16 @@ class Detokenizer:
 
     @property
     def inside(self) -> bool:
-        """Whether the next token is read as one behind text, not as at a beginning."""
+        """Whether the next token is decoded as following text, not as at the beginning."""
         for stage in self._stages:
             if not stage.begun or stage.holds:
                 return stage.begun
         return True
 
     def push(self, token: int, skip_special_tokens: bool = True) -> tuple[str, str]:
-        """(text of the tokens before that is certain now, text of this one that is).
+        """(text of earlier tokens that is final now, text of this one that is final).
 
-        The token begins between the two. Unknown ids have no text.
+        This token's text begins between the two. Unknown ids have no text.
         """
         piece = self._tokenizer.id_to_token(token)
         if piece is None or (skip_special_tokens and piece in self._special):
@@ -59,7 +59,7 @@ class Detokenizer:
         return before, own
 
     def flush(self) -> str:
-        """The rest, at the end."""
+        """The remaining text, after the last token."""
         rest = ""
         for number, stage in enumerate(self._stages):
             rest += "".join(self._through(self._stages[number + 1 :], stage.end(), []))
@@ -82,7 +82,7 @@ class Detokenizer:
 
 
 def follows_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Whether what comes behind a prompt is read as behind text, not as at a beginning."""
+    """Whether a token after this prompt is decoded as following text, not as at the beginning."""
     one = Detokenizer(tokenizer)
     for token in prompt:
         if one.inside:
@@ -92,13 +92,13 @@ def follows_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 
 
 def text_of(tokenizer: Tokenizer, token: int, inside: bool = True) -> str:
-    """A token's text, special tokens included; inside: behind other text, else at a beginning."""
+    """A token's text, special tokens included; inside: after other text, else at the beginning."""
     one = Detokenizer(tokenizer, inside=inside)
     return "".join(one.push(token, skip_special_tokens=False)) + one.flush()
 
 
 def bytes_of(tokenizer: Tokenizer, token: int) -> bytes | None:
-    """Of a token that is no text by itself, a byte or a part of characters; else None."""
+    """The bytes of a token that is not valid text alone (a byte, part of a character), else None."""
     piece = tokenizer.id_to_token(token) or ""
     kinds = _plan(tokenizer)[0]
     if _ByteFallback in kinds and (match := _BYTE_TOKEN.fullmatch(piece)):
@@ -113,22 +113,22 @@ def bytes_of(tokenizer: Tokenizer, token: int) -> bytes | None:
 
 
 class _Stage:
-    """One decoder, and what it holds."""
+    """One decoder of the library, and the pieces it holds."""
 
-    begun = True  # whether the beginning, where there is one that matters, is over
-    holds = False  # whether the next piece sends a held one on to the stages behind
+    begun = True  # False while the next piece is treated as the beginning of the text
+    holds = False  # whether the next piece may release held ones to the later stages
 
     def feed(self, piece: str) -> tuple[Pieces, Pieces]:
-        """(what was held of earlier pieces and is certain now, what is certain of this one)."""
+        """(held text of earlier pieces that is final now, text of this piece that is final)."""
         raise NotImplementedError
 
     def end(self) -> Pieces:
-        """What is held, when nothing follows."""
+        """The held text, when nothing follows."""
         return []
 
 
 class _Each(_Stage):
-    """Replace, Strip: every piece by itself."""
+    """Replace, Strip: every piece independently."""
 
     def __init__(self, decoder: Any):
         self._decoder = decoder
@@ -175,7 +175,7 @@ class _LastApart(_Stage):
 
 
 class _Ctc(_Stage):
-    """CTC: of equal pieces in a row, the first."""
+    """CTC: only the first of equal consecutive pieces."""
 
     def __init__(self, decoder: Any):
         self._decoder = decoder
@@ -188,14 +188,14 @@ class _Ctc(_Stage):
 
 
 class _ByteLevel(_Stage):
-    """GPT-2's stand-ins of bytes: holds the beginning of a character, three bytes at most."""
+    """GPT-2's byte characters: holds the start of an incomplete character, at most three bytes."""
 
     _waiting = b""
 
     def feed(self, piece: str) -> tuple[Pieces, Pieces]:
         data, settled = _byte_level(piece), []
         if self._waiting and len((self._waiting + data[:1]).decode(errors="replace")) > 1:
-            settled, self._waiting = self.end(), b""  # this byte does not go on with the character
+            settled, self._waiting = self.end(), b""  # this byte does not continue the character
         data = self._waiting + data
         text, used = codecs.utf_8_decode(data, "replace", False)
         self._waiting = data[used:]
@@ -206,7 +206,7 @@ class _ByteLevel(_Stage):
 
 
 class _ByteFallback(_Stage):
-    """Tokens <0xE2>: a whole row of them is characters, or each is a broken one."""
+    """Tokens <0xE2>: a run of them is valid UTF-8, or each is one broken character."""
 
     _row = b""
 
@@ -229,7 +229,7 @@ class _ByteFallback(_Stage):
 
 
 class _StripEnds(_Stage):
-    """Strip behind Fuse: at the beginning and at the end of the text."""
+    """Strip after Fuse: at the beginning and at the end of the whole text."""
 
     def __init__(self, content: str, start: int, stop: int):
         self._content, self._start, self._stop = content, start, stop
@@ -250,7 +250,7 @@ class _StripEnds(_Stage):
 
 
 class _Whole(_Stage):
-    """A decoder that reads the whole text at once: nothing is certain before the end."""
+    """A decoder that reads the whole text at once: nothing is final before the end."""
 
     def __init__(self, decoder: Any):
         self._decoder = decoder
@@ -266,13 +266,13 @@ class _Whole(_Stage):
 
 @lru_cache(maxsize=8)
 def _plan(tokenizer: Tokenizer) -> tuple[list[Callable[[], _Stage]], frozenset[str]]:
-    """(what makes the stages of its decoder; the strings of its special tokens)."""
+    """(constructors of its decoder's stages; the strings of its special tokens)."""
     added = tokenizer.get_added_tokens_decoder().values()
     special = frozenset(token.content for token in added if token.special)
     if tokenizer.decoder is None:
         return [_Spaced], special
     stages: list[Callable[[], _Stage]] = []
-    fused = False  # whether what comes is one piece, the text so far
+    fused = False  # whether the pieces have been joined to one text
     for state in _flat(json.loads(tokenizer.decoder.__getstate__())):
         kind = state["type"]
         if kind != "Fuse":
@@ -291,7 +291,7 @@ def _stage(kind: str, state: dict[str, Any], fused: bool) -> Callable[[], _Stage
     if kind == "Strip" and fused:
         return partial(_StripEnds, state["content"], state["start"], state["stop"])
     decoder = _library_decoder(state)
-    if fused:  # only what looks at one character at a time does not need the whole
+    if fused:  # only a replacement of single characters does not need the whole text
         one = len(state.get("pattern", {}).get("String", "")) == 1
         return partial(_Each if one else _Whole, decoder)
     if kind in ("ByteFallback", "ByteLevel"):
@@ -301,20 +301,20 @@ def _stage(kind: str, state: dict[str, Any], fused: bool) -> Callable[[], _Stage
 
 
 def _library_decoder(state: dict[str, Any]) -> Any:
-    made: Any = decoders.Fuse()  # the library unpickles any decoder into any
+    made: Any = decoders.Fuse()  # any class will do: the state decides which decoder it becomes
     made.__setstate__(json.dumps(state).encode())
     return made
 
 
 @lru_cache
 def _byte_of() -> dict[str, int]:
-    """GPT-2's printable stand-ins of bytes."""
+    """GPT-2's printable characters for bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def _byte_level(piece: str) -> bytes:
-    """A piece that is not all stand-ins (a special token) is its own text."""
+    """The bytes of a piece; one with other characters (a special token) is its own text."""
     known = _byte_of()
     return bytes(known[c] for c in piece) if all(c in known for c in piece) else piece.encode()

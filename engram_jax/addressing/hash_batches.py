@@ -1,7 +1,7 @@
-"""The hash as the data pipeline runs it: `hashing`'s addresses of a whole batch, only faster.
+"""The hash for the data pipeline: `hash_numpy`'s addresses of a whole batch, faster.
 
-The quotient by a constant is what NumPy vectorises (its remainder is not), so each head costs one
-floor division, one multiply and two adds on an int64 block that stays in the cache.
+NumPy vectorises division by a constant but not its remainder, so each head costs one floor
+division, one multiply and two adds on an int64 block that stays in the cache.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class BatchAddresser:
         """
         canonical = canonicalise(tokens, self.addressing.compression)
         layers = self.addressing.layers
-        # Layers differ in what they hash with, hardly ever in what they hash.
+        # Layers differ in their multipliers and primes, hardly ever in the ids they hash.
         windows = {_window(layer): layer for layer in layers.values()}
         ids = {key: lookback(canonical, layer, segments) for key, layer in windows.items()}
         return {str(i): _addresses(ids[_window(layer)], layer) for i, layer in layers.items()}
 
 
 def _window(layer: LayerAddressing) -> tuple[int, int, int | None]:
-    """What `lookback` reads of a layer."""
+    """The fields of a layer that `lookback` depends on."""
     return layer.max_ngram, layer.fill_id, layer.restart_id
 
 
 def _addresses(ids: list[np.ndarray], layer: LayerAddressing) -> np.ndarray:
-    """`hashing.addresses` from `lookback`'s ids, as int32."""
+    """`hash_numpy.addresses` from `lookback`'s ids, as int32."""
     hashed = [h.reshape(-1) for h in mixes(ids, layer)]
     size = ids[0].size
     out = np.empty((size, layer.heads), np.int32)

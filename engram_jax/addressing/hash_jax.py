@@ -1,4 +1,4 @@
-"""The hash on a device: `hashing`'s addresses, bit for bit, in 32-bit integers (no int64 on a TPU).
+"""The hash on a device, equal to `hash_numpy` bit for bit, in 32-bit integers (TPUs lack int64).
 
 An int64 h is two uint32 words. Products with the multipliers are built from 16-bit halves, and
 everything wraps mod 2**64 as NumPy's int64 does. A head's modulus is taken as
@@ -28,8 +28,8 @@ Words = tuple[jax.Array, jax.Array]  # (high, low), uint32
 def canonicalise(raw: jax.Array, compression: jax.Array | None) -> jax.Array:
     """Raw ids [...] -> canonical ids int32 [...]; negative ids unchanged.
 
-    compression: int32 [V] (None = raw ids are canonical). An id beyond the tokenizer's, which the
-    NumPy form refuses, becomes -1: a masked token, without memory.
+    compression: int32 [V] (None = raw ids are canonical). An id beyond the tokenizer's, for which
+    `hash_numpy` raises an error, becomes -1: a masked token, without memory.
     """
     raw = raw.astype(jnp.int32)
     if compression is None:
@@ -49,7 +49,7 @@ def lookback(
     segments: jax.Array | None = None,
     history: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """[x_t, x_{t-1}, .., x_{t-N+1}], each int32 [..., T]; arguments as in `hashing.lookback`."""
+    """[x_t, x_{t-1}, .., x_{t-N+1}], each int32 [..., T]; arguments as in `hash_numpy.lookback`."""
     canonical = canonical.astype(jnp.int32)
     length, past = canonical.shape[-1], layer.max_ngram - 1
     if history is None:
@@ -83,7 +83,7 @@ def addresses(
     """Flat rows of the layer's table: int32 [..., T, H].
 
     canonical: integer ids [..., T]; segments [..., T]; history [..., N - 1], oldest first; see
-    `hashing.lookback`. `layer` is static: its constants are compiled in.
+    `hash_numpy.lookback`. `layer` is static: its constants are compiled in.
     """
     high, low = mixes(lookback(canonical, layer, segments, history), layer)
     negative = high >> 31 != 0
@@ -116,7 +116,7 @@ def _times(x: jax.Array, multiplier: int) -> Words:
     low_factor, high_factor = multiplier & _WORD, multiplier >> 32
     high, low = _multiply(x, jnp.uint32(low_factor))
     high += x * jnp.uint32(high_factor)
-    # A negative id -y has the bits of 2**32 - y: take the surplus 2**32 * multiplier off again.
+    # A negative id -y has the bits of 2**32 - y: subtract the surplus 2**32 * multiplier.
     return high - jnp.where(x >> 31 != 0, jnp.uint32(low_factor), jnp.uint32(0)), low
 
 
@@ -136,6 +136,6 @@ def _modulo(high: jax.Array, low: jax.Array, sizes: np.ndarray) -> jax.Array:
     one_quotient = jnp.asarray(2**32 // sizes, jnp.uint32)
     quotient = _multiply(high, w_quotient)[0] + _multiply(low, one_quotient)[0]
     rest = high * w + low - quotient * p
-    # rest < 4 p. Where it is below what is subtracted, the difference wraps and is the larger one.
+    # rest < 4 p. Where a difference would be negative it wraps, and is the larger of the two.
     rest = jnp.minimum(rest, rest - 2 * p)
     return jnp.minimum(rest, rest - p)

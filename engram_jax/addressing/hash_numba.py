@@ -1,7 +1,7 @@
-"""The hash as a serving engine runs it: `hashing`'s addresses of a few tokens, in microseconds.
+"""The hash for serving: `hash_numpy`'s addresses of a few tokens, in microseconds.
 
-NumPy pays for every call, a step of decoding has a hundred numbers. One loop, compiled by numba,
-with `hashing`'s int64 arithmetic as it stands there.
+A step of decoding has a hundred numbers, too few for NumPy's cost per call. This is one loop
+compiled by numba, with the same int64 arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engram_jax.hardware.numba_jit import host_jit
 
 @host_jit
 def _addresses(ids, past, fill, restart, multipliers, orders, per_order, sizes, offsets, out):  # type: ignore[no-untyped-def]
-    """ids int32 [B, past + S], out int32 [B, S, H]. restart: an id, or a number that is none."""
+    """ids int32 [B, past + S], out int32 [B, S, H]. restart: an id, or a number that is no id."""
     for b in range(out.shape[0]):
         for s in range(out.shape[1]):
             mix = np.int64(0)
@@ -41,8 +41,8 @@ def _addresses(ids, past, fill, restart, multipliers, orders, per_order, sizes, 
 class Hasher:
     """Tokens of running sequences -> canonical ids and addresses, for all Engram layers.
 
-    A sequence's history is int32 [N - 1], its last canonical ids, oldest first. All layers of a
-    plan share what a history is (fill id, restart id, N).
+    A sequence's history is int32 [N - 1], its last canonical ids, oldest first. It serves all
+    layers, which share fill id, restart id and N.
     """
 
     def __init__(self, addressing: Addressing):
@@ -58,7 +58,7 @@ class Hasher:
 
     def canonical(self, tokens: np.ndarray) -> np.ndarray:
         """Raw ids [...] -> canonical ids int32; -1 (no memory) beyond the tokenizer's, as on the
-        device (hashing_jnp.canonicalise)."""
+        device (hash_jax.canonicalise)."""
         if self._compression is None:
             return np.asarray(tokens, np.int32)
         size = len(self._compression)

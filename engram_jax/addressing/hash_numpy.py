@@ -1,4 +1,4 @@
-"""The hash in NumPy int64: the authority, written for reading.
+"""The hash in NumPy int64: the reference implementation, written for reading.
 
 With x_{t-k} the canonical id k positions back, layer by layer (paper, section 2.2):
 
@@ -60,7 +60,9 @@ def lookback(
     canonical: ids [..., T].
     segments: document number of every position [..., T]; None = one document.
     history: ids before the first position, oldest first [..., N - 1]; None = the document starts
-      here. With `segments`, they belong to the document of the first position.
+      at the first position. With `segments`, they belong to the document of that position.
+
+    Raises ValueError for a history of another shape.
     """
     canonical = np.asarray(canonical, np.int64)
     length, past = canonical.shape[-1], layer.max_ngram - 1

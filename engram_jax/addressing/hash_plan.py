@@ -1,9 +1,9 @@
-"""Primes and multipliers: what one layer's hash is made of, planned from the configuration alone.
+"""Chooses the primes and multipliers of every layer's hash, from the configuration alone.
 
-Three published dialects come from two plans. "paper" is the public demo's and DeepSeek-V4.1's (the
-same code at another geometry); "qwen" is the Qwen PLE layer's (Hugging Face transformers, model
-type qwen4_exp). They differ in the multipliers' generator, in how primes are handed out, in the
-history's restart and in the padding of the table.
+There are two dialects. "paper" is the public demo's and DeepSeek-V4.1's (the same code with other
+sizes); "qwen" is the Qwen PLE layer's (Hugging Face transformers, model type qwen4_exp). They
+differ in the multipliers' generator, in how primes are assigned, in the history's restart and in
+the padding of the table.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ _QWEN_ROW_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class LayerAddressing:
-    """Everything that decides one layer's addresses, given canonical ids. Hashable, so jit-static.
+    """Everything that decides one layer's addresses, given canonical ids. Hashable: static in jit.
 
     layer_id: 0-based.
     multipliers: m_0 .. m_{N-1}, odd, in [1, 2**63): m_k multiplies the id k positions back.
     head_sizes: H primes, order-major: all heads of the first order, then of the next.
-    orders: n-gram orders, consecutive from 2 (or from wherever); N is the last.
+    orders: n-gram orders, ascending; N is the last.
     heads_per_order: heads of each order.
     fill_id: canonical id read before a document's start (pad; Qwen: end of sequence).
     restart_id: canonical id after which the history restarts although the document goes on (Qwen:
       end of sequence), None = none.
     row_multiple: the table's row count is rounded up to a multiple of this.
 
-    Raises UserError when a head or the table is larger than an address can reach.
+    Raises UserError when a head or the table has more rows than an int32 address can reach, and
+    ValueError where the fields do not fit each other.
     """
 
     layer_id: int
@@ -87,7 +88,7 @@ class LayerAddressing:
 
     @property
     def rows(self) -> int:
-        """R: rows that an address can name."""
+        """R: rows that have an address."""
         return sum(self.head_sizes)
 
     @property
@@ -166,7 +167,7 @@ def _next_prime(start: int, taken: Collection[int] = ()) -> int:
 
 
 def _paper_head_sizes(config: EngramConfig) -> list[tuple[int, ...]]:
-    """Per layer, each order: the next primes from its base up; none serves twice in the model."""
+    """Per layer and order: the next primes from its base up; none is used twice in the model."""
     taken: set[int] = set()
     layers = []
     for _ in config.layers:
@@ -210,7 +211,7 @@ def _qwen_head_sizes(config: EngramConfig) -> list[tuple[int, ...]]:
 def _qwen_multipliers(seed: int, index: int, count: int, vocab: int) -> tuple[int, ...]:
     """m_k = 2 (splitmix64(seed + 10007 index + gamma (k + 1)) mod bound) + 1.
 
-    index: of the layer among the memory layers, from 0.
+    index: the layer's index among the memory layers, from 0.
     """
     bound = max(1, _INT64_MAX // vocab // 2)
     start = seed + _LAYER_STEP * index

@@ -1,4 +1,4 @@
-"""Reading a `tokenizer.json`, and telling two tokenizers apart."""
+"""Loads a `tokenizer.json`, and fingerprints a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from engram_jax.config.errors import UserError
 def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenizer:
     """The tokenizer stored at `path`: a `tokenizer.json`, or a folder that holds one.
 
-    It is the one door for training, serving and everything between, so that a text has the same ids
-    everywhere: all of the text, nothing added (truncation, padding and the post-processor are
-    cleared, BPE's dropout, too), and special tokens that are spelled in it are text. Added tokens
-    that are not special are words of the vocabulary like others.
+    Every part of the program loads tokenizers with it, so that a text has the same ids in training
+    and serving: those of the text, nothing added (truncation, padding, the post-processor and BPE's
+    dropout are cleared), with special tokens spelled in it encoded as text. Added tokens that are
+    not special are ordinary words of the vocabulary.
 
-    parse_special: special tokens that are spelled in a text become their ids.
+    parse_special: special tokens spelled in a text become their ids.
 
     Raises UserError naming the path when there is no such file or it does not hold a tokenizer.
     """
@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenize
         raise UserError(f"tokenizer {file}: no such file; give the path of a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+    except Exception as error:  # the library raises bare Exception for anything it cannot parse
         reason = str(error).splitlines()[0]
         raise UserError(f"tokenizer {file}: not a tokenizer.json ({reason})") from error
     tokenizer.no_truncation()
@@ -46,8 +46,8 @@ def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenize
 
 
 def _keep_special_tokens_out_of_words(tokenizer: Tokenizer) -> None:
-    """Where the model itself makes a special token of the text that spells it (Unigram's piece
-    "</s>", a word "</s>" between blanks), the text is cut behind its first character."""
+    """Where the model itself encodes the text of a special token as that token (Unigram's piece
+    "</s>", a word "</s>" between blanks), split the text after its first character."""
     model, made = tokenizer.model, []
     for token in tokenizer.get_added_tokens_decoder().values():
         word = model.token_to_id(token.content) if token.special else None
@@ -56,14 +56,14 @@ def _keep_special_tokens_out_of_words(tokenizer: Tokenizer) -> None:
     if not made:
         return
     pattern = "|".join(f"{re.escape(c[0])}(?={re.escape(c[1:])})" for c in sorted(made))
-    cut = pre_tokenizers.Split(Regex(pattern), "merged_with_previous")
+    split = pre_tokenizers.Split(Regex(pattern), "merged_with_previous")
     before = tokenizer.pre_tokenizer
     if before is None:
-        tokenizer.pre_tokenizer = cut
+        tokenizer.pre_tokenizer = split
         return
     state = json.loads(before.__getstate__())
-    if json.loads(cut.__getstate__()) not in state.get("pretokenizers", [state])[-1:]:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([before, cut])
+    if json.loads(split.__getstate__()) not in state.get("pretokenizers", [state])[-1:]:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([before, split])
 
 
 def tokenizer_size(tokenizer: Tokenizer) -> int:
@@ -75,8 +75,8 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 (hex) of everything that turns text into ids and ids into text.
 
     That is normalizer, pre-tokenizer, model with its merges, added tokens with their options, and
-    decoder. What `load_tokenizer` clears is left out, since it changes no id there. Merges are read
-    in both spellings ("a b" and ["a", "b"]) that versions of the library write.
+    decoder. What `load_tokenizer` clears is left out, since it then changes no id. Merges are read
+    in both forms ("a b" and ["a", "b"]) that versions of the library write.
     """
     state = json.loads(tokenizer.to_str())
     for cleared in ("truncation", "padding", "version"):
@@ -85,8 +85,8 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def former_fingerprint(folder: Path) -> str:
-    """The fingerprint of a run's tokenizer.json from when its post-processor counted; "" for one
-    whose text older code gave other ids (dropout, special tokens as words)."""
+    """The fingerprint that earlier versions gave a run's tokenizer.json, post-processor included;
+    "" if they encoded the same text to other ids (dropout, special tokens as words)."""
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if tokenizer_fingerprint(raw) != tokenizer_fingerprint(load_tokenizer(folder)):
         return ""

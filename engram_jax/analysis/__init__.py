@@ -1,1 +1,1 @@
-"""What a trained memory does: where its gates open."""
+"""Analysis of a trained memory: where its gates open."""

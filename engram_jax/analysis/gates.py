@@ -1,4 +1,4 @@
-"""Where a trained model opens its memory: the gate of every Engram layer, token by token."""
+"""Computes the gate of every Engram layer of a trained model, token by token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from engram_jax.training.step import batch_addresses
 def gates_of_document(
     program: Program, weights: Weights, tokenizer: Any, ids: Sequence[int]
 ) -> tuple[list[str], np.ndarray]:
-    """(token strings, gates [Engram layers, T] averaged over the M branches) of one document's T
-    token ids, from its first one on."""
+    """(token strings, gates [Engram layers, T] averaged over the M branches) of T token ids, the
+    beginning of a document."""
     strings = [text_of(tokenizer, i, inside=place > 0) for place, i in enumerate(ids)]
     tokens = np.asarray([ids], np.int32)
     replicated = NamedSharding(program.mesh, P())

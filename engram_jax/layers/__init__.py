@@ -1,1 +1,1 @@
-"""The layers, as Flax NNX modules: no tables, no state changes; of a mesh they know `ShardView`."""
+"""The network's layers: pure Flax NNX modules without tables; they see a mesh as a `ShardView`."""

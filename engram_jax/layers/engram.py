@@ -52,7 +52,7 @@ CONV_EPS = 1e-5  # the demo's conv norms
 
 @dataclass(frozen=True)
 class Form:
-    """What distinguishes the published forms; None = see the model (`norm_eps`) or the dtype."""
+    """What distinguishes the published forms. machine_eps: of the dtype, not the model's eps."""
 
     bias: bool
     conv: bool
@@ -145,7 +145,7 @@ class Engram(nnx.Module):
           streams: [B, T, M, d].
           segments: int32 [B, T], document numbers; the convolution does not cross them.
           mask: bool [B, T] or None; False = a token without memory, such as an image token: its
-            gate and output are 0, and it adds nothing to the convolution of those after it.
+            gate and output are 0, and it adds nothing to the convolution of later tokens.
 
         Returns:
           (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32).

@@ -1,8 +1,7 @@
-"""Routed experts without capacity: tokens sorted by expert, then one matrix product per group.
+"""Routed experts without a capacity: tokens sorted by expert, one matrix product per expert.
 
 Every assignment of a token to an expert gets a slot; slots are sorted by expert, so a group (the
-slots of one expert) is contiguous and may have any size from none to all. Three paths, one
-function:
+slots of one expert) is contiguous and may have any size from none to all. Three implementations:
 
   ragged   three `lax.ragged_dot` over all slots: accelerators
   chunked  the same over as many chunks of slots as there are assignments to this device's experts:
@@ -55,8 +54,8 @@ def routed_swiglu(
     Args:
       x: [T, d], in the compute dtype.
       weights: [T, k], float32 or wider.
-      routing: of `sort_by_expert`. Slots behind the last group belong to no expert here and add
-        nothing.
+      routing: from `sort_by_expert`. Slots after the last group belong to other devices' experts
+        and add nothing.
       gate, up: [E, d, f]; down: [E, f, d]; in the dtype of x.
       path: RAGGED, CHUNKED, TILED, or None = TILED where it is lowered for a CPU, elsewhere
         CHUNKED if `chunk` is given and RAGGED if not.
@@ -111,7 +110,7 @@ def _choose(path: str | None, chunk: int | None, paths: dict[str, Callable]) -> 
 def _by_slots_forward(
     compute: Callable, x: jax.Array, weights: jax.Array, routing: Routing, *matrices: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The weighted sum over a token's slots [T, d]; what `compute` keeps for later."""
+    """The weighted sum over a token's slots [T, d]; then the residuals of `compute`."""
     y, *kept = compute(x, weights, routing, *matrices)
     wide = weights[..., None] * y[routing.slots].astype(weights.dtype)
     return jnp.sum(wide, axis=1).astype(x.dtype), *kept

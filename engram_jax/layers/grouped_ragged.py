@@ -1,8 +1,8 @@
 """Grouped products by `lax.ragged_dot`, of all slots or chunk by chunk (see grouped_matmul.py).
 
-Rows behind the last group, and sums over a group without rows, are whatever `ragged_dot` leaves
-there (zeros on a CPU, memory never written elsewhere): they are selected away at once, since
-0 * NaN is not 0.
+Rows after the last group, and sums over a group without rows, are whatever `ragged_dot` leaves
+there (zeros on a CPU, uninitialised memory elsewhere): they are masked at once, since 0 * NaN is
+not 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engram_jax.layers.grouped_routing import Routing, expert_backward, token_an
 def ragged_forward(
     x: jax.Array, weights: jax.Array, routing: Routing, *matrices: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """By slot: outputs [N, d] before weighting; kept for later: gate and up products [N, f]."""
+    """By slot: outputs [N, d] before weighting; residuals: gate and up products [N, f]."""
     gate, up, down = matrices
     rows = x[token_and_weight(weights, routing)[0]]
     g, u = _product(rows, gate, routing.sizes), _product(rows, up, routing.sizes)
@@ -50,7 +50,7 @@ def ragged_backward(
 
 
 def _product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-    """rows [N, a] times each group's matrix [a, b]: [N, b], zero behind the last group."""
+    """rows [N, a] times each group's matrix [a, b]: [N, b], zero after the last group."""
     inside = jnp.arange(len(rows)) < jnp.sum(sizes)
     return jnp.where(inside[:, None], lax.ragged_dot(rows, matrices, sizes), 0)
 
@@ -61,7 +61,7 @@ def _transposed(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.A
 
 
 def _outer(rows: jax.Array, drows: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The sum of outer products of each group: [N, a], [N, b] -> [E, a, b]. Rows behind the last
+    """The sum of outer products of each group: [N, a], [N, b] -> [E, a, b]. Rows after the last
     group are in none; they are tokens or zeros: finite where the loss is."""
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     sums = lax.ragged_dot_general(rows, drows, sizes, dimensions)
@@ -73,7 +73,7 @@ def _outer(rows: jax.Array, drows: jax.Array, sizes: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Slots [start, start + width): whose token, with which weight, in which groups."""
+    """Slots [start, start + width): their assignments, tokens, weights, and share of each group."""
 
     assignment: jax.Array
     token: jax.Array
@@ -88,7 +88,7 @@ def _for_each_chunk(
     body: Callable[[_Chunk, Any], Any],
     carry: Any,
 ) -> Any:
-    """Run body over the chunks that hold slots of a group (a dynamic end)."""
+    """Run body over the chunks that hold slots of a group (a dynamic trip count)."""
     last = jnp.cumsum(routing.sizes)
     order = jnp.pad(routing.order, (0, -routing.order.size % width))
 
@@ -97,7 +97,7 @@ def _for_each_chunk(
         index = start + jnp.arange(width, dtype=jnp.int32)
         filled = index < last[-1]
         slots = lax.dynamic_slice_in_dim(order, start, width)
-        # Out of range behind the last group: reads give zeros, writes are dropped.
+        # Out of range after the last group: reads give zeros, writes are dropped.
         assignment = jnp.where(filled, slots, weights.size)
         weight = weights.reshape(-1).at[assignment].get(mode="fill", fill_value=0)
         inside = jnp.clip(last, start, start + width)

@@ -1,4 +1,4 @@
-"""Assignments of tokens to experts, sorted: which slot each has (see grouped_matmul.py)."""
+"""Sorts the assignments of tokens to experts into slots (see grouped_matmul.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LARGEST_KEY = 2**31 - 1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """Who sits where.
+    """The slots of the N = T k assignments, sorted by expert.
 
     order: int32 [N], slot -> assignment t * k + j.
     slots: int32 [T, k], the inverse: assignment -> slot.
@@ -42,14 +42,14 @@ def sort_by_expert(experts: jax.Array, count: int) -> Routing:
 
 
 def token_and_weight(weights: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
-    """For every slot: which token sits there and with which weight."""
+    """For every slot, its token int32 [N] and its weight [N]."""
     return routing.order // weights.shape[1], weights.reshape(-1)[routing.order]
 
 
 def expert_backward(
     gate: jax.Array, up: jax.Array, dh: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """h = SiLU(gate) up, and what follows from dh, the gradient of h before weighting: [rows, f].
+    """Backward of h = SiLU(gate) up [rows, f], from dh, the gradient of h before weighting.
 
     Returns (weight * h, dgate, dup, dweight); dweight = <h W_down, dy> = <h, dh> needs no output.
     """

@@ -1,4 +1,4 @@
-"""Grouped products as a loop over tiles of one expert's slots: CPUs (see grouped_matmul.py)."""
+"""Grouped products for CPUs: a loop over tiles of one expert's slots (see grouped_matmul.py)."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ class _Tile:
 
 
 def _tile_width(slots: int, experts: int) -> int:
-    """A power of two about a quarter of the mean group, in [32, 128].
+    """A power of two, about a quarter of the mean group, in [32, 128].
 
-    Wider tiles multiply faster, half a tile per expert is wasted (measured: E 16..64, d 128..256).
+    Wider tiles multiply faster; half a tile per expert is wasted (measured: E 16..64, d 128..256).
     """
     wanted = max(1, slots // (4 * experts))
     return min(slots, max(32, min(128, 1 << (wanted - 1).bit_length())))
 
 
 def _for_each_tile(routing: Routing, body: Callable[[_Tile, Any], Any], carry: Any) -> Any:
-    """Run body over as many tiles as the groups need (a dynamic end: not to be differentiated)."""
+    """Run body over as many tiles as the groups need (a dynamic trip count: no gradients)."""
     slots, experts = routing.order.size, routing.sizes.size
     width = _tile_width(slots, experts)
     tiles = (routing.sizes + width - 1) // width
     last_tile, last_slot = jnp.cumsum(tiles), jnp.cumsum(routing.sizes)
     tile = jnp.arange((slots + experts * (width - 1)) // width, dtype=jnp.int32)
     expert = jnp.sum(tile[:, None] >= last_tile, axis=1, dtype=jnp.int32)
-    expert = jnp.minimum(expert, experts - 1)  # tiles behind the last one, never run
+    expert = jnp.minimum(expert, experts - 1)  # tiles after the last one, never run
     start = (last_slot - routing.sizes)[expert] + (tile - (last_tile - tiles)[expert]) * width
     end = last_slot[expert]
-    first = jnp.minimum(start, slots - width)  # a tile never reaches over the end of the arrays
+    first = jnp.minimum(start, slots - width)  # a tile never reaches past the end of the arrays
 
     def step(i: jax.Array, carry: Any) -> Any:
         index = first[i] + jnp.arange(width, dtype=jnp.int32)
@@ -107,7 +107,7 @@ def tiled_backward(
         dx, dweight, dgate, dup, ddown = carry
         where = tile.read(token)
         rows, drows = x[where], dy[where]
-        # Weight zero for slots of others: they add nothing to this expert's gradients.
+        # Weight zero for other experts' slots: they add nothing to this one's gradients.
         own = jnp.where(tile.mine, tile.read(weight), 0)
         dh = drows @ tile.of_expert(down).T
         h, dg, du, dw = expert_backward(tile.read(g), tile.read(u), dh, own)

@@ -8,7 +8,7 @@ v = RMSNorm(vec(x)) in R^{nd} and (h_pre, h_post, h_res) = v fn:
     res  = Sinkhorn(exp(a_res mat(h_res) + b_res))             R^{n x n}, doubly stochastic
     x   <- res x + post^T F(pre x)
 
-Choices the sources leave open or make differently, and ours (config.HyperConnectionConfig):
+Where the sources differ or leave a choice (config.HyperConnectionConfig):
 
   orientation  DeepSeek-V4 reads mat(.) as [source, target] and mixes with its matrix's transpose,
                the paper as [target, source] (`transpose`). Both then divide by the sums over
@@ -35,9 +35,9 @@ from engram_jax.config import HyperConnectionConfig
 from kernels_pallas.dispatch import AUTO
 from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 
-# Logit of "yes" at the identity start. A sub-layer moves e^-6 = 0.25 % between any two streams: the
-# 60 sub-layers of the paper's models leave 55 % of a difference between streams (4: 1 %, 8: 92 %),
-# and an Adam step, which has the same size at any slope, still gets from there to mixing.
+# Logit of 1 at the identity start. A sub-layer moves e^-6 = 0.25 % between any two streams: the 60
+# sub-layers of the paper's models leave 55 % of a difference between streams (with logit 4: 1 %,
+# 8: 92 %), and Adam, whose steps have the same size at any slope, can still learn to mix.
 IDENTITY_LOGIT = 6.0
 
 
@@ -62,14 +62,14 @@ def initial_base(home: ArrayLike, streams: int, start: str, dtype: DTypeLike) ->
 
 
 class HyperConnection(nnx.Module):
-    """The coefficients of one sub-layer: `pre` in front of it, `merge` behind it.
+    """The hyper-connection of one sub-layer: `pre` before it, `merge` after it.
 
     Parameters: fn [n * d, 2n + n * n] (columns: pre, post, res), base [2n + n * n], scale [3]
     (a_pre, a_post, a_res), norm_gain [n * d] or None.
 
     Args:
       home: which stream the sub-layer reads at the identity start, counted modulo n; may be traced
-        (blocks are stacked by nnx.vmap). Their number in the network spreads sub-layers evenly.
+        (blocks are stacked by nnx.vmap). Passing the sub-layer's index spreads them evenly.
       init_std: of fn; at scale 0.01 the coefficients start almost independent of the token.
     """
 

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1) without query compression.
 
-Keys and values of all heads are linear in one latent vector per token, which is all that decoding
-keeps, beside one rotated key part shared by the heads:
+Keys and values of all heads are linear in one latent vector per token. Decoding caches only that
+and one rotated key, which the heads share:
 
     q_h = [q_h^nope ; RoPE(q_h^rope)] = W_q x                                       (per head h)
     [c ; k^rope] = W_kv_a x,   c <- RMSNorm(c),   k^rope <- RoPE(k^rope)            (the latent)
@@ -31,7 +31,7 @@ from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 MASKED = -1e30  # finite: a row without any visible key still gives numbers, not NaN
 
-# A causal row of queries in the first quarter needs no keys of the other three: cut in Q parts,
+# Queries in the first quarter of a sequence need no keys of the other three: in Q parts, causal
 # attention computes (Q + 1) / 2Q of the square of scores (5/8 at 4) and holds less of it at a time.
 # Short sequences are not worth the code: one part per 128 tokens.
 QUERY_PARTS, PART = 4, 128
@@ -41,14 +41,14 @@ PAGED_BLOCK = 256  # tokens of a paged cache that attention takes at a time
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MLACache:
-    """What decoding keeps: latent [B, L, r] (normalised) and key_rope [B, L, p] (rotated)."""
+    """The key-value cache: latent [B, L, r] (normalised) and key_rope [B, L, p] (rotated)."""
 
     latent: jax.Array
     key_rope: jax.Array
 
 
 class MLA(nnx.Module):
-    """x [B, T, d] -> [B, T, d]; see the head of this file. `cached` is the same step by step."""
+    """x [B, T, d] -> [B, T, d]; see the module's docstring. `cached` is the same step by step."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class MLA(nnx.Module):
           x: [B, T, d].
           positions: int32 [B, T], within the document.
           segments: int32 [B, T], a token sees the earlier tokens (by index) of its own number.
-            Padding (0) sees padding; its outputs are finite and mean nothing.
+            Padding (0) sees padding; its outputs are finite and meaningless.
 
         Returns:
           [B, T, d] in `dtype`.
@@ -109,9 +109,9 @@ class MLA(nnx.Module):
         """[B, h, T, n + p] twice and [B, h, T, v] -> [B, T, h, v]."""
         length = query.shape[2]
         count = max(1, min(QUERY_PARTS, length // PART))
-        cuts = [length * i // count for i in range(count + 1)]
+        bounds = [length * i // count for i in range(count + 1)]
         parts = []
-        for start, end in itertools.pairwise(cuts):
+        for start, end in itertools.pairwise(bounds):
             same = segments[:, start:end, None] == segments[:, None, :end]
             causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
             scores = self._dot("bhsn,bhtn->bhst", query[:, :, start:end], keys[:, :, :end])
@@ -130,17 +130,17 @@ class MLA(nnx.Module):
     def cached(
         self, x: jax.Array, positions: jax.Array, cache: MLACache, shard: ShardView = UNSHARDED
     ) -> tuple[jax.Array, MLACache]:
-        """Prefill or decode: attend to what the cache holds and to the new tokens, and keep these.
+        """Prefill or decode: attend to the cache and to the new tokens, and cache these.
 
         The queries are projected into the latent space (W_k absorbed into them, W_v into the
         output), so a step costs S x L x r per head and never expands the cache to keys and values.
 
         Args:
           x: [B, S, d].
-          positions: int32 [B, S] >= 0, the slot a token is kept in; it sees the slots up to its
-            own, which must have been written. Padding has a position >= L: it is not kept, and
-            its output means nothing.
-          cache: of `init_cache`, or of the step before.
+          positions: int32 [B, S] >= 0, a token's slot in the cache; it sees the slots up to its
+            own, which must have been written. Padding has a position >= L: it is not cached, and
+            its output is meaningless.
+          cache: from `init_cache` or from the previous step.
 
         Returns:
           ([B, S, d] in `dtype`, the cache with the new tokens).
@@ -171,17 +171,17 @@ class MLA(nnx.Module):
         pool: jax.Array,
         shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array]:
-        """As `cached`, with what is kept in pages of a pool that all sequences and layers share.
+        """As `cached`, with the cache in pages of a pool that all sequences and layers share.
 
-        The softmax is taken page block by page block. Blocks behind a query's own position change
-        nothing of its result, not even its rounding: so it does not depend on how long the
-        batch's other sequences are.
+        The softmax is taken page block by page block. Blocks after a query's own position change
+        nothing in its result, not even its rounding: it does not depend on how long the batch's
+        other sequences are.
 
         Args:
           x: [B, S, d].
           positions: int32 [B, S] >= 0, as in `cached`; padding is at n * page or beyond.
           pages: int32 [B, n], the sequences' pages in order; entries beyond a sequence's end are
-            any number. n * page tokens are a sequence's most.
+            any number. A sequence has at most n * page tokens.
           layer: int32 [], which of the pool's layers this is.
           pool: [layers, pages, page, r + p], latents (normalised) beside rotated keys.
 
@@ -226,7 +226,7 @@ class MLA(nnx.Module):
             these = jax.lax.dynamic_slice_in_dim(pages, j * group, group, axis=1)
             keys = pool.at[layer, these].get(mode="clip")
             keys = keys.reshape(keys.shape[0], width, -1)
-            # What lies behind a sequence's end is another's: 0 * NaN is not 0.
+            # Entries after a sequence's end belong to another one, and 0 * NaN is not 0.
             own = (j * width + jnp.arange(width) <= longest[:, None])[..., None]
             keys = jnp.where(own, keys, 0)
             visible = (j * width + jnp.arange(width) <= positions[..., None])[:, :, None]

@@ -42,7 +42,7 @@ def updated_bias(bias: jax.Array, load: jax.Array, rate: ArrayLike) -> jax.Array
 
 
 class MoE(nnx.Module):
-    """x [B, T, d] -> (y [B, T, d], load [E]); see the head of this file."""
+    """x [B, T, d] -> (y [B, T, d], load [E]); see the module's docstring."""
 
     def __init__(
         self,
@@ -87,7 +87,8 @@ class MoE(nnx.Module):
         Args:
           x: [B, T, d].
           segments: int32 [B, T]; 0 marks padding, which is computed like any token but not counted.
-          shard: the mesh; the routed experts' weights are then those of `ShardView.all_gather`.
+          shard: the mesh; with expert parallelism the routed experts' weights are this device's,
+            from `ShardView.all_gather`.
 
         Returns:
           y [B, T, d] in `dtype`; load float32 [E], how many (token, choice) pairs of real tokens
@@ -110,9 +111,9 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         """x [T, d], chosen and weights [T, k] -> what the routed experts add, [T, d].
 
-        Expert parallelism: every device of the expert axis sees the tokens of all of them, computes
-        its own experts, however many tokens chose these, and the parts are summed. Nothing has a
-        capacity, so nothing is dropped, whatever the router does.
+        Expert parallelism: every device of the expert axis all-gathers the axis's tokens, computes
+        its own experts on all tokens that chose them, and the results are reduce-scattered. There
+        is no capacity, so nothing is dropped, whatever the router does.
         """
         matrices = [m[...].astype(self.dtype) for m in (self.gate, self.up, self.down)]
         if shard.axes.expert == 1:

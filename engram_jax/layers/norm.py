@@ -1,4 +1,4 @@
-"""RMSNorm: the one normalisation of the network, computed in at least float32."""
+"""RMSNorm, the network's only normalisation, computed in at least float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 
 def compute_dtype(x: jax.Array) -> jnp.dtype:
-    """Where reductions and softmaxes are computed: float32, or float64 if `x` is float64."""
+    """The dtype of reductions and softmaxes: float32, or float64 if `x` is float64."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 

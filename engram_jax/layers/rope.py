@@ -23,8 +23,8 @@ def rope_tables(positions: jax.Array, dim: int, theta: float) -> tuple[jax.Array
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x[2i], x[2i + 1]) of x [..., dim] by the angles of tables [..., dim / 2].
 
-    The rotated first members come out in front of the rotated second ones. Queries and keys are
-    permuted alike, which no dot product sees, and the strided write is saved.
+    In the result all rotated first members come before all second ones. Queries and keys are
+    permuted alike, which changes no dot product and saves a strided write.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     first, second = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)

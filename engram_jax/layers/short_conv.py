@@ -15,8 +15,8 @@ from kernels_pallas.short_conv.api import short_conv, short_conv_cached
 class ShortConv(nnx.Module):
     """u + SiLU(Conv1d(RMSNorm(u))), one filter per channel and branch, zero at the start.
 
-    kernel taps reach back 0, dilation, ..., (kernel - 1) * dilation positions; a tap that would
-    cross the start of a document reads zero, as at the start of a sequence.
+    The `kernel` taps reach back 0, dilation, ..., (kernel - 1) * dilation positions; a tap that
+    would cross the start of a document reads zero, as at the start of a sequence.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Attention on TPU: JAX's own splash attention kernel (Pallas), which never writes the scores.
+"""Attention on TPU by JAX's splash attention kernel (Pallas), which never writes out the scores.
 
 The plain form (mla.py) holds [h, T, T] scores of a sequence, 1 GiB in bfloat16 at the paper's
-32 heads and 4,096 tokens, and writes and reads them several times, in the gradient again.
+32 heads and 4,096 tokens, and writes and reads them several times, and again in the gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ BLOCK = 512  # queries and keys of a tile; the longest that fits the VMEM of eve
 
 
 def usable(length: int) -> bool:
-    """Whether sequences of so many tokens divide into tiles."""
+    """Whether sequences of `length` tokens divide into tiles."""
     return length % BLOCK == 0
 
 

@@ -1,1 +1,1 @@
-"""The tables: addresses in, exact rows out, row gradients back, on one device or over a mesh."""
+"""The tables: rows looked up by address, updated row by row, on one device or over a mesh."""

@@ -1,18 +1,18 @@
-"""Tables sharded by rows over every device of a mesh: rows go to the lookups, gradients back.
+"""All-to-all exchange of rows and gradients for tables sharded by rows over a mesh.
 
 Row a of a table of R rows is on device a mod n (n devices), so every head, whatever its order, is
 spread evenly. A step
 
     plan   sort this device's lookups by (owner, row) and drop duplicates         no communication
     fetch  ask the owners for the distinct rows, and get them                     2 all-to-all
-    send   sum the gradients of equal rows here, send the sums to the owners      1 all-to-all
-    apply  owners add up what arrived for a row, and update it in place           (optim/)
+    send   sum the gradients of equal rows locally, send the sums to the owners   1 all-to-all
+    apply  owners sum what they received for a row, and update it in place        (optim/)
 
 costs a device what its own lookups need, however many devices there are. An all-to-all moves a
 fixed number of rows (`capacity`) between any two devices. Where some device wants more rows of one
-owner than that, the owners' rows are split into ranges until no range is asked for more than
-`capacity` rows by anyone, and every range gets a round of its own: nothing is dropped, and all
-gradients of a row arrive in the same round, so what is exact for one round is exact for many.
+owner than that, the owners' rows are split into ranges until no device wants more than `capacity`
+rows of a range, and every range gets its own round: nothing is dropped, and all gradients of a row
+arrive in the same round, so what is exact for one round is exact for many.
 
 On one device a plan is the list of distinct rows, and nothing is exchanged.
 
@@ -51,7 +51,7 @@ LOOKUPS = P(BATCH, "tensor")  # addresses and rows [B, T, ...]: a tensor group s
 class ExchangePlan:
     """What one step wants of one table. Per device (all devices' arrays joined on axis 0):
 
-    distinct: the distinct rows by where they are stored: device * L + row there.
+    distinct: the distinct rows by where they are stored: owner * L + the owner's local row.
     rounds: int32 [], equal on all devices, a power of two.
     """
 
@@ -65,8 +65,8 @@ class Sent:
     """Summed gradients on their way. Per device:
 
     sums: [N, dim] by distinct row of this device's lookups, in at least float32.
-    arrived: the gradients of the rows this device owns, of the first round; addresses are rows
-      here.
+    arrived: the gradients of the rows this device owns, of the first round; addresses are local
+      rows.
     squares: [], replicated: the sum of squares of all rows' gradients of all rounds.
     touched: int32 [], replicated: distinct rows that all devices together looked up.
     """
@@ -115,8 +115,8 @@ class Exchange:
     ) -> tuple[Any, jax.Array]:
         """Every owner updates the rows whose gradients arrived: in place, if `table` is donated.
 
-        update: (table, gradients of rows of it, those rows' addresses in natural order, *scalars)
-          -> (table, int32 []); runs on each device's part.
+        update: (table, gradients of its rows, those rows' addresses in natural order, *scalars)
+          -> (table, int32 []); runs on each device's shard.
         factor: float32 [], multiplies the gradients. apply: bool [], False = change nothing.
 
         Returns the table and the sum of the counts.
@@ -193,8 +193,8 @@ class Exchange:
         return found[: low.size], found[low.size :]
 
     def _wanted(self, plan: ExchangePlan, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(positions in `distinct` [n, C], N where there is none; rows at the owners, likewise L)
-        of round `index`."""
+        """Of round `index`: positions in `distinct` [n, C], unused ones N; the owners' local rows
+        [n, C], unused ones L."""
         low, high = self._bounds(plan, index)
         position = low[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)
         there = position < high[:, None]
@@ -215,13 +215,13 @@ class Exchange:
             """[n C, dim]: the rows of one round, owner by owner."""
             asked = _swap(self._wanted(plan, index)[1])
             answer = _converted(rows.at[asked].get(mode="fill", fill_value=0), dtype)
-            # As whole numbers, through which XLA moves no conversion: a TPU multiplies float32 as
-            # bfloat16, and would convert the table for it.
+            # As integers, past which XLA moves no conversion: a TPU multiplies float32 as
+            # bfloat16, and XLA would convert the whole table for it.
             bits = lax.bitcast_convert_type(answer, _UNSIGNED[dtype.itemsize])
             return lax.bitcast_convert_type(_swap(bits), dtype).reshape(-1, rows.shape[1])
 
         def place(index: jax.Array) -> jax.Array:
-            """Distinct row -> its place in what a round brings; n C if it is in another round."""
+            """Distinct row -> its index in a round's rows [n C]; n C if another round serves it."""
             low, high = self._bounds(plan, index)
             owner = jnp.minimum(
                 plan.distinct.rows // self.layout.rows_per_device, self.layout.devices - 1
@@ -261,11 +261,11 @@ class Exchange:
         return Sent(sums, _listed(arrived), squares, touched)
 
     def _arrive(self, sums: jax.Array, plan: ExchangePlan, index: jax.Array) -> RowGradients:
-        """What all devices send of the rows this device owns and round `index` serves."""
+        """The gradients that all devices send of the rows this device owns in round `index`."""
         position, asked = self._wanted(plan, index)
         values = _swap(sums.at[position].get(mode="fill", fill_value=0))
         found = deduplicate(_swap(asked), values)
-        # What nobody asked for stands as one row, L: not a row, but distinct like the others.
+        # Unused slots hold the sentinel L; deduplicated, it counts as one more distinct row.
         return RowGradients(
             found.addresses,
             found.values,
@@ -274,7 +274,7 @@ class Exchange:
 
 
 def _swap(x: jax.Array) -> jax.Array:
-    """x [n, ...], one part per device -> the parts that the devices have for this one."""
+    """All-to-all: x [n, ...], a chunk for each device -> the chunk that each has for this one."""
     return lax.all_to_all(x, AXES, split_axis=0, concat_axis=0, tiled=True)
 
 
@@ -282,7 +282,7 @@ _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
 def _converted(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Gathered rows in `dtype`, rounded in a step of its own: XLA would otherwise convert the whole
+    """Gathered rows in `dtype`, rounded in a separate step: XLA would otherwise convert the whole
     table first, once for all rounds, and gather from the copy."""
     if rows.dtype == jnp.float32 and dtype == jnp.bfloat16:
         rows = lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
@@ -310,7 +310,7 @@ def natural_order(mesh: Mesh, layout: TableLayout, x: jax.Array) -> jax.Array:
     if layout.devices == 1:
         return x
 
-    def local(x: jax.Array) -> jax.Array:  # row i here is address i n + device
+    def local(x: jax.Array) -> jax.Array:  # local row i is address i n + device
         got = _swap(x.reshape(layout.devices, -1, *x.shape[1:]))
         return got.swapaxes(0, 1).reshape(x.shape)
 

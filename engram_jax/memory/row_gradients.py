@@ -1,4 +1,4 @@
-"""From one gradient per lookup to one gradient per row: what the owner of a row applies."""
+"""Deduplicates lookups, and sums their gradients to one per distinct row."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-# Addresses from here up are out of range of every table: scatters drop them, gathers fill zeros.
-# (Never -1, which would wrap.) Unused entries count up to the largest int32: all stay distinct.
+# Unused entries count up to this: distinct sentinels past the end of every table, so scatters drop
+# them and gathers fill zeros. (Never -1, which would wrap.)
 LARGEST = jnp.iinfo(jnp.int32).max
 
 
@@ -39,7 +39,7 @@ class RowGradients:
 
 
 def out_of_range(size: int) -> jax.Array:
-    """`size` distinct ascending addresses that no table has."""
+    """`size` distinct ascending addresses past the end of every table, int32."""
     return jnp.arange(size, dtype=jnp.int32) + (LARGEST - size + 1)
 
 
@@ -61,12 +61,12 @@ class Distinct:
 
 
 def find_distinct(addresses: jax.Array) -> Distinct:
-    """addresses: int32 [N]."""
+    """The distinct rows among addresses int32 [N]."""
     order = jnp.argsort(addresses, stable=True).astype(jnp.int32)
     ordered = addresses[order]
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     slot = jnp.cumsum(first, dtype=jnp.int32) - 1
-    # The k-th distinct address stands where `first` is true for the k-th time.
+    # The k-th distinct address is where `first` is true for the k-th time.
     rows = out_of_range(addresses.size).at[slot].set(ordered, indices_are_sorted=True)
     return Distinct(order, slot, rows, slot[-1] + 1)
 
@@ -79,7 +79,7 @@ def sum_equal(gradients: jax.Array, distinct: Distinct) -> jax.Array:
 
 
 def deduplicate(addresses: jax.Array, gradients: jax.Array) -> RowGradients:
-    """Addresses int32 [...] and gradients [..., dim], one of each per lookup."""
+    """Row gradients from addresses int32 [...] and gradients [..., dim], one of each per lookup."""
     distinct = find_distinct(addresses.reshape(-1))
     sums = sum_equal(gradients.reshape(addresses.size, -1), distinct)
     return RowGradients(distinct.rows, sums, distinct.count)

@@ -1,9 +1,9 @@
 """The device-resident memory: one table per Engram layer, looked up by exact gather (equation 1).
 
 A table never enters a differentiated function. The training step gathers its rows first, hands them
-to the model as an input, and takes the gradient with respect to the rows; `row_gradients` sums
-duplicates and `optim.rowwise_adam` applies them to the rows that were read. No table-sized gradient
-exists.
+to the model as an input, and takes the gradient with respect to the rows; row_gradients.py sums
+duplicates and training/optim/rowwise_adam.py applies them to the rows that were read. No
+table-sized gradient exists.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-ONE_DRAW = 1 << 26  # numbers of a table that is drawn in one piece
+ONE_DRAW = 1 << 26  # weights of the largest table that is drawn at once
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class TableLayout:
 
     @property
     def rows_per_device(self) -> int:
-        """L: rows per device, the last of which may be padding. A multiple of n, so that one
+        """L: rows per device, of which the last may be padding. A multiple of n, so that one
         all-to-all turns the stored into the natural order."""
         unit = self.devices**2 if self.devices > 1 else 1
         return -(-self.rows // unit) * unit // self.devices
 
     @property
     def stored(self) -> int:
-        """Rows of the array of all devices."""
+        """n L: rows of the whole array."""
         return self.rows_per_device * self.devices
 
 
@@ -103,8 +103,8 @@ def init_memory(
     std: float,
     dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, Table]:
-    """All tables of a model; `layouts` by layer id. What a table starts with depends on its own
-    layer id alone, not on which others there are."""
+    """All tables of a model; `layouts` by layer id. A table's initial values depend on its own
+    layer id, not on which other tables exist."""
     return {
         layer: init_table(jax.random.fold_in(key, int(layer)), layout, dim, std, dtype)
         for layer, layout in layouts.items()

@@ -1,1 +1,1 @@
-"""The network and the static half of every program that runs it."""
+"""The network, and what every program that runs it is built from."""

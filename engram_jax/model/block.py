@@ -1,4 +1,4 @@
-"""One transformer block, and a stack of equal blocks run as a scan."""
+"""One transformer block, and a stack of identical blocks run as a scan."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Block(nnx.Module):
         cache: MLACache,
         shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, MLACache]:
-        """Prefill or decode: x [B, S, M, d]; positions of padding lie beyond the cache's capacity.
+        """Prefill or decode: x [B, S, M, d]; positions of padding are beyond the cache's capacity.
 
         valid: int32 [B, S], 1 for real tokens and 0 for padding.
         """
@@ -172,7 +172,7 @@ class Stack(nnx.Module):
         pool: jax.Array,
         shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array]:
-        """As Block.paged. The pool is carried, not cut by layers: it is changed in place."""
+        """As Block.paged. The pool is the scan's carry, not split by layer: updated in place."""
         graphdef, state = self._split()
 
         def body(carry: tuple[jax.Array, jax.Array], inputs: tuple[Any, jax.Array]) -> Any:

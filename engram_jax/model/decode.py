@@ -1,8 +1,8 @@
-"""Decoding as it is written down: prefill the prompts, then one token after the other.
+"""Reference decoding: prefill the prompts, then generate one token at a time.
 
-The samples of a training run come from here, on any number of processes, and the inference engine
-(serve/) is tested against it. Serving does not use it: there many sequences of any length share
-pages, and rows of the tables come from where they are kept.
+A training run's samples are generated here, on any number of processes, and the inference engine
+(serve/) is tested against it. Serving does not use it: its sequences, of any length, share pages,
+and its rows may come from host memory or a file.
 
 A sequence carries three things: MLA's latent cache, the last N - 1 canonical ids (its n-gram
 history) and the tail of the short convolution. With them, prefill + decode equals the full forward
@@ -96,7 +96,7 @@ def jit_start(program: Program, session: Session) -> jax.stages.Wrapped:
 
 def jit_extend(program: Program, session: Session) -> jax.stages.Wrapped:
     """`extend` compiled; the old session's buffers are reused, so the caches are updated in place.
-    Logits are replicated: every process reads what was chosen."""
+    Logits are replicated: every process reads the chosen tokens."""
     replicated = NamedSharding(program.mesh, P())
     return program.jit(
         partial(extend, program), donate_argnums=3, out_shardings=(replicated, session)

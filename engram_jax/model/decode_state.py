@@ -1,4 +1,4 @@
-"""What a sequence carries from token to token besides its n-gram history (kept by addressing)."""
+"""What a sequence carries from token to token in the network: latent caches, convolution tails."""
 
 from __future__ import annotations
 

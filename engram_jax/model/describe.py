@@ -1,4 +1,4 @@
-"""What a configuration is, counted from the model's abstract parameters: nothing is allocated."""
+"""Parameter counts, FLOPs and table sizes of a configuration, without allocating anything."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def parts(config: Config) -> dict[str, int]:
 
 
 def flops_per_token(config: Config, matrix_params: int) -> float:
-    """Training FLOPs per token: 6 per weight it multiplies with, and causal attention at `seq_len`.
+    """Training FLOPs per token: 6 per weight it is multiplied with, and causal attention.
 
-    Forward 2, backward 4 per weight; a token attends to (T + 1) / 2 others on average. Lookups,
-    norms and other element-wise work are not counted, nor is recomputation by rematerialisation.
+    Forward 2, backward 4 per weight; a token attends to (seq_len + 1) / 2 tokens on average.
+    Lookups, norms and other element-wise work are not counted, nor is rematerialisation.
     """
     model, attention = config.model, config.model.attention
     widths = attention.nope_dim + attention.rope_dim + attention.v_dim
@@ -47,7 +47,7 @@ def flops_per_token(config: Config, matrix_params: int) -> float:
 
 
 def active_params(config: Config, counts: dict[str, int]) -> int:
-    """Weights a token multiplies with, without the token embedding. counts: of `parts`."""
+    """Weights a token is multiplied with, without the token embedding. counts: from `parts`."""
     ffn, experts = config.model.ffn, counts.get("routed experts", 0)
     return (
         sum(counts.values())
@@ -59,7 +59,7 @@ def active_params(config: Config, counts: dict[str, int]) -> int:
 def training_flops(config: Config, counts: dict[str, int] | None = None) -> float:
     """Training FLOPs per token of the whole model, see `flops_per_token`.
 
-    counts: of `parts` (counted here if None).
+    counts: from `parts` (computed if None).
     """
     counts = parts(config) if counts is None else counts
     head = counts["token embedding"] if config.model.tie_embeddings else 0
@@ -67,15 +67,15 @@ def training_flops(config: Config, counts: dict[str, int] | None = None) -> floa
 
 
 def _idle_experts(params: int, top_k: int, experts: int) -> int:
-    """Of the routed experts' parameters, those that a token does not touch."""
+    """Of the routed experts' parameters, those that a token does not use."""
     return params - params * top_k // max(1, experts)
 
 
 def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
-    """Every table's layout, and how many canonical ids are hashed.
+    """Every layer's addressing, and the number of canonical ids.
 
-    None of them: the tokenizer is yet to be trained on the data, and the multipliers, which depend
-    on that number, are not the layout's.
+    That number is None while the tokenizer is not trained; the multipliers, which depend on it, are
+    then placeholders.
     """
     engram, tokens = config.model.engram, config.tokenizer
     if not engram.layers:
@@ -90,11 +90,11 @@ def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
 def describe(config: Config) -> dict[str, Any]:
     """One JSON-able object: parameter counts, rho, FLOPs and the geometry of every table.
 
-    active_params: weights a token multiplies with, without the token embedding (paper, Table 1).
-    rho: routed experts' share of the sparse parameters (those a token does not touch), None if
-      there are none (section 3 of the paper).
-    rows: that an address can name; stored_rows: of the table with its padding (dialect "qwen"),
-      which the counts of parameters include.
+    active_params: weights a token is multiplied with, without the token embedding (Table 1).
+    rho: routed experts' share of the sparse parameters (those a token does not use), None if there
+      are none (section 3 of the paper).
+    rows: that have an address; stored_rows: with the table's padding (dialect "qwen"), which the
+      counts of parameters include.
     multipliers: None while the tokenizer, and so the number of canonical ids, is not known.
     """
     counts = parts(config)

@@ -1,4 +1,4 @@
-"""The static half of a run: configuration, mesh, addressing and network, and the weights it runs.
+"""The static part of a run (configuration, mesh, addressing, network), and the weights it takes.
 
 What training adds (optimizer, schedule, state) is in training/state.py; serving needs none of it.
 """
@@ -30,12 +30,12 @@ from engram_jax.sharding.shard_view import ShardView
 Params = dict[str, Any]
 
 
-PLANNED_DISTINCT = 0.75  # of a device's lookups, where nobody has measured it
+PLANNED_DISTINCT = 0.75  # of a device's lookups, where it has not been measured
 
 
 @dataclass(frozen=True)
 class Program:
-    """What functions close over. Build it once with `build_program`.
+    """What compiled functions close over. Build it once with `build_program`.
 
     graphdef: the network without its values (Flax NNX). addressing: None without memory.
     """
@@ -66,7 +66,7 @@ class Program:
         return jax.jit(function, compiler_options=options_of(self.mesh), **how)
 
     def exchanges(self) -> dict[str, Exchange]:
-        """How rows get to their lookups, by Engram layer id."""
+        """The exchange of every table's rows and gradients, by Engram layer id."""
         capacity = self.row_capacity()
         return {k: Exchange(self.mesh, layout, capacity) for k, layout in self.layouts.items()}
 
@@ -77,10 +77,10 @@ class Program:
         return data.batch_size * data.seq_len * heads // self.axes.devices
 
     def row_capacity(self) -> int:
-        """Rows that one all-to-all moves between two devices.
+        """The exchange's capacity: rows that one all-to-all moves between two devices.
 
-        The planned number of distinct rows times the headroom, or five standard deviations more, if
-        that is more; no more than a device looks up.
+        The planned number of distinct rows times the headroom, or plus five standard deviations if
+        that is more; at most what a device looks up.
         """
         mesh, devices = self.config.mesh, self.axes.devices
         mean = self.lookups * (mesh.distinct or PLANNED_DISTINCT) / devices
@@ -98,8 +98,8 @@ class Program:
         return hash_jax.canonicalise(tokens, table)
 
     def memory_mask(self, tokens: jax.Array) -> jax.Array:
-        """bool [...]: False for what yields no memory: negative (masked, image) ids, ids past the
-        tokenizer's."""
+        """bool [...]: False for ids without memory: negative ones (masked, image) and those past
+        the tokenizer's."""
         return self.canonical(tokens) >= 0
 
     @property
@@ -139,10 +139,10 @@ def split_model(model: Transformer) -> tuple[Any, Params, Params]:
 def build_program(
     config: Config, addressing: Addressing | None, mesh: Mesh | None = None
 ) -> Program:
-    """mesh: default: config.mesh over all devices.
+    """The program of a configuration; mesh: by default config.mesh over all devices.
 
     Raises UserError where the mesh does not fit the devices or the model, and for float64 where JAX
-    has it switched off: it would compute in float32.
+    has it disabled: it would compute in float32.
     """
     for key in ("dtype", "param_dtype"):
         dtype = getattr(config.model, key)
@@ -162,7 +162,7 @@ def _network(config: Config) -> Transformer:
 
 
 def table_format(mesh: Mesh) -> Any:
-    """Rows one after another, sharded over all devices."""
+    """The sharding of a table: row-major, rows over all devices."""
     return row_major(mesh, ROW_SHARDED, 2)
 
 

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p."""
+"""Chooses the next token from logits: greedy, temperature, top-k, top-p."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sample_rows(
     top_p: jax.Array,
     top_k: jax.Array,
 ) -> jax.Array:
-    """`sample` with a setting of its own for every row: logits [B, V] -> int32 [B].
+    """`sample` with separate settings for every row: logits [B, V] -> int32 [B].
 
     A row's draw depends on its logits, seed (uint32 [B]) and step (int32 [B], tokens drawn before)
     alone: it is `sample`'s for that row, with `key_of_token`. Nothing is sorted or drawn while all
@@ -77,7 +77,7 @@ def sample_rows(
 def log_probabilities(
     logits: jax.Array, chosen: jax.Array, alternatives: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the chosen tokens int32 [...] under logits [..., V], and of the likeliest ones.
+    """Log-probabilities (nats) under logits [..., V]: chosen tokens int32 [...], and the likeliest.
 
     Returns (float32 [...], float32 [..., alternatives], their ids int32), best first.
     """

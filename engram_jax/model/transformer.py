@@ -1,7 +1,7 @@
 """The language model: embedding, stacks of blocks with Engram modules between them, head.
 
-Tables are not here. The model takes the rows its tokens address as an input, like the tokens
-themselves, so the same model trains on device tables and serves from host memory.
+It holds no tables. The rows that its tokens address are an input, like the tokens themselves, so
+the same model trains on device tables and serves from host memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rows = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Stage:
-    """Equal layers [first, first + count); an Engram module, if any, precedes `first`."""
+    """Identical layers [first, first + count); an Engram module, if any, precedes `first`."""
 
     first: int
     count: int
@@ -45,23 +45,23 @@ def moe_layers(config: ModelConfig) -> list[int]:
 
 
 def stages(config: ModelConfig) -> tuple[Stage, ...]:
-    """Cut the depth where the kind of block changes and in front of every Engram layer."""
+    """The layers, split where the kind of block changes and before every Engram layer."""
     moe = config.ffn.routed_experts > 0
     kinds = [
         MOE if moe and layer >= config.ffn.dense_layers else DENSE for layer in range(config.layers)
     ]
-    cuts = [
+    firsts = [
         layer
         for layer in range(config.layers)
         if layer == 0 or kinds[layer] != kinds[layer - 1] or layer in config.engram.layers
     ]
-    ends = [*cuts[1:], config.layers]
-    return tuple(Stage(a, b - a, kinds[a]) for a, b in zip(cuts, ends, strict=True))
+    ends = [*firsts[1:], config.layers]
+    return tuple(Stage(a, b - a, kinds[a]) for a, b in zip(firsts, ends, strict=True))
 
 
 def spans(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
-    """The stages in runs that begin with an Engram module, behind one that has none (and may be
-    empty). A span can run while the rows of the next one are on their way."""
+    """The stages in groups: the first has no Engram module (and may be empty), every other begins
+    with one. A span can run while the next one's rows are being fetched."""
     found: list[list[Stage]] = [[]]
     for stage in stages(config):
         if stage.first in config.engram.layers:
@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
         return expand(x, self.streams)
 
     def finish(self, x: jax.Array) -> jax.Array:
-        """streams [..., M, d] -> what the logits are made of, [..., d]."""
+        """streams [..., M, d] -> the hidden states that `logits` takes, [..., d]."""
         return self.norm(collapse(x))
 
     def unembedding(self) -> jax.Array:
@@ -154,6 +154,9 @@ class Transformer(nnx.Module):
           mask: bool [B, T] or None; False = a token that gets no memory.
           shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
             this device's shards, all others whole.
+
+        Returns:
+          The hidden states, gates and loads (`Output`).
         """
         x = self.embed(tokens)
         gates, loads = {}, []
@@ -235,7 +238,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: streams [B, S, M, d].
-          rows: [B, S, H, dim] of the span's Engram layer; None = it adds nothing, or has none.
+          rows: [B, S, H, dim] of the span's Engram layer; None = it has none, or it is skipped.
           start: int32 [B], tokens before these. valid: int32 [B], how many of the S are real.
           mask: bool [B, S] or None, as in `__call__`.
           tail: of the Engram module's convolution, [B, L, M, d], or None.

@@ -1,1 +1,1 @@
-"""The life of a run: the command line, the training loop, and what is shown at its end."""
+"""A training run: the command line, resuming, the training loop, and the results at its end."""

@@ -1,4 +1,4 @@
-"""Flags to a configuration, with every way a command line can be wrong ending in one clear line."""
+"""Parses the command line to a configuration; every mistake in it is reported as one clear line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _READERS: dict[type, Callable[[str], Any]] = {
 def parse_command_line(
     argv: Sequence[str], flag_values: flags.FlagValues, config_flag: str
 ) -> None:
-    """absl's parser, after what it words badly has been checked. Raises UserError.
+    """absl's parser, preceded by checks with clearer messages than absl's. Raises UserError.
 
     config_flag: names a config_flags file flag; where only the --workdir of a run is given, the
       run's own configuration takes its place (run_record.get_config).
@@ -70,9 +70,9 @@ def config_of(value: Any, config_flag: str) -> config_lib.Config:
 
 
 def reported(function: Callable[..., T]) -> Callable[..., T]:
-    """A mistake of the user, or of the machine, ends the program with one line and status 2.
+    """Decorator: errors of the user or the machine end the program with one line and status 2.
 
-    Everything else is a mistake of ours and keeps its traceback.
+    Everything else is a bug and keeps its traceback.
     """
 
     @functools.wraps(function)
@@ -85,7 +85,7 @@ def reported(function: Callable[..., T]) -> Callable[..., T]:
             _stop(f"config.model.kernels = 'pallas': {one_line(error)}")
         except KeyboardInterrupt:
             _stop("interrupted; the same command goes on from the last checkpoint", status=130)
-        except BrokenPipeError:  # `| head`: nobody reads on, and nobody reads a message
+        except BrokenPipeError:  # `| head`: the reader is gone, and would not see a message
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
@@ -101,9 +101,9 @@ def reported(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def keep_compiled_programs(config: config_lib.Config) -> None:
-    """Compile a program once per machine: resumed runs, evaluation and generation start at once.
+    """Enable JAX's persistent compilation cache, so that a program is compiled once per machine.
 
-    Beside the prepared data, unless JAX_COMPILATION_CACHE_DIR names another folder.
+    It is stored beside the prepared data, unless JAX_COMPILATION_CACHE_DIR names another folder.
     """
     import jax
 
@@ -145,9 +145,9 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
 
 
 def _check_file(config_flag: str, value: str) -> None:
-    """The file must exist, run, and return a configuration (what follows a colon is its argument).
+    """The file must exist, run, and return a configuration (the part after a colon is its argument).
 
-    config_flags runs it once more; its own messages lack the line or span several.
+    config_flags runs it again; its own messages lack the line number or span several lines.
     """
     path, colon, argument = value.partition(":")
     where = f"--{config_flag}={path}"

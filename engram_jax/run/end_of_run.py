@@ -1,4 +1,4 @@
-"""What a finished run shows: held-out loss beside count models, samples, gates, the report."""
+"""The results of a finished run: held-out loss and count models, samples, gates, the report."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def end_run(
 
 
 def count_model_nats(config: Config, data: RunData) -> dict[str, np.ndarray]:
-    """Nats of every held-out target, float64 [n] in their order, by count model; fitted on the very
+    """Nats of every held-out target in order, float64 [n], by count model; fitted on exactly the
     batches the run trained on."""
     batches = islice(data.train_iterator(), config.train.steps)
     nats = fit_and_score(batches, data.validation_batches(), config.tokenizer.vocab_size)
@@ -89,8 +89,8 @@ def loss_record(
     validation: Score,
     counts: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """What losses.json holds: for both losses of evaluation/held_out.py what they are of, and their
-    values for the model and, on the same targets, for every count model.
+    """The contents of losses.json: for both losses of evaluation/held_out.py, which text they are
+    over and their values for the model and, on the same targets, for every count model.
 
     counts: nats of every held-out target, in order, by count model.
     """
@@ -105,7 +105,7 @@ def loss_record(
         return {**size, "nats_per_token": found}
 
     whole = losses(held_out, f"the whole held-out split, {held_out.batches:,} batches")
-    per_byte = 1 / math.log(2) / data.prepared.bytes_per_token  # which is of the whole split
+    per_byte = 1 / math.log(2) / data.prepared.bytes_per_token  # a ratio over the whole split
     bits = {name: loss * per_byte for name, loss in whole["nats_per_token"].items()}
     first = f"the first {validation.batches:,} batches of the held-out split"
     return {
@@ -129,19 +129,19 @@ def loss_table(losses: Mapping[str, Any]) -> str:
 
 
 def write_held_out(workdir: Path, step: int, score: Score) -> None:
-    """Add the held-out loss after `step` to the run's metrics, unless it stands there already."""
+    """Add the held-out loss after `step` to the run's metrics, unless they have it already."""
     for record in read_metrics(workdir):
         if record["step"] == step and "held_out_loss" in record:
-            return  # on other devices its last digits may be others
+            return  # computed on other devices, its last digits may differ
     with MetricsWriter(workdir, start_step=step) as writer:
         writer.write(step, {"held_out_loss": score.loss, "held_out_targets": score.targets})
 
 
 def check_samples(config: Config, tokenizer: Any) -> None:
-    """Raises UserError for a configured prompt that is no token, or that becomes longer than what
-    is trained on: known before training, not after.
+    """Raises UserError, before training, for a configured prompt without tokens, or one that its
+    continuation makes longer than the trained sequences.
 
-    Some tokenizers strip what they normalise or do not know.
+    A prompt may have no tokens because some tokenizers strip what they do not know.
     """
     lengths = {
         prompt: len(tokenizer.encode(prompt, add_special_tokens=False).ids)
@@ -182,8 +182,8 @@ def continuations(
 def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSample | None:
     """The gates on the beginning of a held-out document; None for a model without memory.
 
-    Of the first one that is long enough, else of the longest: n-grams and attention reach back to
-    the document's start and no further, as in training.
+    It is the first document of at least GATE_TOKENS tokens, else the longest, read from its start:
+    n-grams and attention see the same context as in training.
     """
     if data.addressing is None:
         return None

@@ -1,4 +1,4 @@
-"""How many rows the exchange of a run is planned for: what its first batch looks up."""
+"""Plans the capacity of a run's row exchange from the distinct rows of its first batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ T = TypeVar("T", bound=Program)
 def with_planned_exchange(program: T, data: RunData, log: Callable[[str], None]) -> T:
     """The program with `mesh.distinct` measured, unless it is configured or nothing is exchanged.
 
-    Of the run's first batch, whichever step it resumes at: so a resumed run is planned alike.
+    It is measured on the run's first batch, whichever step the run resumes at, so that a resumed
+    run has the same capacity.
     """
     config = program.config
     if program.axes.devices == 1 or config.mesh.distinct or not config.model.engram.layers:

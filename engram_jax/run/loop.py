@@ -1,7 +1,7 @@
-"""The training loop: what happens between two steps, and nothing of what happens inside one.
+"""The training loop: data, metrics, evaluation, checkpoints and stopping between the steps.
 
 The loop dispatches step t before it reads the metrics of step t - 1, so the device never waits for
-the host to look at numbers; every transfer in it is explicit.
+the host to read numbers; every transfer in it is explicit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from engram_jax.training.step import jit_train_step, jit_utilisation
 
 @dataclass
 class Pending:
-    """A dispatched step whose metrics nobody has read yet, and what is needed if it went wrong."""
+    """A dispatched step with unread metrics, and what must be saved if they are not finite."""
 
     step: int
     metrics: dict[str, Any]
@@ -73,11 +73,11 @@ def train(
     accept: keys or sections of the configuration in which it may differ from the one that the run
       in `workdir` was trained with (run/resume.py).
 
-    After SIGTERM the state returned is that after the step under way; it is saved, and nothing is
-    reported (distributed/preemption.py; SystemExit(0) if it came before or after the loop).
-    Raises UserError for what the user can mend: unusable data, other settings than those of the run
-    in `workdir`, a foreign checkpoint, a loss that is no longer finite (the state before that step
-    is then a checkpoint, and the batch a file).
+    After SIGTERM the current step is finished and its state saved and returned, without a report
+    (distributed/preemption.py; SystemExit(0) if the signal came before or after the loop).
+    Raises UserError for what the user can correct: unusable data, other settings than those of the
+    run in `workdir`, another run's checkpoint, a loss that is no longer finite (the state before
+    that step is then saved as a checkpoint, and the batch in a file).
     """
     launch = Launch(config, workdir, log, tuple(accept), profile, time.monotonic())
     with Preemption(log) as preemption:
@@ -86,7 +86,7 @@ def train(
 
 @dataclass(frozen=True)
 class Launch:
-    """What one call of `train` was given. started: time.monotonic() at its beginning, None: now."""
+    """The arguments of one call of `train`. started: time.monotonic() at its start, None: now."""
 
     config: Config
     workdir: Path
@@ -126,7 +126,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
 
 
 class Run:
-    """One launch of a training run. changes: of the settings, against the run so far."""
+    """One launch of a training run. changes: to the settings since the previous launch."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Run:
         changes: Changes | None = None,
     ):
         self.config, self.workdir, self.log = launch.config, launch.workdir, launch.log
-        self.preemption = preemption or Preemption(self.log)  # this one listens to no signal
+        self.preemption = preemption or Preemption(self.log)  # not entered: handles no signal
         self.program, self.checkpointer = program, checkpointer
         self.iterator = data.train_iterator(program.mesh)
         self.state = self._start()
@@ -156,7 +156,7 @@ class Run:
         )
 
     def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
-        """What stands in the workdir before the first step; process 0 writes it."""
+        """Write the workdir's records before the first step (process 0); returns the metrics'."""
         if self.fresh and jax.process_index() == 0:
             forget_unsaved(self.config, self.workdir)
         add_launch(
@@ -170,7 +170,7 @@ class Run:
         return MetricsWriter(self.workdir, start_step=self.first_step)
 
     def _start(self) -> TrainState:
-        """A fresh state, or the newest checkpoint's with the data iterator set to continue it."""
+        """A new state, or the newest checkpoint's with the data iterator set to continue it."""
         latest = self.checkpointer.latest_step()
         self.fresh = latest is None
         if latest is None:
@@ -183,7 +183,7 @@ class Run:
         return restored.state
 
     def loop(self) -> TrainState:
-        """Train to the last step, or until SIGTERM; returns the state, which is a checkpoint."""
+        """Train to the last step, or until SIGTERM; returns the state, saved as a checkpoint."""
         total, rates = self.config.train.steps, self.monitors.rates
         progress = Progress(total, start=self.first_step, rates=rates)
         with self.writer, closing(progress), self.monitors:
@@ -218,7 +218,7 @@ class Run:
             if save:
                 with self.monitors.pause(done):
                     self._pause(done, evaluate, progress)
-        if self.preemption.agreed(wait=True):  # asked during the last step
+        if self.preemption.agreed(wait=True):  # SIGTERM during the last step
             self._preempted(total, None, progress)
 
     def _read(self, pending: Pending, progress: Progress) -> None:
@@ -255,11 +255,11 @@ class Run:
         )
 
     def _about(self) -> dict[str, Any]:
-        """What a checkpoint says of the run that wrote it (checkpoint/load_model.py reads it)."""
+        """A checkpoint's metadata about its run (read by checkpoint/load_model.py)."""
         return {"config": self.config.name, "seq_len": self.config.data.seq_len}
 
     def _preempted(self, step: int, pending: Pending | None, progress: Progress) -> None:
-        """Save the state after `step` steps, unless it is where this launch began, and say so."""
+        """Save the state after `step` steps, unless this launch began there, and log it."""
         if pending is not None:
             self._read(pending, progress)
         if step > self.first_step:
@@ -270,7 +270,7 @@ class Run:
         self.log(f"SIGTERM: stopped, {saved} {step} in {self.workdir}; the same command goes on")
 
     def _halt(self, pending: Pending, values: dict[str, Any]) -> None:
-        """Keep the state before the bad step, the batch and the numbers; then stop."""
+        """Save the state before the bad step and its batch, then raise UserError."""
         of = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self.workdir / f"bad_batch_step_{pending.step}{of}.npz"
         arrays: dict[str, Any] = {k: v for k, v in pending.batch.items() if k != "addresses"}
@@ -294,7 +294,7 @@ class Run:
         )
 
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Step metrics under the names they are logged by, layers by their ids."""
+        """Step metrics under the names they are logged with, layers by their ids."""
         out = dict(values)
         out.pop("finite")
         loads = np.asarray(out.pop("load"))

@@ -1,4 +1,4 @@
-"""Everything that watches a launch from beside the loop, behind the few calls the loop makes."""
+"""Combines the monitors of a launch (throughput, goodput, profiler, watchdog) for the loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engram_jax.monitoring.throughput import Throughput
 
 
 class Monitors:
-    """Context around the loop: step times, goodput, profiler window, watchdog.
+    """Context manager around the loop: step times, goodput, profiler window, watchdog.
 
     started: time.monotonic() at the start of the launch, None: now.
     profile: (START, STOP), see monitoring/profiling.py.
@@ -63,7 +63,7 @@ class Monitors:
         self._stack.close()
 
     def finished(self, step: int) -> None:
-        """The host has seen the end of the step after which `step` updates are applied."""
+        """The host has seen that the step has ended after which `step` updates are applied."""
         self.throughput.finished()
         self.watchdog.finished(step)
 
@@ -78,7 +78,7 @@ class Monitors:
                 self.profile.begin(step)
 
     def end(self, step: int) -> None:
-        """`step` updates are applied, nothing is under way, evaluation and checkpoint follow."""
+        """`step` updates are applied, no step is running, evaluation and checkpoint follow."""
         if self.at_edge(step):
             with self.throughput.pause():
                 self.profile.end(step)
@@ -93,6 +93,6 @@ class Monitors:
         self.watchdog.doing("training", patience=1.0)
 
     def rates(self) -> dict[str, float]:
-        """What Throughput.rates says, and goodput; {} before the second step of a launch."""
+        """`Throughput.rates` and goodput; {} before the second step of a launch."""
         rates = self.throughput.rates()
         return {**rates, "goodput": self.goodput.value()} if rates else {}

@@ -1,7 +1,7 @@
-"""Whether a launch may go on with the run in its workdir: the same settings, the same text.
+"""Checks whether a launch may resume the run in its workdir: the same settings, the same text.
 
-More steps go on by themselves where no step so far would have had another learning rate; everything
-else that decides a result is refused, or accepted by name (checkpoint/run_settings.py).
+More steps are allowed where no step so far would have had another learning rate; every other change
+that affects a result is refused, or accepted by name (checkpoint/run_settings.py).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from engram_jax.training.optim.schedule import learning_rate
 def check_resumed(
     config: Config, workdir: Path, accept: Sequence[str], log: Callable[[str], None]
 ) -> Changes:
-    """Whether `config` may go on with the run in `workdir`; returns what it changes, all accepted.
+    """Check that `config` may resume the run in `workdir`; returns its changes, all accepted.
 
     accept: keys or sections that may differ. More or fewer steps need no acceptance where no step
-    so far would have had another learning rate; the log then says what becomes of the schedule.
+    so far would have had another learning rate; the log then says how the schedule changes.
 
-    Raises UserError with every other difference, for another data stream, if the run has more steps
-    than are asked for, or as many and accepted settings that no step would be made with, and for
-    results without checkpoints that are of other settings.
+    Raises UserError for every other difference; for another data stream; if the run has more steps
+    than asked for, or as many and other settings, which no step would use; and if the workdir has
+    results of other settings without checkpoints.
     """
     steps = checkpoint_steps(workdir)
     if not steps:
@@ -85,8 +85,8 @@ def check_resumed(
 
 
 def forget_unsaved(config: Config, workdir: Path) -> None:
-    """Remove what an earlier launch with other settings logged in `workdir`, where no checkpoint of
-    it is left to go on from: its curves and its time are not the new run's."""
+    """Remove what an earlier launch with other settings logged in `workdir`, where it left no
+    checkpoint to resume: its curves and its time are not the new run's."""
     if _unsaved(config, workdir):
         for name in LOGS:
             path = workdir / name
@@ -110,13 +110,13 @@ def check_resumed_text(workdir: Path, text: Mapping[str, Any]) -> None:
 
 
 def _unsaved(config: Config, workdir: Path) -> Changes:
-    """What differs from the last launch there, whatever became of it."""
+    """What differs from the last launch in `workdir`, whether or not it saved a checkpoint."""
     stored = recorded(workdir, sys.maxsize)
     return {} if stored is None else decisive(stored, config)
 
 
 def _schedule(stored: Config, config: Config, done: int) -> str:
-    """What other numbers of steps make of the learning rate, for a run that has `done`."""
+    """How another number of steps changes the learning rate of a run that has done `done`."""
     boundaries = []
     for given in (stored, config):
         fractions = given.optimizer.decay_at
@@ -134,7 +134,7 @@ def _and(numbers: Sequence[int]) -> str:
 
 
 def _rates(config: Config, done: int) -> np.ndarray:
-    """Learning rates of steps 0 to `done`, the last one being the next to be made."""
+    """Learning rates of steps 0 to `done`, the last one being the next step's."""
     rate = learning_rate(config.optimizer, config.train.steps)
     return np.asarray(rate(jnp.arange(done + 1, dtype=jnp.int32)))
 

@@ -1,1 +1,1 @@
-"""Which mesh axis shards which dimension, and what code on one device must know of the others."""
+"""How arrays are sharded over the mesh, and the mesh as code on one device sees it."""

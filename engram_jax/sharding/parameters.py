@@ -1,8 +1,8 @@
-"""Every parameter of the network by name: how it is sharded, what trains it, what it is part of.
+"""The network's parameters by name: how each is sharded, its optimizer, its part of the model.
 
-A parameter's last name says what it is ("q_proj"), the names before it where it stands ("blocks",
-"1", "attention"). A new parameter is written down here and nowhere else; one that is missing stops
-the program when it is built. Tables are not parameters (memory/table.py).
+A parameter's last name says what it is ("q_proj"), the names before it where it is ("blocks", "1",
+"attention"). A new parameter is added here and nowhere else; one that is missing raises an error
+when the program is built. Tables are not parameters (memory/table.py).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PARAMETERS: dict[str, Parameter] = {
     "fn": Parameter(ADAMW, ("embed", None), float32=True),
     "base": Parameter(ADAMW_NO_DECAY),
     "scale": Parameter(ADAMW_NO_DECAY),
-    # norms and biases, wherever they stand
+    # norms and biases of any module
     "gain": Parameter(ADAMW_NO_DECAY),
     "norm_gain": Parameter(ADAMW_NO_DECAY),
     "bias": Parameter(ADAMW_NO_DECAY),
@@ -67,7 +67,7 @@ ROUTED_EXPERTS: dict[str, Parameter] = {
 }
 _ROUTED_NDIM = 4
 
-# Part of the model, by the first of these that ends one of a parameter's names.
+# Part of the model, by the first of these endings that one of a parameter's names has.
 PARTS: tuple[tuple[str, str], ...] = (
     ("embedding", "token embedding"),
     ("head", "output head"),
@@ -82,8 +82,8 @@ PARTS: tuple[tuple[str, str], ...] = (
 
 
 def is_routed(name: str, ndim: int) -> bool:
-    """Whether a parameter of this name and so many dimensions, stacked layers included, is of the
-    routed experts."""
+    """Whether a parameter of this name and number of dimensions (stacked layers included) belongs
+    to the routed experts."""
     return name in ROUTED_EXPERTS and ndim == _ROUTED_NDIM
 
 

@@ -1,4 +1,4 @@
-"""Sharding: the mesh axes, and which of them shards which dimension of what.
+"""The sharding rules: the mesh axes, and which of them shards which dimension of an array.
 
     axis     shards
     data     the batch; every weight is replicated (its gradients are summed over the axis)
@@ -10,8 +10,8 @@ The tables are sharded by rows over every device of the mesh, whatever its axes
 (memory/exchange.py). There is no sequence axis: 4,096 tokens of the paper's models fit a device at
 a time, and n-grams, convolution and attention would all have to reach across it.
 
-Weights other than experts are not sharded by `expert`, too: 2,560 columns in 128 shards are 20
-columns each, which no tile of a TPU holds, and XLA then gathers them by an all-reduce of
+Weights other than experts are not also sharded by `expert`: 2,560 columns in 128 shards are 20
+columns each, which do not fill a tile of a TPU, and XLA then gathers them by an all-reduce of
 zero-padded copies, twice the bytes (docs/log.md).
 
 A parameter is recognised by its name, so the same rule serves it, its gradient and its moments.
@@ -82,7 +82,7 @@ ONE_DEVICE = Axes()
 
 
 def axes_for(config: MeshConfig, devices: int) -> Axes:
-    """The mesh's shape on so many devices. Raises UserError if the numbers do not multiply up."""
+    """The mesh's axes on `devices` devices. Raises UserError if their product is another number."""
     fixed = config.data * config.expert * config.tensor
     fsdp = config.fsdp or devices // fixed
     axes = Axes(config.data, fsdp, config.expert, config.tensor)
@@ -94,7 +94,8 @@ def axes_for(config: MeshConfig, devices: int) -> Axes:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all there are, arranged after their network)."""
+    """The mesh over `devices` (default: all), arranged by their interconnect. Raises UserError if
+    the axes do not fit their number, or `data` is not a multiple of the number of slices."""
     from jax.experimental import mesh_utils
 
     devices = jax.devices() if devices is None else devices
@@ -131,10 +132,10 @@ def on_tpu(mesh: Mesh) -> bool:
 
 
 def row_major(mesh: Mesh, spec: PartitionSpec, ndim: int) -> Any:
-    """A sharding for `jit` and `device_put` that keeps an array's last dimension together.
+    """A sharding for `jit` and `device_put` that keeps an array's last dimension contiguous.
 
-    Left to itself, XLA lays a [rows, 80] array out by columns on a TPU, and copies all of it for
-    every gather and scatter of rows.
+    By default XLA stores a [rows, 80] array column-major on a TPU, and copies all of it for every
+    gather and scatter of rows.
     """
     sharding = NamedSharding(mesh, spec)
     return Format(Layout(tuple(range(ndim))), sharding) if on_tpu(mesh) else sharding
@@ -186,7 +187,7 @@ def logical(name: str, ndim: int, *, whole_experts: bool) -> tuple[str | None, .
         if not whole_experts:
             sharded = {"experts": None, "expert_inner": "expert_shard"}
             found = tuple(sharded.get(str(axis), axis) for axis in found)
-    else:  # what is no parameter (a count of an optimizer) is replicated
+    else:  # anything but a parameter (an optimizer's count) is replicated
         found = PARAMETERS[name].axes if name in PARAMETERS else ()
     return (*(None,) * (ndim - len(found)), *found)[:ndim]
 

@@ -1,7 +1,7 @@
-"""What code that runs on one device of the mesh (inside shard_map) needs to know of the others.
+"""The collectives of code that runs on one device of the mesh, inside shard_map.
 
 The differentiated part of a training step is one shard_map: every device has its own sequences and
-its shards of the weights. `ShardView.all_gather` makes whole weights of the shards where they are
+its shards of the weights. `ShardView.all_gather` makes whole weights from the shards where they are
 needed; its transpose reduce-scatters the gradients. On a mesh of one device, and outside of
 shard_map (`UNSHARDED`), everything here is the identity.
 """
@@ -31,7 +31,7 @@ class ShardView:
 
     dtype: what matrices are gathered in, being used in it; None = their own.
     experts: E, all routed experts of a layer.
-    on_tpu: the devices are TPUs, be they described ones (--mode=compile).
+    on_tpu: the devices are TPUs, or descriptions of them (--mode=compile).
     """
 
     axes: Axes = ONE_DEVICE
@@ -49,8 +49,8 @@ class ShardView:
         return -(-self.experts // self.axes.expert)
 
     def all_gather(self, params: Any, *, layer: bool = False) -> Any:
-        """Weights from their shards: whole, but for heads and inner widths (of `tensor`) and for
-        experts, of which a device gets its own [local_experts, in, out].
+        """Weights from their shards: whole, except that heads and inner widths stay sharded by
+        `tensor`, and a device gets only its own experts, [local_experts, in, out].
 
         layer: the tree is one layer of a stack.
         """
@@ -80,7 +80,7 @@ class ShardView:
         return lax.psum(x, rules.BATCH) if self.axes.batch > 1 else x
 
     def psum_tensor(self, x: jax.Array) -> jax.Array:
-        """The sum of what the devices of a tensor group computed of the same tokens."""
+        """The sum of the partial results of a tensor group's devices for the same tokens."""
         return lax.psum(x, "tensor") if self.axes.tensor > 1 else x
 
 
@@ -93,8 +93,8 @@ def _gathered(
 ) -> jax.Array:
     """A weight from its shards, in `dtype`.
 
-    gathers: (dimension, mesh axes that shard it). inner: the dimension that the expert axis shards
-    of all E experts [E, ...] here; exchanged for whole experts (E + padding) / axis.
+    gathers: (dimension, mesh axes that shard it). inner: the dimension of x [E, ...] that the
+    expert axis shards; exchanged (all-to-all) for (E + padding) / axis whole experts.
     """
     x = x.astype(dtype)
     if inner is not None:

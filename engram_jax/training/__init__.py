@@ -1,1 +1,1 @@
-"""What a training step is: state, loss, gradients, optimizers."""
+"""The training step: state, loss, gradients, optimizers."""

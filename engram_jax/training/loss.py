@@ -1,7 +1,7 @@
 """Next-token cross-entropy with the head's matrix product inside, so that [B, T, V] never exists.
 
 The tokens are split into chunks; only one chunk's logits exist at a time. The gradient of a mean of
-token losses is known as soon as the logits are, so the forward pass takes it along: three matrix
+token losses is known as soon as the logits are, so the forward pass computes it, too: three matrix
 products per chunk in all, nothing recomputed, and the backward pass is a scaling.
 """
 

@@ -1,4 +1,4 @@
-"""Everything a training run carries from step to step, as one pytree, and how it is trained."""
+"""The training state as one pytree: its contents, its shardings, and how it is created."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainingProgram(Program):
-    """A program and how it is trained. tx: the optimizer of params. rate: step -> learning rate."""
+    """A program with its optimizer. tx: the optimizer of params. rate: step -> learning rate."""
 
     tx: optax.GradientTransformation
     rate: optax.Schedule
@@ -73,7 +73,7 @@ def build_training(
 
 
 def init_state(program: TrainingProgram) -> TrainState:
-    """A fresh state, a pure function of `config.train.seed`, whatever the mesh."""
+    """The initial state, a pure function of the configuration and its seed, whatever the mesh."""
     config, engram = program.config, program.config.model.engram
     seed = config.train.seed
     rngs = nnx.Rngs(params=random_streams.stream(seed, random_streams.PARAMS))
@@ -110,13 +110,13 @@ def abstract_state(program: TrainingProgram) -> TrainState:
 
 
 def create_state(program: TrainingProgram) -> TrainState:
-    """`init_state`, every device making its own part."""
+    """`init_state`, every device computing its own shards."""
     create = jax.jit(partial(init_state, program), out_shardings=state_shardings(program))
     return create()
 
 
 def check_memory(program: TrainingProgram) -> None:
-    """Raises UserError if the state does not fit in memory: a machine that tries may hang."""
+    """Raises UserError if the state does not fit in memory: trying may hang the machine."""
     needed = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(abstract_state(program))

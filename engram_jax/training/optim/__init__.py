@@ -1,1 +1,1 @@
-"""What happens to gradients: schedule, clipping, Muon, AdamW, row-wise Adam of the tables."""
+"""The optimizers: schedule, clipping, Muon and AdamW, and row-wise Adam for the tables."""

@@ -1,4 +1,4 @@
-"""The backbone's optimizer: Muon and AdamW, each on its own parameters (sharding/parameters.py)."""
+"""The optimizer of all but the tables: Muon and AdamW, by parameter (sharding/parameters.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engram_jax.training.optim.muon import orthogonalised_momentum
 def build(
     config: OptimizerConfig, rate: Callable[[jax.Array], jax.Array], mesh: Mesh
 ) -> optax.GradientTransformation:
-    """An optax transformation for the parameter tree; gradients come in already clipped."""
+    """An optax transformation for the parameter tree; it expects gradients already clipped."""
     muon = optax.chain(
         orthogonalised_momentum(config.muon_momentum, config.muon_ns_steps, mesh),
         scale_to_rms(config.muon_rms),
@@ -42,7 +42,7 @@ def build(
 
 
 def labels(params: Any) -> Any:
-    """Which optimizer has each parameter of a tree. Raises ValueError for an unknown name."""
+    """The optimizer of each parameter of a tree. Raises ValueError for an unknown name."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: find(names(path), x.ndim).optimizer, params
     )

@@ -1,13 +1,13 @@
-"""Adam on the rows that were read, and on nothing else (the paper: Adam, LR x5, weight decay 0).
+"""Adam on only those rows of a table that were read (the paper: Adam, LR x5, weight decay 0).
 
 The moments are per weight, as in Adam; a row that no lookup touched keeps its weights and its
-moments (torch's SparseAdam does the same). Dense Adam differs: there an untouched row still moves
-along its decaying first moment. Bias correction counts training steps, not visits of the row.
+moments (torch's SparseAdam does the same). Dense Adam differs: an untouched row still moves along
+its decaying first moment. Bias correction counts training steps, not updates of the row.
 
-Rows in bfloat16 are rounded stochastically (8 bits of significand swallow steps below 1/256 of a
-weight; rounded to the nearest they would be lost every time, so they are kept with the probability
-that makes the expected weight exact). Which way is a hash of the run's seed, table, address, column
-and step: the same on any mesh, and after a resume.
+Rows in bfloat16 are rounded stochastically: with 8 bits of significand, rounding to nearest would
+lose every step below 1/256 of a weight; rounding up with the right probability makes the expected
+weight exact. The random bits are a hash of the run's seed, table, address, column and step: the
+same on any mesh, and after a resume.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def update(
     """One step on the touched rows. Donate `table`: then its buffers are updated in place.
 
     Returns the table and how many of the rows earlier steps had already trained (int32 []; counted
-    here, where the second moments are read anyway: another read of them, unordered with the update,
+    here, where the second moments are read anyway: a separate read, unordered with the update,
     would cost a copy of the table).
 
     Args:
@@ -42,8 +42,8 @@ def update(
       identity: int32 [N], the rows' addresses in natural order, the same on any mesh.
       rate: float32 [], the tables' learning rate.
       step: int32 [], steps taken before this one.
-      seed: the table's own, from 0 to 2**32 - 1. Rows in bfloat16 are rounded by it, identity and
-        step.
+      seed: the table's own, from 0 to 2**32 - 1; with identity and step it decides how rows in
+        bfloat16 are rounded.
     """
     b1, b2 = config.adam_b1, config.adam_b2
     count = (step + 1).astype(jnp.float32)
@@ -77,11 +77,11 @@ def update(
 def rounded(x: jax.Array, identity: jax.Array, step: jax.Array, seed: int) -> jax.Array:
     """float32 [N, dim] -> bfloat16: one of the two nearest, the mean being x.
 
-    identity: int32 [N], of the rows. Adding 16 random bits below bfloat16's last one and cutting
-    carries with the right probability.
+    identity: int32 [N], of the rows. Adding 16 random bits below bfloat16's last one and truncating
+    rounds up with the right probability.
     """
     column = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 1)
-    # Mixed before the table's number comes in: no table's steps are another's, some steps later.
+    # The step is mixed before the seed is added: no table repeats another's bits at a later step.
     now = _mixed(_mixed(step.astype(jnp.uint32)) ^ jnp.uint32(seed))
     row = _mixed(identity.astype(jnp.uint32) ^ now)
     noise = _mixed(row[:, None] + column * jnp.uint32(0x9E3779B9)) >> 16
