@@ -4,9 +4,9 @@ Orders 2-4, 384,006,168 and 384,016,682 rows of 256.
 
     python launch.py --config=configs/deepseek_v41_memory.py --mode=describe
 
-For describe and addressing: the memory (orders, heads, primes, multipliers, row width, module form,
-mHC width 4 x 5120) is the release's, the backbone around it is a placeholder of 15 dense layers of
-that width.
+For --mode=describe and addressing: the memory (orders, heads, primes, multipliers, row width,
+module form, mHC width 4 x 5120) is the release's, the backbone around it is a placeholder of 15
+dense layers of that width.
 """
 
 import ml_collections

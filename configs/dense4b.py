@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 1280
 
     # Microbatches: 2 leave each of 128 devices (v5p:4x4x8) 5 sequences at a time; 256 need 1 or 5.
-    # --mode=compile tells what a slice makes of it; docs/scaling.md has the paper's models.
+    # --mode=compile shows what that costs on a slice; docs/scaling.md has the paper's models.
     config.train.accumulation = 2
     config.train.steps = 50_000
     config.optimizer.peak_lr = 4e-4

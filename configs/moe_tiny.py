@@ -1,4 +1,4 @@
-"""The demo's baseline: engram_tiny's parameters and FLOPs, with more experts where that has tables.
+"""The demo's baseline: engram_tiny's parameters and FLOPs, with more experts instead of tables.
 
     python launch.py --config=configs/moe_tiny.py
 

@@ -98,7 +98,7 @@ def text_of(tokenizer: Tokenizer, token: int, inside: bool = True) -> str:
 
 
 def bytes_of(tokenizer: Tokenizer, token: int) -> bytes | None:
-    """The bytes of a token that is not valid text alone (a byte, part of a character), else None."""
+    """The bytes of a token that alone is no valid text (a byte, part of a character), else None."""
     piece = tokenizer.id_to_token(token) or ""
     kinds = _plan(tokenizer)[0]
     if _ByteFallback in kinds and (match := _BYTE_TOKEN.fullmatch(piece)):

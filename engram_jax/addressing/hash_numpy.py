@@ -5,17 +5,16 @@ With x_{t-k} the canonical id k positions back, layer by layer (paper, section 2
     h_n(t)  = XOR over k < n of  x_{t-k} * m_k            (int64, wrapping)
     address = offset_{n,j} + h_n(t) mod p_{n,j}           (head j of order n)
 
-Before a document's start the fill id is read, never the previous document. Where the document
-starts is told by `segments` (packed sequences), by the array's start (unless `history` says what
-came before) and, where the layer has a `restart_id`, by that id: what lies before it is not read
-from after it.
+Before a document's start the fill id is read, never the previous document. A document starts where
+`segments` changes (packed sequences), at the array's start (unless `history` is given) and, where
+the layer has a `restart_id`, after that id: tokens after it read nothing before it.
 
 Masked ids. A negative id (an image position, a masked token) passes through compression unchanged
-and takes part in the hash as the number it is, as in the public demo; the modulus is the
-non-negative one, so every address is in range. A masked token yields no memory, though: the caller
-sets its gate to 0 (`canonical < 0`). Its neighbours keep theirs: their n-grams see the negative id.
+and is hashed as a number like any other, as in the public demo; the modulus is non-negative, so
+every address is in range. A masked token gets no memory, though: the caller sets its gate to 0
+(`canonical < 0`). Its neighbours keep theirs: their n-grams contain the negative id.
 
-`hashing_jnp` and `pipeline` compute the same addresses, bit for bit.
+`hash_jax`, `hash_batches` and `hash_numba` compute the same addresses, bit for bit.
 """
 
 from __future__ import annotations

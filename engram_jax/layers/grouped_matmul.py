@@ -13,7 +13,7 @@ slots of one expert) is contiguous and may have any size from none to all. Three
 Ragged and tiled read tokens and return them by gathers alone, forward and backward: `slots` and
 `order` are inverses, so the transpose of a gather is a gather: faster than a scatter.
 
-Symbols beside config.py's: N = T k assignments.
+Symbols beside config/schema.py's: N = T k assignments.
 """
 
 from __future__ import annotations

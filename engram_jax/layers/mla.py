@@ -8,7 +8,7 @@ and one rotated key, which the heads share:
     [k_h^nope ; v_h] = W_kv_b c
     y = W_o [softmax(<q_h, [k_h^nope ; k^rope]> / sqrt(nope + rope)) v_h]_h
 
-Symbols beside config.py's: h heads, r = kv_lora_rank, n = nope_dim, p = rope_dim, v = v_dim,
+Symbols beside config/schema.py's: h heads, r = kv_lora_rank, n = nope_dim, p = rope_dim, v = v_dim,
 L = capacity of the cache, S = new tokens of a step.
 """
 

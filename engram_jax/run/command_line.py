@@ -145,7 +145,7 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
 
 
 def _check_file(config_flag: str, value: str) -> None:
-    """The file must exist, run, and return a configuration (the part after a colon is its argument).
+    """The file must exist, run, and return a configuration (after a colon comes its argument).
 
     config_flags runs it again; its own messages lack the line number or span several lines.
     """

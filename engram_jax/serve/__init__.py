@@ -1,1 +1,1 @@
-"""Inference: continuous batching, with the memory on the device or off it."""
+"""Inference: continuous batching, with the tables on the device, in host memory or in a file."""

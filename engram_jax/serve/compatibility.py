@@ -1,5 +1,4 @@
-"""Whether what is served together belongs together: the rows and the weights, and the length of a
-sequence and what the model was trained for."""
+"""Checks that the rows belong to the weights, and sequences are no longer than trained ones."""
 
 from __future__ import annotations
 
@@ -12,13 +11,13 @@ from engram_jax.config.errors import UserError
 from engram_jax.config.validate import validate
 from engram_jax.memory.store.memory_file import MemoryFile
 
-CHECKPOINT = "checkpoint"  # in a memory file's metadata: the digest of what it was made from
+CHECKPOINT = "checkpoint"  # in a memory file's metadata: the digest of its checkpoint
 _SHOWN = 12  # digits of a digest
 Warn = Callable[[str], None]
 
 
 def describe(trained: LoadedModel) -> dict[str, str]:
-    """What a memory file says of the checkpoint that its rows are of."""
+    """A memory file's metadata about the checkpoint that its rows are from."""
     return {
         "name": trained.program.config.name,
         "run": trained.run,
@@ -28,8 +27,8 @@ def describe(trained: LoadedModel) -> dict[str, str]:
 
 
 def check_memory(file: MemoryFile, trained: LoadedModel, serve: ServeConfig, warn: Warn) -> None:
-    """Raises UserError for rows of another checkpoint than the weights, or warns, if
-    serve.accept_other_memory says so. Rows in any format belong to their checkpoint."""
+    """Raises UserError for rows of another checkpoint than the weights, or warns if
+    serve.accept_other_memory is set. The rows' format makes no difference."""
     said = file.metadata
     parts = [said.get("name", "a model without a name")]
     parts += [f"{key} {said[key]}" for key in ("run", "step") if key in said]
@@ -55,9 +54,9 @@ def check_memory(file: MemoryFile, trained: LoadedModel, serve: ServeConfig, war
 
 
 def with_capacity(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> ServeConfig:
-    """`serve` with its capacity in tokens, 0 being what the model was last trained for.
+    """`serve` with its capacity in tokens; 0 becomes the length the model was last trained with.
 
-    Raises UserError for more than that, or warns, if serve.accept_longer says so.
+    Raises UserError for more than that, or warns if serve.accept_longer is set.
     """
     serve = replace(serve, capacity=serve.capacity or trained.seq_len)
     validate(replace(trained.program.config, serve=serve))
@@ -68,7 +67,7 @@ def with_capacity(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Serve
 def for_one(
     trained: LoadedModel, serve: ServeConfig, prompt: int, answer: int, warn: Warn
 ) -> ServeConfig:
-    """`serve` for a single sequence of `prompt` + `answer` tokens, of which the latter are
+    """`serve` for a single sequence of `prompt` + `answer` tokens, where `answer` is
     config.generate.max_tokens. Errors: as `with_capacity`."""
     what = f"config.generate.max_tokens = {answer}, with a prompt of {prompt} tokens"
     _check_length(what, prompt + answer, trained, serve, warn)

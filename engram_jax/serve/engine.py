@@ -3,15 +3,15 @@
 One iteration (`step`):
 
     device                                host
-    blocks before the first Engram layer  read the tokens sampled by the last iteration, end what
-                                          ends, hash, ask for the rows of all Engram layers
-    Engram layer, blocks behind it, ...   rows of the next Engram layer
+    blocks before the first Engram layer  read the tokens sampled by the last iteration, end finished
+                                          sequences, hash, request the rows of all Engram layers
+    Engram layer, blocks after it, ...    rows of the next Engram layer
     sample
-    a chunk of prompts, likewise          (its rows were asked for at the end of the last iteration)
+    a chunk of prompts, likewise          (its rows were requested at the end of the last iteration)
 
-The tokens of an iteration are read while the next one's first blocks run: these need nothing that
-the host knows. Tokens do not depend on what else runs (serve/engine_steps.py), nor on where rows
-lie.
+The tokens of an iteration are read while the next one's first blocks run: these need nothing from
+the host. Tokens depend neither on the other sequences of a batch (serve/engine_steps.py) nor on
+where rows are stored.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from engram_jax.sharding.rules import P
 
 @dataclasses.dataclass
 class _Flight:
-    """What has been dispatched and not been read.
+    """A dispatched batch whose results have not been read.
 
-    rows: (row of the batch, sequence, tokens before, tokens computed, whether what was sampled is
-      the sequence's next token).
+    rows: (row of the batch, sequence, tokens before, tokens computed, whether the sampled token is
+      the sequence's next one).
     """
 
     sampled: Sampled
@@ -54,7 +54,7 @@ class Engine:
     """One model, served. Only one thread may call it.
 
     steps: the compiled model, which engines may share; its `serve` is this engine's configuration.
-    weights.rows are not used. memory: by Engram layer id; layers that are off need none.
+    weights.rows are not used. memory: by Engram layer id; switched-off layers need none.
     tokenizer: None = texts stay empty. eos_id: ends a sequence; None or negative = nothing does.
     """
 
@@ -130,12 +130,11 @@ class Engine:
 
     @property
     def memory_error(self) -> str:
-        """Why rows of the memory could not be read, the last time that happened; "" = never.
-        Any thread may ask."""
+        """The last error in reading rows of the memory; "" = none so far. Thread-safe."""
         return self._prefetch.error
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start, and what there is now."""
+        """Counts since the start, and the current numbers of sequences and pages."""
         schedule = self._schedule
         return {
             "running": len(schedule.running),
@@ -163,9 +162,9 @@ class Engine:
                     prompt, own = rest.pop()
                     deltas[self.submit(prompt, own)] = []
                 for delta in self.step():
-                    if delta.request in deltas:  # else the end of one that was cancelled before
+                    if delta.request in deltas:  # else the end of one cancelled earlier
                         deltas[delta.request].append(delta)
-        finally:  # interrupted, they would run on with the next call's
+        finally:  # if interrupted, they would run on during the next call
             for number in deltas:
                 self.cancel(number)
         return [Completion.of(d) for d in deltas.values()]
@@ -180,7 +179,7 @@ class Engine:
             self.cancel(number)
 
     def warm_up(self) -> None:
-        """Compile what ordinary requests need, so that the first one does not wait for it."""
+        """Compile what ordinary requests need, so that the first one does not have to wait."""
         for logprobs in (None, 0):
             params = SamplingParams(max_tokens=2, logprobs=logprobs, ignore_eos=True)
             self.generate([[0]], params)
@@ -207,7 +206,7 @@ class Engine:
         return deltas
 
     def _begin_decoding(self, ready: list[Running]) -> tuple[Any, Any]:
-        """The first span, whose tokens the device knows already."""
+        """Run the first span, whose tokens are already on the device."""
         if not ready:
             return None, None
         for sequence in ready:
@@ -219,7 +218,7 @@ class Engine:
         return batch, flow
 
     def _decode(self, ready: list[Running], batch: Any, flow: Any) -> None:
-        """The other spans, for the tokens that the host knows now."""
+        """Run the other spans, for the tokens that the host has now read."""
         rows = [(s.slot, s, 1) for s in ready if s.finish is None]
         if not rows:
             return
@@ -230,7 +229,7 @@ class Engine:
         self._run(batch, flow, rows, asked)
 
     def _ask_for_prompts(self) -> None:
-        """Ask for the rows of what `_prefill` computes in the next step."""
+        """Request the rows of the tokens that `_prefill` computes in the next step."""
         shape = (self.serve.prefill_sequences, self.serve.prefill_chunk)
         chunk = [s for s in self._schedule.running if s.prefilling][: shape[0]]
         tokens = np.zeros(shape, np.int32)
@@ -242,11 +241,11 @@ class Engine:
         self._ahead = tokens, rows, self._prefetch.ask(tokens, rows)
 
     def _prefill(self) -> None:
-        """A further part of some prompts, through all spans."""
+        """Run the next chunk of some prompts through all spans."""
         if self._ahead is None:
             return
         tokens, rows, asked = self._ahead
-        rows = [(row, s, count) for row, s, count in rows if s.slot >= 0]  # not ended, not moved
+        rows = [(row, s, count) for row, s, count in rows if s.slot >= 0]  # not ended, not evicted
         if not rows:
             return
         targets = None
@@ -264,7 +263,7 @@ class Engine:
         self._run(batch, flow, rows, asked, targets)
 
     def _run(self, batch: StepBatch, flow: Any, rows: Any, asked: Any, targets: Any = None) -> None:
-        """All spans behind the first, and the sampler."""
+        """Run all spans after the first, and the sampler."""
         steps, weights = self._steps, self._weights
         self._prefetch.advance(asked, rows)
         for i, layer in enumerate(steps.layers, 1):
@@ -286,10 +285,10 @@ class Engine:
         self._flights.append(flight)
 
     def _batch(self, size: int, rows: Any) -> StepBatch:
-        """(row of the batch, sequence, tokens now) as what the compiled steps take."""
+        """rows: (row of the batch, sequence, tokens now) -> the arrays the compiled steps take."""
         steps = self._steps
         numbers = np.zeros((size, PAGES_FROM + steps.pages_each), np.int32)
-        numbers[:, 0] = self.serve.sequences  # nobody's
+        numbers[:, 0] = self.serve.sequences  # the sentinel slot of unused rows
         seed, levels = np.zeros(size, np.uint32), np.zeros((size, 2), np.float32)
         for row, s, count in rows:
             drawn = len(s.generated) + s.pending
@@ -298,10 +297,10 @@ class Engine:
             seed[row], levels[row] = s.params.seed, (s.params.temperature, s.params.top_p)
         return StepBatch(*jax.device_put((numbers, seed, levels), self._replicated))
 
-    # What came of it
+    # Results
 
     def _read(self) -> None:
-        """Wait for the tokens of the last iteration and tell what became of every request."""
+        """Wait for the tokens of the last iteration and record every request's progress."""
         flights, self._flights = self._flights, []
         for flight in flights:
             sampled = flight.sampled
@@ -323,7 +322,7 @@ class Engine:
         ]
 
     def _token(self, s: Running, token: int, own: Any, row: int) -> None:
-        """A new token of a sequence: keep it, or end."""
+        """A new token of a sequence: keep it, or end the sequence."""
         params = s.params
         if not s.pending:  # nothing but the prompt was asked for
             self._end(s, Finish.LENGTH)
@@ -358,10 +357,10 @@ class Engine:
         del self._open[s.number]
         self._tell(s, text=text, finish=finish, error=error)
 
-    # Out of the device's memory and back
+    # Eviction: swapping out and in
 
     def _pages_of(self, s: Running) -> np.ndarray:
-        """int32 [n], behind the sequence's own a page that does not exist."""
+        """int32 [n]: the sequence's pages, then a page number out of range."""
         pages = np.full(self._steps.pages_each, self._steps.page_count, np.int32)
         pages[: len(s.pages)] = s.pages
         return pages
@@ -383,7 +382,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End the threads that fetch rows."""
+        """Stop the threads that fetch rows."""
         self._prefetch.close()
 
 

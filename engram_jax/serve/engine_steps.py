@@ -1,9 +1,9 @@
-"""The compiled parts of a step: the model cut in front of its Engram layers, and the sampler.
+"""The compiled parts of an engine's step: the model, split before each Engram layer; the sampler.
 
 The first span needs tokens only. Every further one begins with an Engram module and needs its
-rows; while they are on their way, the device runs the span before. Shapes are fixed (the slots x
-1 token, or `prefill_sequences` x `prefill_chunk`), so a sequence's numbers depend on itself alone,
-whoever runs beside it.
+rows; while they are being fetched, the device runs the span before. Shapes are fixed (the slots x
+1 token, or `prefill_sequences` x `prefill_chunk`), so a sequence's results do not depend on the
+others in its batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engram_jax.sharding.rules import P, row_major
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """What sequences leave on the device between steps.
+    """The sequences' state on the device between steps.
 
     pool: [layers, pages, page, r + p], see MLA.paged.
     tails: Engram layer id -> the convolution's last inputs [slots, L, M, d], None without one.
@@ -44,10 +44,10 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepBatch:
-    """Which sequences a step runs.
+    """The sequences of a step.
 
-    numbers: int32 [B, 5 + n]: slot (beyond the last: nobody), tokens before, tokens now, tokens
-      generated before, top_k; then the pages.
+    numbers: int32 [B, 5 + n]: slot (an unused row has the number of slots), tokens before, tokens
+      now, tokens generated before, top_k; then the pages.
     seed: uint32 [B]. levels: float32 [B, 2], temperature and top_p.
     """
 
@@ -78,7 +78,7 @@ PAGES_FROM = 5
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Flow:
-    """What goes from span to span: tokens int32 [B, S], streams [B, S, M, d]."""
+    """What one span passes to the next: tokens int32 [B, S], streams [B, S, M, d]."""
 
     tokens: jax.Array
     x: jax.Array
@@ -97,8 +97,8 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """tokens int32 [B]; their log-probabilities, and those of the fed tokens' successors [B, S],
-    if asked for; logits float32 [B, V] they were drawn from."""
+    """tokens int32 [B]; logits float32 [B, V] they were drawn from; their log-probabilities, and
+    those of the prompt tokens that follow the input ones [B, S], if asked for."""
 
     tokens: jax.Array
     logits: jax.Array
@@ -128,8 +128,8 @@ class EngineSteps:
 
     @property
     def programs(self) -> dict[str, jax.stages.Wrapped]:
-        """What is compiled, in the order a step runs it: "first", "span LAYER" from each Engram
-        layer on, "sample"."""
+        """The compiled functions in the order a step runs them: "first", "span LAYER" for each
+        Engram layer, "sample"."""
         spans = zip(self.layers, self._middle, strict=True)
         named = {f"span {layer}": function for layer, function in spans}
         return {"first": self._first, **named, "sample": self._sample}
@@ -149,14 +149,15 @@ class EngineSteps:
         return min(MAX_LOGPROBS, self.program.config.tokenizer.vocab_size)
 
     def first(self, weights: Weights, cache: Cache, batch: StepBatch, tokens: Any) -> Any:
-        """Tokens int32 [B, S] (None: those sampled last) through what precedes all Engram layers.
+        """Run tokens int32 [B, S] (None: those sampled last) through the layers before the first
+        Engram layer.
 
-        Returns (flow, cache); the cache given is used up, here and below.
+        Returns (flow, cache); the given cache is donated, here and below.
         """
         return self._first(weights, cache, batch, tokens)
 
     def span(self, i: int, weights: Weights, cache: Cache, batch: StepBatch, flow: Flow, rows: Any):
-        """The i-th span, from its Engram layer on. rows [B, S, H, dim], or None = it is off."""
+        """Run the i-th span, from its Engram layer on. rows [B, S, H, dim], None = it is off."""
         return self._middle[i - 1](weights, cache, batch, flow, rows)
 
     def sample(
@@ -169,8 +170,8 @@ class EngineSteps:
         *,
         logprobs: bool,
     ) -> tuple[Sampled, Cache]:
-        """The next tokens, kept in the cache. targets int32 [B, S]: what follows each fed token, to
-        get its log-probability."""
+        """Sample the next tokens, also stored in the cache. targets int32 [B, S]: the prompt token
+        after each input one, whose log-probability is wanted."""
         return self._sample(
             weights, cache, batch, flow, targets, logprobs=logprobs, prompt=targets is not None
         )
@@ -225,7 +226,7 @@ class EngineSteps:
         return Flow(flow.tokens, x), Cache(pool, tails, cache.tokens)
 
     def _switched(self, rows: jax.Array) -> jax.Array:
-        """Rows of the orders that are switched off read as zero."""
+        """The rows, zero for the orders that are switched off."""
         engram = self.program.config.model.engram
         if not self.serve.off_orders:
             return rows
@@ -246,7 +247,7 @@ class EngineSteps:
     ) -> tuple[Sampled, Cache]:
         model = self._model(weights)
         last = jnp.maximum(batch.valid - 1, 0)[:, None, None, None]
-        # By themselves, whoever else's prompt is looked at: another shape may round otherwise.
+        # Always computed separately from the prompt's logits: another shape may round differently.
         logits = model.logits(model.finish(jnp.take_along_axis(flow.x, last, axis=1)))[:, 0]
         fed = None
         if prompt:
@@ -270,15 +271,15 @@ class EngineSteps:
         )
 
     def _swap_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
-        """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n], any number
-        beyond the sequence's own."""
+        """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n]: entries
+        after the sequence's own may be any number."""
         tails = jax.tree.map(lambda t: t[slot], cache.tails)
         return cache.pool.at[:, pages].get(mode="clip"), tails
 
     def _swap_in(
         self, cache: Cache, slot: jax.Array, pages: jax.Array, state: Any, token: jax.Array
     ) -> Cache:
-        """The inverse; pages beyond the sequence's own are out of range, and dropped."""
+        """The inverse; entries after the sequence's own pages are out of range, and dropped."""
         kept, tails = state
         return Cache(
             cache.pool.at[:, pages].set(kept, mode="drop"),

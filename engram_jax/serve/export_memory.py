@@ -1,4 +1,4 @@
-"""What a server reads beside a checkpoint: its tables as a memory file, and which rows matter."""
+"""Exports a checkpoint's tables as a memory file, and counts how often rows are read."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def export_memory(
 ) -> None:
     """Write a checkpoint's tables as a memory file (memory/store/file_format.py).
 
-    row_format: "float32", "bfloat16", "fp8", or "" = as the tables are. accept: keys or sections of
+    row_format: "float32", "bfloat16", "fp8", or "" = the tables' dtype. accept: keys or sections of
     `config` that may differ from what the run was trained with. Needs host memory for the
-    tables, none on the device.
+    tables, none on the device. Raises UserError for a model without memory.
     """
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory to export")
@@ -56,7 +56,8 @@ def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def count_memory(config: Config, path: Path, tokens: int, log: Log) -> None:
-    """Count which rows the first `tokens` training tokens read, into a frequency file."""
+    """Write a frequency file: how often the first `tokens` training tokens read each row. Raises
+    UserError for a model without memory."""
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory whose reads to count")
     data = open_on_all_processes(config, log=log)

@@ -1,4 +1,4 @@
-"""The engine's compiled programs, lowered from shapes alone: what --mode=compile looks at."""
+"""Lowers the engine's compiled programs from shapes alone, for --mode=compile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LoweredSteps:
     """programs: by name, in the order in which a step runs them; "rows 4" reads the rows of Engram
     layer 4 where the tables are on the device.
 
-    weights, cache: shapes of what stays on the device from step to step.
+    weights, cache: shapes of the arrays that stay on the device from step to step.
     """
 
     programs: dict[str, jax.stages.Lowered]

@@ -1,4 +1,4 @@
-"""A trained run as an engine: the weights from its workdir, the memory from where it is to lie."""
+"""Makes an engine from a trained run: its weights, and its tables where config.serve puts them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from engram_jax.serve.row_fetch import DeviceMemory, LayerMemory, StagedMemory, 
 
 
 def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Engine:
-    """The engine of a run's checkpoint; config.serve says where its memory lies.
+    """The engine of a run's checkpoint; config.serve says where its tables are stored.
 
     accept: keys or sections of `config` that may differ from what the run was trained with.
 
-    Raises UserError for what does not fit together: no checkpoint, another model's memory file.
+    Raises UserError without a checkpoint, or for another model's memory file.
     """
     return make_engine(load_for(config, workdir, step, accept), config.serve)
 
@@ -53,9 +53,9 @@ def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = (
 
 
 def make_engine(trained: LoadedModel, serve: ServeConfig, warn: Warn = processes.warn) -> Engine:
-    """An engine over weights and tables of `load_for`. warn: is given lines for the user.
+    """An engine over weights and tables from `load_for`. warn: called with lines for the user.
 
-    Raises UserError for what does not belong together (serve/compatibility.py).
+    Raises UserError for rows, weights and lengths that do not match (serve/compatibility.py).
     """
     return _engine(trained, with_capacity(trained, serve, warn), warn)
 
@@ -75,10 +75,12 @@ def open_memories(
     rows: Any = None,
     check: Callable[[MemoryFile], None] = lambda file: None,
 ) -> dict[str, LayerMemory]:
-    """Every Engram layer's table where `serve` wants it.
+    """Every Engram layer's table, on the tier that `serve` selects.
 
     rows: tables [R, dim] by layer id (on the device for memory = "device"), or None or empty = they
-    come from serve.memory_file. check: of that file, raises UserError.
+    come from serve.memory_file. check: called with that file, may raise UserError.
+
+    Raises UserError for a memory or frequency file that is unusable or does not fit the model.
     """
     if program.addressing is None:
         return {}

@@ -1,10 +1,10 @@
-"""Pages of the key-value cache: which are free, and how many a sequence needs."""
+"""The free list of the key-value cache's pages."""
 
 from __future__ import annotations
 
 
 class Pages:
-    """A free list. pages: of all sequences together; page: tokens of one."""
+    """A free list. pages: their number, for all sequences together; page: tokens in one."""
 
     def __init__(self, pages: int, page: int):
         self.total, self.page = pages, page
@@ -15,11 +15,11 @@ class Pages:
         return len(self._free)
 
     def needed(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Pages that `tokens` tokens need."""
         return -(-tokens // self.page)
 
     def take(self, count: int) -> list[int]:
-        """Raises ValueError if there are fewer; ask `free` first."""
+        """`count` free pages. Raises ValueError if there are fewer; check `free` first."""
         if count > len(self._free):
             raise ValueError(f"{count} pages wanted, {len(self._free)} free")
         return [self._free.pop() for _ in range(count)]

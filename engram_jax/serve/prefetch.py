@@ -1,8 +1,8 @@
-"""Rows ahead of their use: tokens are hashed as soon as they are known, rows are on their way while
-the device computes what comes before their Engram layer.
+"""Prefetches rows: tokens are hashed as soon as they are known, and rows fetched before their use.
 
-Layers are asked for in the order in which they are needed. Waiting is counted, and so is what
-matters of it: how often the device had nothing left to do when rows arrived.
+The fetch overlaps with the blocks before the rows' Engram layer. Layers are requested in the order
+in which they are needed. All waiting for rows is counted, and separately the waiting that matters:
+when the device had run out of work.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ THREADS = 2
 
 @dataclass
 class Asked:
-    """Rows on their way for one batch.
+    """The requested rows of one batch.
 
     canonical: int32 [B, N - 1 + S], histories and new ids. futures: by Engram layer id; a table on
-    the device answers at once.
+    the device returns its rows at once.
     """
 
     canonical: np.ndarray
@@ -44,7 +44,7 @@ class Asked:
 
 
 class Prefetch:
-    """All tables of a model. memory: by Engram layer id, of the layers that are on."""
+    """Fetches from all tables of a model. memory: by Engram layer id, of the layers that are on."""
 
     def __init__(self, program: Program, memory: Mapping[str, LayerMemory], steps: EngineSteps):
         layers = program.addressing.layers if program.addressing is not None else {}
@@ -57,14 +57,14 @@ class Prefetch:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._waits = {"waits": 0, "wait_seconds": 0.0, "late": 0, "late_seconds": 0.0}
         self._waits["read_errors"] = 0
-        self.error = ""  # the last one of them
+        self.error = ""  # the last read error
 
     def empty_history(self) -> np.ndarray:
         """The n-gram history of a sequence that has not begun, int32 [N - 1]."""
         return np.zeros(0, np.int32) if self._hasher is None else self._hasher.empty()
 
     def ask(self, tokens: np.ndarray, rows: Rows) -> Asked:
-        """Begin to fetch. tokens: int32 [B, S], of which `rows` are real."""
+        """Start fetching the rows of all layers. tokens: int32 [B, S], of which `rows` are real."""
         hasher, past = self._hasher, len(self.empty_history())
         canonical = np.zeros((len(tokens), past + tokens.shape[1]), np.int32)
         asked = Asked(canonical)
@@ -89,7 +89,7 @@ class Prefetch:
         return asked
 
     def advance(self, asked: Asked, rows: Rows) -> None:
-        """The asked tokens are computed now: they become part of the sequences' histories."""
+        """Append the requested tokens to the sequences' histories, once they are computed."""
         past = len(self.empty_history())
         for row, sequence, count in rows:
             sequence.history = asked.canonical[row, count : count + past].copy()
@@ -97,9 +97,9 @@ class Prefetch:
     def rows(
         self, asked: Asked, layer: str, rows: Rows, before: Any
     ) -> tuple[jax.Array | None, dict[int, str]]:
-        """([B, S, H, dim], or None for a layer that is off; row -> why its rows cannot be read).
+        """(rows [B, S, H, dim], or None for a layer that is off; row of the batch -> read error).
 
-        before: an array that the device computes meanwhile.
+        before: an array that the device computes meanwhile, to see whether it had to wait.
         """
         if layer not in asked.futures:
             return None, {}
@@ -122,7 +122,7 @@ class Prefetch:
             return self._one_by_one(asked, layer, rows)
 
     def _one_by_one(self, asked: Asked, layer: str, rows: Rows) -> tuple[jax.Array, dict[int, str]]:
-        """Whose rows are damaged is found out by reading each sequence's alone."""
+        """Read each sequence's rows separately, to find the sequences whose rows are damaged."""
         addresses, errors = asked.addresses[layer], {}
         parts: dict[int, jax.Array] = {}
         for row, _, count in rows:
@@ -146,9 +146,9 @@ class Prefetch:
 
         read_errors: sequences that ended because their rows could not be read.
         waits, wait_seconds: how often and how long the host waited for rows. late, late_seconds:
-        of these, when the device had run out of work meanwhile. Rows that were there when the host
-        looked count as no wait, and the move to the device is not seen: this is no measure of all
-        of the device's idle time.
+        of these, when the device had run out of work meanwhile. Rows that are ready when the host
+        asks count as no wait, and the transfer to the device is not measured: this is not all of
+        the device's idle time.
         """
         total: dict[str, float] = {}
         for memory in self.memory.values():

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine and what it gets back."""
+"""The engine's requests and results: sampling parameters, deltas, completions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from engram_jax.config.errors import UserError
 
 MAX_LOGPROBS = 20  # alternatives per token; a constant of the compiled step
 MAX_STOPS = 16
-MAX_STOP_LENGTH = 1_000  # characters; all that waits for one is compared at every token
+MAX_STOP_LENGTH = 1_000  # characters; all text held back for one is compared at every token
 
 
 class QueueFullError(Exception):
-    """The queue holds as many requests as it may; try again later."""
+    """The queue is full; try again later."""
 
 
 class Finish(StrEnum):
@@ -31,10 +31,10 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence is continued.
+    """How one sequence is continued. Raises UserError for a value out of range.
 
     temperature: 0 = greedy. top_k: 0 = all tokens. top_p: 1 = all.
-    seed: the draws depend on it and on the number of tokens generated so far, on nothing else.
+    seed: the draws depend only on it and on the number of tokens generated so far.
     stop: strings; the text ends before the first that appears. stop_ids: likewise, token ids.
     logprobs: None = none; n = log-probabilities of the chosen and of the n likeliest tokens, of
       the model's own distribution (temperature 1, all tokens).
@@ -85,14 +85,14 @@ class SamplingParams:
 
     @classmethod
     def of(cls, config: GenerateConfig, **other: Any) -> SamplingParams:
-        """The configuration's; `other` overrides."""
+        """The configuration's parameters; `other` overrides."""
         names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
         return cls(**{name: getattr(config, name) for name in names} | other)
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """Of one token: its log-probability, and the likeliest alternatives, best first."""
+    """A token, its log-probability (nats), and those of the likeliest tokens, best first."""
 
     token: int
     logprob: float

@@ -1,8 +1,8 @@
-"""Where the rows of one Engram layer come from: addresses in, rows on the device out.
+"""Fetches one Engram layer's rows to the device, from a table on the device or off it.
 
-On the device a table is gathered there. Elsewhere a `RowSource` (memory/store/) gives stored bytes,
-which are staged in host buffers, moved, and become numbers on the device. What comes out is the
-same to the last bit.
+A table on the device is gathered there. Otherwise a `RowSource` (memory/store/) reads stored bytes,
+which are staged in host buffers, transferred, and decoded on the device. The rows are the same to
+the last bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engram_jax.memory.table import lookup
 from engram_jax.model.program import Program
 from engram_jax.sharding.rules import P, row_major
 
-BUFFERS = 2  # one is filled while the other is moved
+BUFFERS = 2  # one is filled while the other is transferred
 STATS = (
     *("lookups", "hits_device", "hits_host_cache"),
     *("moved_rows", "moved_bytes", "file_bytes", "seconds"),
@@ -40,14 +40,14 @@ class LayerMemory(Protocol):
     """One Engram layer's table."""
 
     def fetch(self, addresses: np.ndarray) -> jax.Array:
-        """int32 [B, S, H] -> rows [B, S, H, dim]. The host's part is done when this returns, the
-        device's is under way. Raises UserError where stored rows cannot be read."""
+        """int32 [B, S, H] -> rows [B, S, H, dim]. The host's work is done when this returns, the
+        device's is dispatched. Raises UserError where stored rows cannot be read."""
         ...
 
     def stats(self) -> dict[str, float]:
-        """lookups; hits_device, hits_host_cache; moved_rows and moved_bytes to the device;
-        file_bytes, of the blocks that were read and verified, from the disk or the page cache;
-        seconds of the host."""
+        """lookups; hits_device, hits_host_cache; moved_rows and moved_bytes, transferred to the
+        device; file_bytes, of the blocks that were read and verified, from the disk or the page
+        cache; seconds of the host."""
         ...
 
 
@@ -97,7 +97,7 @@ class StagedMemory:
         if hot is not None and len(hot):
             self._slots = Slots(hot)
             parts = source.format.empty(len(hot))
-            # Past a cache, which would take them for rows that are asked for there.
+            # Bypassing a cache, which would count them as lookups.
             behind = source.source if isinstance(source, CachedTable) else source
             behind.gather(np.ascontiguousarray(hot), parts)
             self._hot = on_device(program, parts)
@@ -134,8 +134,8 @@ class StagedMemory:
             return rows.reshape(*addresses.shape, -1)
 
     def _plan(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
-        """(rows to read; for every lookup its number among the hot rows and, behind them, these,
-        None = they are the lookups in order; lookups that need no reading)."""
+        """(rows to read; for every lookup its index in the hot rows followed by the rows to read,
+        None = the rows to read are the lookups in order; lookups that need no reading)."""
         if self._slots is None:
             if ids.size < MERGE_FROM:
                 return ids, None, 0
@@ -152,7 +152,7 @@ class StagedMemory:
         return self._stats | {name: value - self._before[name] for name, value in behind}
 
     def _behind(self) -> dict[str, float]:
-        """What the tiers behind the device have counted, the filling of `hot` included."""
+        """The counts of the tiers below the device, including the reads that filled `hot`."""
         source, found = self.source, {"hits_host_cache": 0.0, "file_bytes": 0.0}
         if isinstance(source, CachedTable):
             found["hits_host_cache"] = source.counters.snapshot().hits
@@ -163,13 +163,13 @@ class StagedMemory:
 
 
 def on_device(program: Program, parts: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
-    """Stored parts, uint8 [R, bytes_i], on the device, the bytes of a row together."""
+    """Stored parts, uint8 [R, bytes_i], on the device, row-major."""
     where = row_major(program.mesh, P(), 2)
     return tuple(jax.device_put(part, where) for part in parts)
 
 
 def _assemble(stored: RowFormat, indexed: bool, hot: Any, staged: Any, index: Any) -> jax.Array:
-    """Stored bytes [m, bytes_i], and the hot ones, to the rows of all lookups [n, dim]."""
+    """The rows of all lookups [n, dim] from stored bytes [m, bytes_i] and the hot rows' bytes."""
     if not indexed:
         return stored.decode(staged)
     if hot is None:
@@ -189,17 +189,17 @@ def _assemble(stored: RowFormat, indexed: bool, hot: Any, staged: Any, index: An
 
 
 def _bucket(rows: int, lookups: int) -> int:
-    """Of few sizes, so that few programs are compiled: an eighth of the lookups or a multiple."""
+    """`rows` rounded up to eighths of the lookups: few sizes, so that few programs are compiled."""
     unit = max(1, -(-lookups // 8))
     return max(1, -(-rows // unit)) * unit
 
 
 class _Buffers:
-    """Host memory that rows are staged in, until the device has made numbers of them.
+    """Host memory that rows are staged in, until the device has decoded them.
 
-    That they have been moved is not enough: JAX uses an array of the host where it lies if the
-    device is a CPU and the array is aligned (whatever `may_alias` says, for NumPy's arrays), which
-    these are, to save the copy.
+    That the transfer has ended is not enough: if the device is a CPU, JAX uses an aligned host
+    array in place (whatever `may_alias` says, for NumPy arrays), and these are aligned to save the
+    copy.
     """
 
     def __init__(self, stored: RowFormat):
@@ -207,12 +207,12 @@ class _Buffers:
         self._user: Any = ()
 
     def of(self, rows: int) -> tuple[np.ndarray, ...]:
-        """Buffers of so many rows, uint8 [rows, bytes_i], free to be overwritten."""
+        """Buffers of `rows` rows, uint8 [rows, bytes_i], free to be overwritten."""
         jax.block_until_ready(self._user)
         if len(self._parts[0]) < rows:
             self._parts = self._stored.empty(rows)
         return tuple(part[:rows] for part in self._parts)
 
     def used_by(self, rows: jax.Array) -> None:
-        """What is computed from them."""
+        """Record the array computed from the buffers: they are free when it is ready."""
         self._user = rows

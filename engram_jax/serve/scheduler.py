@@ -1,14 +1,14 @@
-"""Which sequences run: first come, first served, in bounded memory, by rules and without luck.
+"""The scheduler: decides which sequences run, first come, first served, in bounded memory.
 
-* A request is admitted when nothing older waits, a slot is free and pages for its whole prompt
-  and one token more are; one that can never fit was refused when it was submitted.
+* A request is admitted when nothing older waits, and a slot and pages for its whole prompt and one
+  more token are free; one that can never fit was refused when it was submitted.
 * A running sequence takes a page whenever it has filled its last one. If none is free, the
-  youngest running sequence is moved out: its state goes to host memory as it is, its pages and its
-  slot are free. (Nothing is computed again: the state of a sequence that comes back is the same to
-  the last bit.) The oldest can always go on, because one sequence always fits.
-* Who was moved out comes back, oldest first, before anything new is admitted, when its pages are
-  free and one more for everyone who runs. So at most `slots` sequences have begun at any time, and
-  host memory is bounded by their states.
+  youngest running sequence is evicted (swapped out): its state goes to host memory, its pages and
+  its slot become free. (Nothing is recomputed: a sequence that is swapped in has the same state to
+  the last bit.) The oldest can always continue, because one sequence always fits.
+* Evicted sequences are swapped in, oldest first, before anything new is admitted, when their pages
+  and one more for every running sequence are free. So at most `slots` sequences have begun at any
+  time, and host memory is bounded by their states.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from engram_jax.serve.request import Finish, QueueFullError, SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """One request on its way.
+    """One unfinished request.
 
     computed: tokens in the cache. pending: its next token is being computed.
     history: its last N - 1 canonical ids (addressing/hash_numba.py).
-    saved: its state on the host, while it is moved out. text: detokenisation, or None.
+    saved: its state on the host, while it is evicted. text: its `TextStream`, or None.
     """
 
     number: int
@@ -52,17 +52,17 @@ class Sequence:
 
     @property
     def begins_with(self) -> int:
-        """Tokens that it needs room for before it runs: its prompt and the first of its answer."""
+        """Tokens it needs room for before it runs: its prompt and the first generated one."""
         return len(self.prompt) + min(1, self.params.max_tokens)
 
     @property
     def wants_token(self) -> bool:
-        """Whether a further token is to be computed, as far as is known before the pending one."""
+        """Whether to compute another token, as far as is known before the pending one is read."""
         return len(self.generated) + self.pending < self.params.max_tokens
 
 
 class Schedule:
-    """The waiting, the running and those moved out."""
+    """The waiting, running and evicted (`moved_out`) sequences."""
 
     def __init__(self, slots: int, pages: Pages, queue: int):
         self.pages, self.queue = pages, queue
@@ -82,7 +82,7 @@ class Schedule:
         self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Requests that begin now."""
+        """Start waiting requests while there is room; returns those started."""
         begun = []
         while self.waiting and self._slots and not self.moved_out:
             needed = self.pages.needed(self.waiting[0].begins_with)
@@ -94,7 +94,7 @@ class Schedule:
         return begun
 
     def come_back(self) -> list[Sequence]:
-        """Those that were moved out and have a place again: their states must be put back."""
+        """Give evicted sequences a place again; returns those whose states must be swapped in."""
         back = []
         while self.moved_out and self._slots:
             sequence = self.moved_out[0]
@@ -113,7 +113,7 @@ class Schedule:
         self.running.sort(key=lambda s: s.number)
 
     def room_for_next(self) -> tuple[list[Sequence], list[Sequence]]:
-        """(sequences whose next token can be computed, those that must be moved out for it).
+        """(sequences whose next token can be computed, those that must be evicted for it).
 
         Both oldest first. The state of the latter must be saved before anything is computed; then
         call `vacate` on each of them.
@@ -133,21 +133,21 @@ class Schedule:
         return [s for s in ready if s not in out], out[::-1]
 
     def vacate(self, sequence: Sequence) -> None:
-        """Take a sequence's place away; it waits to come back."""
+        """Evict a sequence: free its slot and pages; it waits to be swapped in again."""
         self.evictions += 1
         self._leave(sequence)
         self.moved_out.append(sequence)
         self.moved_out.sort(key=lambda s: s.number)
 
     def grow(self, sequence: Sequence) -> bool:
-        """Give it the page that its next token needs; True if that is a new one."""
+        """Give it the page that its next token needs; True if it got a new one."""
         if self.pages.needed(sequence.computed + 1) <= len(sequence.pages):
             return False
         sequence.pages += self.pages.take(1)
         return True
 
     def end(self, sequence: Sequence) -> None:
-        """It has finished: whatever it holds is free."""
+        """Remove a finished sequence and free what it holds."""
         sequence.saved = None
         if sequence in self.running:
             self._leave(sequence)
