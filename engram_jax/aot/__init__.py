@@ -1,1 +1,1 @@
-"""What a program compiled for a TPU slice costs, by the compiler's own output; no TPU needed."""
+"""Compiles programs for a TPU slice without one, and reads their cost from the compiler's output."""

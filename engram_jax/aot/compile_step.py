@@ -1,8 +1,8 @@
-"""--mode=compile: the step of training, or of serving, compiled for a TPU slice that is not there.
+"""--mode=compile: compiles the training or serving step for a described TPU slice; no TPU needed.
 
-What is compiled is what runs: the same functions, meshes, shardings and donations, with shapes in
-place of arrays. Only the values of the tokenizer's compression are made up, where no tokenizer is
-given; its shape is not.
+The compiled programs are those that run: the same functions, meshes, shardings and donations, with
+shapes in place of arrays. Only the values of the tokenizer's compression are made up where no
+tokenizer is given, not its shape.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARE_OF_CANONICAL = 0.766  # of a tokenizer's ids, where neither is known (Deep
 
 
 def compile_step(config: Config, topology_name: str, program_name: str = TRAIN) -> dict[str, Any]:
-    """`aot.step_cost.examine` of the compiled step, with the mesh and what the exchange needs.
+    """`step_cost.examine` of the compiled step, with the mesh and the cost of the row exchange.
 
     topology_name: "v5p:4x4x8". program_name: "train": one update of the whole batch; "decode" or
       "prefill": what the inference engine runs for one more token of serve.sequences sequences, or
@@ -74,7 +74,7 @@ def compile_step(config: Config, topology_name: str, program_name: str = TRAIN) 
 def _examined(
     program: Program, lowered: jax.stages.Lowered, state: Any, topology: Topology
 ) -> dict[str, Any]:
-    """One program compiled. state: what is donated to it."""
+    """The report of one program, compiled. state: its donated arguments."""
     dim = program.config.model.engram.dim
     tables = [(layout.rows_per_device, dim) for layout in program.layouts.values()]
     try:
@@ -87,10 +87,11 @@ def _examined(
 def smallest_slice(
     config: Config, topology_name: str, program_name: str, log: Callable[[str], None]
 ) -> str | None:
-    """The smallest slice of the same generation that holds a step which `topology_name` does not;
-    None if the largest does not either. Compiles for one slice after another, which takes minutes.
+    """The smallest slice of the same generation that a step fits which does not fit
+    `topology_name`; None if there is none. It compiles for one slice after another, which takes
+    minutes.
 
-    As many microbatches as leave a device the sequences it has now.
+    The number of microbatches is adapted so that a device keeps its number of sequences.
     """
     generation, size = parse_topology(topology_name)
     here, addressing = math.prod(size), _addressing(config)
@@ -137,7 +138,7 @@ def _lowered(program: Program, program_name: str) -> LoweredSteps:
 
 
 def _kept_bytes(steps: LoweredSteps) -> dict[str, int]:
-    """Bytes on one device, without padding, of what the engine keeps there."""
+    """Bytes on one device, without padding, of the engine's resident arrays."""
     weights = steps.weights
     return {
         "parameters": step_cost.shard_bytes((weights.params, weights.router_bias)),
@@ -147,7 +148,7 @@ def _kept_bytes(steps: LoweredSteps) -> dict[str, int]:
 
 
 def exchange_of(program: Program) -> dict[str, Any]:
-    """What one table's rows cost one device in a step, one way, by plan: rows and bytes."""
+    """Planned rows and bytes that one device receives for one table in a step, one way."""
     devices, width = program.axes.devices, program.config.model.engram.dim
     item = jnp.dtype(program.config.model.dtype).itemsize
     distinct = program.config.mesh.distinct or PLANNED_DISTINCT
@@ -184,7 +185,7 @@ def _train(program: TrainingProgram) -> tuple[jax.stages.Lowered, Any]:
 
 
 def _batch(program: Program) -> dict[str, Any]:
-    """A batch as the data pipeline makes it, in shapes."""
+    """The shapes, dtypes and shardings of a batch from the data pipeline."""
     data, engram = program.config.data, program.config.model.engram
     shape = (data.batch_size, data.seq_len)
 
@@ -208,7 +209,7 @@ def _received(part: dict[str, Any]) -> str:
 
 
 def as_table(found: dict[str, Any]) -> str:
-    """A report as lines for a terminal."""
+    """A report as text for a terminal."""
     mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
     lines = [
         f"{found['name']}, {found['program']} step, {found['global_batch_tokens']:,} tokens,"

@@ -1,4 +1,4 @@
-"""Compiling a lowered step with the text of what came out, also where it does not fit."""
+"""Compiles a lowered program and returns its HLO text, even where it does not fit in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True)
 class Buffer:
-    """A buffer that is alive when the program needs most: bytes as allocated, HLO instruction."""
+    """A buffer that is alive at peak memory use: its HLO instruction, and bytes as allocated."""
 
     name: str
     bytes: int
@@ -26,9 +26,9 @@ class Buffer:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one device, as memory_analysis() has them for a program that fits.
+    """Bytes of one device, as memory_analysis() reports them for a program that fits.
 
-    peak: the most that is alive at one time, code included; what is compared with the capacity.
+    peak: the most that is alive at one time, code included; it is compared with the capacity.
     """
 
     argument: int
@@ -40,13 +40,13 @@ class MemoryUse:
 
 
 class DoesNotFitError(Exception):
-    """The compiler refused the program for want of HBM.
+    """The compiler rejected the program because it needs too much HBM.
 
     needed, available: bytes of one device, from XLA's message (which rounds to 10 MiB).
-    text: the optimized module, "" if the compiler left none.
-    memory: from the compiler's buffer assignment, None if it left none; code is not known then.
+    text: the optimized module, "" if the compiler dumped none.
+    memory: from the compiler's buffer assignment, None if it dumped none; without the code's size.
     buffers: those alive at the peak, largest first.
-    seconds: until it was refused.
+    seconds: until it was rejected.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ def compile_with_text(
     """Compile; return the program, the text of its optimized module, and the seconds it took.
 
     The text is XLA's own dump: `compiled.as_text()` fails on programs with gathers on SparseCores.
-    The persistent compilation cache is passed by, since a cached program comes without a dump.
+    The persistent compilation cache is bypassed, since a cached program comes without a dump.
 
     Args:
-      lowered: of `jax.jit(...).lower(...)`.
-      options: XLA's compiler options (`xla_flags.options_for`).
-      stage: which of XLA's dumps; "after_codegen" also tells the VMEM that kernels use.
+      lowered: from `jax.jit(...).lower(...)`.
+      options: XLA's compiler options (hardware/xla_flags.py).
+      stage: which of XLA's dumps; "after_codegen" also has the VMEM that kernels use.
 
     Raises:
-      DoesNotFitError: too little HBM. Other failures of the compiler stay what they are.
+      DoesNotFitError: too little HBM. Other errors of the compiler are raised unchanged.
     """
     with tempfile.TemporaryDirectory(prefix="engram_hlo_") as folder:
         dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -108,7 +108,7 @@ def _without_cache() -> Iterator[None]:
 
 
 def _dumped(folder: Path, ending: str) -> str:
-    """The dump of that name; of the largest module, should helpers have been compiled beside it."""
+    """The dump with that ending, of the largest module if there are several (helper programs)."""
     files = sorted(folder.glob(f"*{ending}"), key=lambda path: path.stat().st_size)
     return files[-1].read_text() if files else ""
 
@@ -136,8 +136,8 @@ def memory_of(compiled: jax.stages.Compiled) -> MemoryUse:
 # ---- what does not fit ---------------------------------------------------------------------------
 
 _SIZE = r"([\d.]+)([BKMGT]?)"
-# libtpu 0.0.52 estimates before it assigns buffers and stops with the first; the second is of the
-# assignment itself.
+# libtpu 0.0.52 estimates memory before it assigns buffers, and fails with the first message; the
+# second comes from the assignment itself.
 _SHORTAGES = (
     re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
     re.compile(rf"Ran out of memory in memory space hbm\. Used {_SIZE} of {_SIZE} hbm"),
@@ -145,7 +145,7 @@ _SHORTAGES = (
 
 
 def is_hbm_shortage(message: str) -> bool:
-    """Whether XLA's message says that HBM (not VMEM or another memory) was too small."""
+    """Whether XLA's message reports that HBM (not VMEM or another memory) was too small."""
     return "RESOURCE_EXHAUSTED" in message and any(s.search(message) for s in _SHORTAGES)
 
 
@@ -186,7 +186,7 @@ def _does_not_fit(message: str, folder: Path, seconds: float) -> DoesNotFitError
 
 def alive_at_peak(live_ranges: str, assignment: str) -> tuple[Buffer, ...]:
     """The buffers alive at the peak, largest first: names from XLA's dump of live ranges, sizes
-    with padding from its buffer assignment, which also tells what shares one (listed once)."""
+    with padding from its buffer assignment; values that share a buffer are listed once."""
     listing = live_ranges.partition("(peak):")[2].partition("Stack trace")[0]
     alive = set(re.findall(r"^\s+(\S+?\{[\d,]*\}): \d+ bytes", listing, re.MULTILINE))
     found: dict[tuple[str, str], Buffer] = {}
@@ -203,7 +203,8 @@ def alive_at_peak(live_ranges: str, assignment: str) -> tuple[Buffer, ...]:
 
 
 def _assigned(assignment: str, needed: int | None) -> MemoryUse | None:
-    """Sums over XLA's dump of the buffer assignment; memories other than HBM have a colour."""
+    """Sums over XLA's dump of the buffer assignment, where memories other than HBM have a colour.
+    """
     argument = output = temp = alias = 0
     for line in assignment.splitlines():
         found = re.match(r"allocation \d+: size (\d+), (.*)", line)

@@ -1,19 +1,19 @@
-"""What a compiled step moves: collectives with their bytes, and copies of whole tables.
+"""Finds the collectives of a compiled step, with their bytes, and its copies of whole tables.
 
 Pure functions of the text of an optimized, partitioned HLO module, in which every shape is one
 device's.
 
-Bytes are those that a device receives in one run of the module, by the size of the values; n
-devices form a group:
+Bytes are those that a device receives in one run of the module, computed from shapes; n devices
+form a group:
 
   all-gather            (n - 1) / n of the output
   reduce-scatter        (n - 1) times the output
   all-reduce            2 (n - 1) / n of the output: a reduce-scatter and an all-gather
   all-to-all            (n - 1) / n of the output
   collective-permute    the output
-  ragged-all-to-all     the output: an upper bound, the true sizes being data
+  ragged-all-to-all     the output: an upper bound, since the true sizes depend on data
 
-`padded_bytes` counts the same on arrays as they lie in memory, rounded up to whole tiles.
+`padded_bytes` counts the same for arrays as stored, rounded up to whole tiles.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of the program, or several alike (same kind, origin and size).
+    """One collective of the program, or several of the same kind, origin and size.
 
     kind: one of KINDS.
-    name: op_name of its metadata ("jit(step)/exchange/all_to_all"); its instruction's without one.
-    count: how often it runs in one run of the module, loops of known trip count multiplied out.
+    name: op_name of its metadata ("jit(step)/exchange/all_to_all"), else the instruction's name.
+    count: how often it runs in one run of the module, multiplied by known trip counts of loops.
     bytes, padded_bytes: received by one device in all `count` runs (see the module's docstring).
-    group_size: n, the devices that take part together.
-    unknown_trips: in a loop whose trip count the text does not tell; counted as one round.
-    conditional: in a branch that may not be taken; counted as if it were.
+    group_size: n, the devices of a group.
+    unknown_trips: it is in a loop whose trip count the text does not give; counted as one round.
+    conditional: it is in a branch that may not be taken; counted as if it were.
     """
 
     kind: str
@@ -64,8 +64,8 @@ class Collective:
 class LargeCopy:
     """An instruction that fills a buffer of a table's size: `bytes` of values, without padding.
 
-    vmem: it brings the table into VMEM or back. XLA does so with what fits there beside the rest:
-    a bounded cost, and no memory of HBM.
+    vmem: it copies the table into VMEM or back. XLA does this with arrays that fit there: a bounded
+    cost, and no HBM.
     """
 
     name: str
@@ -77,7 +77,7 @@ class LargeCopy:
 
 
 def collectives(text: str | Module) -> list[Collective]:
-    """Every collective of the module, largest first; those that are alike are added up."""
+    """Every collective of the module, largest first; equal ones are added up."""
     module = parse_hlo(text) if isinstance(text, str) else text
     found: dict[tuple, Collective] = {}
     for place in _places(module, module.entry, _Place(1, False, False)):
@@ -115,7 +115,7 @@ class _Place:
 
 
 def _places(module: Module, computation: Computation, place: _Place) -> Iterator[_Place]:
-    """The computation and everything it runs: loops, branches, calls, fusions, async wrappers."""
+    """The computation and all that it calls: loops, branches, calls, fusions, async wrappers."""
     yield replace(place, computation=computation)
     for instruction in computation.instructions.values():
         inner = place
@@ -138,11 +138,11 @@ def _in_computation(module: Module, computation: Computation) -> Iterator[Collec
         for i in computation.instructions.values()
     )
     for instruction in computation.instructions.values():
-        # The done of a pair carries no name of ours: "all-gather-done" is not in KINDS.
+        # The done of an asynchronous pair is skipped: "all-gather-done" is not in KINDS.
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        # TPUs hide a collective by fusing parts of it into compute: it then stands in the fusion
+        # TPUs hide a collective by fusing parts of it into compute: it then appears in the fusion
         # that starts it, in every fusion that continues it and in the one that ends it.
         if "async_collective_fusion_config" in instruction.backend_config and not starts:
             continue
@@ -171,8 +171,8 @@ def _in_computation(module: Module, computation: Computation) -> Iterator[Collec
 
 
 def _is_scattered(instruction: Instruction, computation: Computation, n: int) -> bool:
-    """Whether an all-reduce is one of which a fusion keeps the device's own part: TPUs write a
-    reduce-scatter as the custom fusion "all-reduce-scatter" of all-reduce and dynamic-slice."""
+    """Whether an all-reduce is really a reduce-scatter, which TPUs write as the custom fusion
+    "all-reduce-scatter" of an all-reduce and a dynamic-slice of the device's own shard."""
     root = computation.root
     if root.opcode != "dynamic-slice" or root.operands[0] != instruction.name:
         return False
@@ -190,15 +190,15 @@ def _group_size(instruction: Instruction, module: Module) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", instruction.attributes)
     if iota:
         return int(iota[2])
-    return module.devices  # replica_groups={}: everyone
+    return module.devices  # replica_groups={}: all devices
 
 
 # ---- copies --------------------------------------------------------------------------------------
 
 VMEM = 1  # the number of its memory space
 
-# These name a buffer that exists already; while, conditional and call hand on those of the
-# computations they run, which are looked at themselves.
+# These name an existing buffer; while, conditional and call return those of the computations they
+# run, whose instructions are examined themselves.
 _NO_BUFFER = {
     "parameter",
     "tuple",
@@ -211,8 +211,8 @@ _NO_BUFFER = {
     "partition-id",
     "replica-id",
 }
-# XLA gives the result of these the buffer of their first operand, and puts a copy in front, which
-# is then found, where that buffer must live on.
+# XLA gives the result of these the buffer of their first operand, and inserts a copy, which is then
+# found, where that buffer is still needed.
 _IN_PLACE = {"dynamic-update-slice", "scatter"}
 
 
@@ -221,19 +221,18 @@ def large_copies(
 ) -> list[LargeCopy]:
     """Instructions that fill a buffer as large as a table's shard.
 
-    Looked at are the instructions of the entry, loop bodies, branches and calls: what stands inside
-    a fusion or an async wrapper has no buffer of its own. An instruction counts if an array of its
-    result
+    The instructions of the entry, loop bodies, branches and calls are examined: those inside a
+    fusion or an async wrapper have no buffers. An instruction counts if an array of its result
 
       * has as many elements as one of `shapes` (so also transposed, reshaped or converted), or
       * is gathered from a shard: an all-gather to [>= R, dim] for a shape [R, dim], or
       * has at least `min_bytes` (values, without padding),
 
-    and if that array is not written in place. In place are: instructions whose operand is said to
-    be aliased with that result (`output_to_operand_aliasing`, or `aliasing_operands` in a TPU's
-    backend_config, which number results after operands); where nothing is said,
-    dynamic-update-slice, scatter and fusions that end in one. Parameters, tuples, bitcasts and the
-    plumbing of loops fill no buffer. Of an asynchronous pair the start counts, the done does not.
+    and if that array is not written in place. In place are: instructions with an operand declared
+    as aliased with that result (`output_to_operand_aliasing`, or `aliasing_operands` in a TPU's
+    backend_config, which number results after operands); without a declaration,
+    dynamic-update-slice, scatter and fusions that end in one. Parameters, tuples, bitcasts and loop
+    instructions fill no buffer. Of an asynchronous pair only the start counts.
 
     Args:
       shapes: one device's shard of each table, dims as in the program.
@@ -265,7 +264,8 @@ def large_copies(
 
 
 def _has_no_buffers(module: Module, computation: Computation) -> bool:
-    """Inside of a fusion or an async wrapper, or a reducer or comparator (which nobody "calls")."""
+    """Whether a computation is inside a fusion or an async wrapper, or a reducer or comparator
+    (which is not among any instruction's `called`)."""
     if computation.name == module.entry.name:
         return False
     callers = module.callers.get(computation.name, [])
@@ -276,12 +276,12 @@ def _has_no_buffers(module: Module, computation: Computation) -> bool:
 
 
 def _written(instruction: Instruction, where: Computation) -> Iterator[tuple[int, Array]]:
-    """(index among the results, array) that the instruction fills."""
+    """(index among the results, array) of every buffer that the instruction fills."""
     opcode = instruction.opcode
     if opcode in _NO_BUFFER or opcode.endswith("-done"):
         return
     if opcode == "async-update":
-        # A SparseCore's start may carry no arrays yet: then this is where they are filled.
+        # A SparseCore's start may have no arrays yet: then this instruction fills them.
         start = where.instructions[instruction.operands[0]].shape
         if isinstance(start, tuple) and start[1] != ():
             return
@@ -295,7 +295,7 @@ def _written(instruction: Instruction, where: Computation) -> Iterator[tuple[int
 
 
 def _source_space(instruction: Instruction) -> int | None:
-    """Of an asynchronous copy."""
+    """The memory space of an asynchronous copy's source."""
     if instruction.opcode != "copy-start" or not isinstance(instruction.shape, tuple):
         return None
     return next(leaves(instruction.shape[1])).space
@@ -318,7 +318,7 @@ def _is_large(
 
 
 def _in_place(module: Module, where: Computation, instruction: Instruction, index: int) -> bool:
-    """Whether result `index` takes over the buffer of an operand."""
+    """Whether result `index` reuses the buffer of an operand."""
     said = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.attributes)
     if said:
         outputs = re.findall(r"\{([\d,]*)\}: \(", said[1])

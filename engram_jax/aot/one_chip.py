@@ -1,4 +1,4 @@
-"""One operation compiled for one chip: temporary memory, and the bytes it moves through HBM."""
+"""Compiles one operation for one chip: its temporary memory, and the bytes it moves through HBM."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Operation:
-    """memory: of the program. kernel_bytes: moved by Pallas kernels, by their grids.
+    """memory: of the program. kernel_bytes: moved by Pallas kernels, computed from their grids.
     xla_bytes: moved by all other instructions (`xla_bytes`). vmem: bytes of VMEM of the kernel that
-    uses most. text: the module as it is run."""
+    uses most. text: the compiled module."""
 
     memory: MemoryUse
     kernel_bytes: int
@@ -45,14 +45,14 @@ class Operation:
 def compile_operation(topology: Topology, function: Callable[..., Any], *args: Any) -> Operation:
     """Compile `function(*args)` for one chip of the slice.
 
-    Layouts of arguments and results are the compiler's choice, as inside a larger program.
+    The compiler chooses the layouts of arguments and results, as inside a larger program.
 
     Args:
       args: pytrees of jax.ShapeDtypeStruct.
     """
     mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
     anywhere = PartitionSpec()
-    # shard_map: what is traced inside knows the described chip (kernels_pallas.dispatch.device).
+    # shard_map: code traced inside can find the described chip (kernels_pallas.dispatch.device).
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=anywhere, out_specs=anywhere, check_vma=False
     )
@@ -77,8 +77,9 @@ def kernel_vmem(text: str) -> int:
 def xla_bytes(text: str) -> int:
     """Bytes that the instructions of an optimized module read from HBM and write to it.
 
-    Every operand and result of an instruction counts once, padding included; what lies in VMEM, or
-    is moved by a kernel, does not. Bodies of loops count as often as they run.
+    Every operand and result of an instruction counts once, padding included; arrays in VMEM, or
+    moved by a kernel, do not. Bodies of loops count as often as they run. Raises ValueError for a
+    loop whose trip count the text does not give.
     """
     module = parse_hlo(text)
     return sum(_moved(i, where) * times for i, where, times in _run(module, module.entry, 1))

@@ -1,4 +1,4 @@
-"""One dict, and one table, of what a compiled step costs on one device of a slice."""
+"""Reports the cost of a compiled step on one device of a slice, as a dict and as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engram_jax.aot.hlo_parser import Module, leaves, parse_hlo
 from engram_jax.aot.topology import Topology
 
 GIB = 1 << 30
-LARGEST = 12  # buffers listed of a program that does not fit
+LARGEST = 12  # number of buffers listed for a program that does not fit
 
 
 def examine(
@@ -27,21 +27,21 @@ def examine(
     tables: Iterable[Sequence[int]] = (),
     seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """What the compiled step costs and does, per device.
+    """The cost of the compiled step per device.
 
     Args:
-      compiled, text, seconds: of `compiling.compile_with_text`.
+      compiled, text, seconds: from `compiling.compile_with_text`.
       topology: the slice it was compiled for.
       state: the donated arguments: a pytree of arrays or ShapeDtypeStructs with their shardings.
       tables: the shard of each table on one device, [rows, dim].
 
     Returns:
       JSON-ready: argument_bytes, output_bytes, temp_bytes (as allocated: with padding),
-      peak_hbm_bytes (code included) and hbm_capacity_bytes, fits; table_sized_copies in HBM, a
-      number, and table_copies, which; tables_in_vmem, visits of whole tables to VMEM;
-      aliased_fraction, bytes of arguments whose buffers results take over by bytes of `state`, and
-      not_aliased, the donated arguments that are left; collectives, a list
-      of {kind, count, bytes, name, ...}; compile_seconds; topology, chips, devices.
+      peak_hbm_bytes (code included) and hbm_capacity_bytes, fits; table_sized_copies, the number of
+      such copies in HBM, and table_copies, their list; tables_in_vmem, copies of whole tables to
+      VMEM or back; aliased_fraction, bytes of the arguments whose buffers results reuse by bytes of
+      `state`, and not_aliased, the other donated arguments; collectives, a list of {kind, count,
+      bytes, name, ...}; compile_seconds; topology, chips, devices.
     """
     report = _common(memory_of(compiled), text, topology, state, tables, seconds)
     report["fits"] = report["peak_hbm_bytes"] <= topology.hbm_capacity_bytes
@@ -51,9 +51,9 @@ def examine(
 def does_not_fit(
     error: DoesNotFitError, topology: Topology, state: Any, tables: Iterable[Sequence[int]] = ()
 ) -> dict[str, Any]:
-    """The same dict for a step that the compiler refused, with fits = False and `largest_buffers`:
-    {bytes, name, op_name} of what is alive at its peak. Keys that the compiler left no trace of are
-    None or empty."""
+    """The same dict for a step that the compiler rejected, with fits = False and `largest_buffers`:
+    {bytes, name, op_name} of the buffers alive at its peak. Values that the compiler did not report
+    are None or empty."""
     nothing = MemoryUse(0, 0, 0, 0, 0, error.needed or 0)
     memory = error.memory or nothing
     report = _common(memory, error.text, topology, state, tables, error.seconds)
@@ -72,10 +72,10 @@ def does_not_fit(
 
 
 def together(programs: dict[str, dict[str, Any]], resident: int) -> dict[str, Any]:
-    """One dict of programs that run one after the other, from theirs by name (`programs`).
+    """One dict for programs that run one after the other, from their dicts by name (`programs`).
 
-    resident: bytes that stay on the device between them, without padding. peak_hbm_bytes is that,
-      or the largest program's arguments if they are more, and what the hungriest program adds.
+    resident: bytes that stay on the device between them, without padding. peak_hbm_bytes is that
+      (or the largest program's arguments if they are more) plus the most that a program adds.
     """
     reports = list(programs.values())
     known = [r for r in reports if r["argument_bytes"] is not None]
@@ -144,7 +144,7 @@ def _common(
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of a pytree on one device, without padding; a leaf without a sharding is whole."""
+    """Bytes of a pytree on one device, without padding; a leaf without a sharding is replicated."""
 
     def size(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
@@ -155,7 +155,7 @@ def shard_bytes(tree: Any) -> int:
 
 
 def _numbers(header: str, key: str, entry: str) -> list[int]:
-    """The parameter numbers in `key={ ... }` of a module's header, each found by `entry`."""
+    """The parameter numbers in `key={ ... }` of a module's header; entry: a regular expression."""
     start = header.find(f" {key}={{")
     if start < 0:
         return []
@@ -168,7 +168,7 @@ def _numbers(header: str, key: str, entry: str) -> list[int]:
 
 
 def aliased_bytes(module: Module) -> int:
-    """Bytes (without padding) of the parameters whose buffers results take over, by the module's
+    """Bytes (without padding) of the parameters whose buffers results reuse, from the module's
     input_output_alias: `{result}: (parameter, {}, may-alias)`."""
     numbers = set(_numbers(module.header, "input_output_alias", r": \((\d+),"))
     parameters = module.entry.parameters
@@ -176,7 +176,7 @@ def aliased_bytes(module: Module) -> int:
 
 
 def not_aliased(module: Module) -> list[str]:
-    """Donated parameters that no result took over, by the module's buffer_donor."""
+    """Donated parameters whose buffers no result reuses, from the module's buffer_donor."""
     numbers = _numbers(module.header, "buffer_donor", r"\((\d+),")
     parameters = module.entry.parameters
     return [parameters[n].op_name or parameters[n].name for n in numbers]
@@ -196,7 +196,7 @@ def _gib(size: int | None) -> str:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """A report as lines for a terminal."""
+    """A report as text for a terminal."""
     per_chip = report["devices"] // report["chips"]
     unit = "chip" if per_chip == 1 else f"device ({per_chip} per chip)"
     peak, capacity = report["peak_hbm_bytes"], report["hbm_capacity_bytes"]

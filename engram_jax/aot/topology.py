@@ -1,4 +1,4 @@
-"""TPU slices by name, as the compiler sees them: no TPU is needed, only the package libtpu."""
+"""Topology devices: describes a TPU slice to compile for, without a TPU (libtpu is needed)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ EXAMPLES = '"v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4"'
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: its name, and the devices a mesh for compilation is made of.
+    """A slice: its name, and the topology devices that a mesh for compilation is made of.
 
-    devices: descriptions of jax.Device; nothing can be put or run on them.
-    hbm_capacity_bytes, peak_flops: of one device, see Generation.
+    devices: descriptions of devices; they can neither hold arrays nor run programs.
+    hbm_capacity_bytes, peak_flops: of one device, see Generation (hardware/generations.py).
     """
 
     name: str
@@ -51,7 +51,7 @@ def parse_topology(name: str) -> tuple[Generation, tuple[int, ...]]:
         )
     generation = GENERATIONS[found[1]]
     size = tuple(int(n) for n in found[2].split("x"))
-    # Checked here: libtpu takes a wrong number of dimensions and crashes on a zero.
+    # Checked here: libtpu accepts a wrong number of dimensions and crashes on a zero.
     if len(size) != generation.dimensions or 0 in size:
         form = "x".join("ABC"[: generation.dimensions])
         raise UserError(
@@ -65,7 +65,7 @@ def slice_topology(name: str) -> Topology:
     """The slice `name` ("v5p:4x4x8": 128 chips) to compile for; works on a machine without a TPU.
 
     Raises:
-      UserError: a bad name, a slice that libtpu refuses, or no libtpu.
+      UserError: a bad name, a slice that libtpu rejects, or no libtpu.
     """
     generation, size = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
@@ -94,8 +94,8 @@ def slice_topology(name: str) -> Topology:
 
 
 def slices_of(generation: str) -> list[str]:
-    """Slices that are rented, smallest first: each number of chips that is a power of two in its
-    most cubic shape, up to 256 chips in two dimensions and 4,096 in three."""
+    """Names of the available slices, smallest first: each power-of-two number of chips in its most
+    cubic shape, up to 256 chips in two dimensions and 4,096 in three."""
     flat = GENERATIONS[generation].dimensions == 2
     size, found = ([2, 2] if flat else [2, 2, 1]), []
     while math.prod(size) <= (256 if flat else 4096):
@@ -105,9 +105,9 @@ def slices_of(generation: str) -> list[str]:
     return found
 
 
-# libtpu alone, beside others and without a TPU: without the first variable a second process that
-# compiles fails on /tmp/libtpu_lockfile; without the second libtpu asks a metadata server for what
-# only a machine with a TPU has; without the others it complains of what it then does not know.
+# For libtpu without a TPU: without the first variable a second process that compiles fails on
+# /tmp/libtpu_lockfile; without the second libtpu queries a metadata server, which only a machine
+# with a TPU has; without the others it warns that it does not know them.
 _LOADABLE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -118,8 +118,8 @@ _LOADABLE = {
 
 @contextlib.contextmanager
 def _loadable() -> Iterator[None]:
-    """libtpu, loaded in here, gets along; what the user set stays, and the rest is taken back: a
-    real TPU that this process opens later is to be found as ever."""
+    """Set the variables that libtpu needs to load without a TPU, unless the user has set them, and
+    remove them afterwards, so that this process can still open a real TPU."""
     added = {name: value for name, value in _LOADABLE.items() if name not in os.environ}
     os.environ.update(added)
     try:

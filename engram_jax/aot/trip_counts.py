@@ -1,4 +1,4 @@
-"""How often the loops of an HLO module run, where the text tells."""
+"""Finds the trip counts of an HLO module's loops, where the text determines them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from engram_jax.aot.hlo_parser import Computation, Instruction, Module
 
-# Value in, same value out.
+# Operations whose result is their operand's value.
 _PASS = {"copy", "copy-start", "copy-done", "bitcast", "reshape", "convert", "optimization-barrier"}
 
 
 @dataclass(frozen=True)
 class _Value:
-    """An integer, or element `index` of the loop state of computation `loop`, plus an integer."""
+    """`constant`; or, with a `loop`, element `index` of that computation's loop state plus it."""
 
     constant: int
     loop: str = ""
@@ -23,8 +23,8 @@ def trip_count(module: Module, loop: Instruction, where: Computation) -> int | N
     """How often the body of `loop`, a while in computation `where`, runs; None if unknown.
 
     XLA writes known_trip_count on some backends. Scheduled TPU programs lack it, so the counter is
-    followed: an element of the loop state that starts at a constant, is compared with a constant
-    (or with an element that never changes) and to which the body adds a constant.
+    traced: an element of the loop state that starts at a constant, is compared with a constant (or
+    with an element that never changes) and to which the body adds a constant.
     """
     known = loop.backend_config.get("known_trip_count")
     if known:
@@ -41,11 +41,11 @@ def trip_count(module: Module, loop: Instruction, where: Computation) -> int | N
     left, right = (evaluator.value(home.instructions[o], home) for o in compare.operands)
     direction = compare.attribute("direction")
     if right and right.loop == condition.name and not evaluator.fixed(right, body):
-        left, right = right, left  # the counter stands on the left from here on
+        left, right = right, left  # from here on the counter is on the left
         direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(str(direction), direction)
     if not left or left.loop != condition.name or not right:
         return None
-    if right.loop:  # an element of the state as the limit: must stay what it was at the start
+    if right.loop:  # the limit is an element of the state: it must not change
         right = evaluator.initial(right, loop, where) if evaluator.fixed(right, body) else None
     start = evaluator.initial(left, loop, where)
     after = evaluator.element(body, left.index)
@@ -57,7 +57,7 @@ def trip_count(module: Module, loop: Instruction, where: Computation) -> int | N
 
 
 def _count(start: int, limit: int, step: int, direction: str) -> int | None:
-    """Values of start, start + step, ... for which `value direction limit` holds."""
+    """The number of values start, start + step, ... for which `value direction limit` holds."""
     if direction in ("LE", "GE"):
         limit += 1 if direction == "LE" else -1
     if direction == "NE" and (limit - start) % step:
@@ -76,7 +76,7 @@ class _Evaluator:
         self.module = module
 
     def value(self, instruction: Instruction, where: Computation, depth: int = 0) -> _Value | None:
-        """What `instruction` in `where` is, or None."""
+        """The value of `instruction` in computation `where`, or None if unknown."""
         if depth > 64:
             return None
         opcode = instruction.opcode
@@ -134,18 +134,18 @@ class _Evaluator:
         return None
 
     def element(self, body: Computation, index: int) -> _Value | None:
-        """What the body leaves in element `index` of the state."""
+        """The value of element `index` of the state after the body."""
         return self._element_of(body.root, body, index, 0)
 
     def fixed(self, value: _Value, body: Computation) -> bool:
-        """Whether the body leaves that element of the state as it is."""
+        """Whether the body does not change that element of the state."""
         return self.element(body, value.index) == _Value(0, body.name, value.index)
 
     def initial(self, value: _Value, loop: Instruction, where: Computation) -> _Value | None:
-        """What `value`, an element of the state of `loop`, is before the first round."""
+        """The value of `value`, an element of the state of `loop`, before the first round."""
         source = where.instructions[loop.operands[0]]
         start = self._element_of(source, where, value.index, 0)
-        if start and start.loop:  # part of an outer loop's state: only if that one never changes it
+        if start and start.loop:  # an element of an outer loop's state: only if it never changes
             callers = self.module.callers[start.loop]
             outer, home = callers[0]
             body = self.module.computations[str(outer.attribute("body"))]

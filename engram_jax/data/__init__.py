@@ -1,4 +1,4 @@
-"""Text -> documents -> tokenizer -> tokens on disk -> packed batches (Grain) on the mesh."""
+"""The data pipeline: from text to documents, tokens on disk, and packed batches on the mesh."""
 
 from engram_jax.data.pipeline import AddressesFn, TrainIterator, train_batches, validation_batches
 from engram_jax.data.prepared import PreparedData, prepare

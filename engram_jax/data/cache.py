@@ -1,9 +1,9 @@
-"""Prepared data on disk: every entry is a folder that is either complete or absent.
+"""The cache of prepared data on disk: every entry is a folder that is complete or absent.
 
-An entry is made in a temporary folder beside its final place and renamed when it is whole, so that
-a killed preparation leaves nothing that could be taken for a result. Two processes that want the
-same entry wait for each other by a lock file; where locks do not work (some network file systems)
-both make it, and the first rename wins.
+An entry is made in a temporary folder beside its final place and renamed when it is complete, so
+that a killed preparation leaves nothing that could be taken for a result. Two processes that want
+the same entry wait for each other with a lock file; where locks do not work (some network file
+systems) both make it, and the first rename wins.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from engram_jax.hardware.storage import cache_folder, replacing
 
 
 def cache_root(config: DataConfig) -> Path:
-    """config.data.cache_dir, else $ENGRAM_CACHE, else ~/.cache/engram_jax; made if it is not
-    there."""
+    """config.data.cache_dir, else $ENGRAM_CACHE, else ~/.cache/engram_jax; created if missing.
+    Raises UserError if it cannot be written."""
     root = cache_folder(config.cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,8 @@ def key_of(*parts: Any) -> str:
 def build_once(
     entry: Path, make: Callable[[Path], None], valid: Callable[[Path], bool] = Path.is_dir
 ) -> Path:
-    """The folder `entry`, filled by `make(temporary folder)` unless it is there and `valid`."""
+    """The folder `entry`, filled by `make(temporary folder)` unless it exists and is `valid`.
+    Raises UserError if the disk is full."""
     if valid(entry):
         return entry
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def build_once(
         if valid(entry):
             return entry
         shutil.rmtree(entry, ignore_errors=True)
-        if locked:  # nobody else is at it: whatever lies here is from a killed process
+        if locked:  # no other process is making it: partial folders are from killed ones
             for stale in entry.parent.glob(f"{entry.name}.partial-*"):
                 shutil.rmtree(stale, ignore_errors=True)
         partial = entry.with_name(f"{entry.name}.partial-{uuid.uuid4().hex[:12]}")
@@ -80,7 +81,7 @@ def build_once(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as JSON, in one step. Several processes may do so at once."""
+    """Replace `path` by `value` as JSON, atomically. Several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode())

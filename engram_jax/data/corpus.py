@@ -1,4 +1,4 @@
-"""One door to every source: config.data -> a prepared, cached, fingerprinted set of documents."""
+"""Opens config.data's source, whichever it is, as a cached, fingerprinted set of documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engram_jax.data.local_text import LIBRARY, LocalText
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import hold_out
 
-# Raise it when the same files would be prepared differently.
+# Increase it when the same files would be prepared differently.
 FORMAT = 1
 
 _MIN_PIECE = 1 << 10
@@ -30,7 +30,7 @@ _MIN_PIECE = 1 << 10
 class Corpus:
     """Documents in two splits ("train", "validation").
 
-    report: what was kept and left out, and the digest: equal for equal documents in equal splits.
+    report: what was kept and skipped, and the digest: equal for equal documents in equal splits.
     """
 
     report: SourceReport
@@ -44,8 +44,8 @@ class Corpus:
 def open_corpus(config: DataConfig, cache: Path, log: Callable[[str], Any] = print) -> Corpus:
     """Prepare config.data's text, or find it prepared below `cache`.
 
-    Whether it is prepared is decided by names, sizes and modification times; the text itself is
-    named by its content. Raises UserError for what makes the source unusable.
+    Names, sizes and modification times decide whether it is prepared already; the stored text is
+    named by a hash of its content. Raises UserError for an unusable source.
     """
     if config.source == "tfds":
         return _open_tfds(config, cache, log)
@@ -113,7 +113,7 @@ def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) 
 
 
 def _cut_small(spool: Spool, config: DataConfig, report: SourceReport) -> Spool:
-    """A single document is cut into pieces that each count as one, so that some can be held out."""
+    """Split a single document into parts that each count as one, so that some can be held out."""
     piece_bytes = min(
         max(_MIN_PIECE, int(config.validation_fraction * spool.bytes)), config.max_document_bytes
     )
@@ -129,7 +129,7 @@ def _cut_small(spool: Spool, config: DataConfig, report: SourceReport) -> Spool:
 
 
 def _open_tfds(config: DataConfig, cache: Path, log: Callable[[str], Any]) -> Corpus:
-    from engram_jax.data.tfds_text import TfdsText  # imports tensorflow_datasets, where it is used
+    from engram_jax.data.tfds_text import TfdsText  # imports tensorflow_datasets, only if used
 
     source = TfdsText(config, log)
     key = key_of(FORMAT, source.manifest(), _settings(config))

@@ -1,8 +1,8 @@
-"""Files and JSON lines -> clean documents, collected once in a spool.
+"""Reads files and JSON lines as clean, distinct documents into a spool.
 
-A document is UTF-8 text that is not blank, at most `max_document_bytes` long (longer ones are cut
-at line ends, so that no file or line, however large, is ever held in memory whole), and different
-from every other document. Whatever does not become one is counted in the report.
+A document is UTF-8 text that is not blank, at most `max_document_bytes` long (longer ones are split
+at line ends, so that no file, however large, is ever whole in memory), and different from every
+other document. Everything that is skipped is counted in the report.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from engram_jax.data import source_report as why
 from engram_jax.data.source_report import SourceReport
 
-# A JSON line is parsed whole: beyond this it is skipped, and counted.
+# Bytes. A JSON line is parsed whole: a longer one is skipped, and counted.
 MAX_JSON_LINE = 64 << 20
 
 _BLOCK = 1 << 20
@@ -31,8 +31,8 @@ _BLOCK = 1 << 20
 class Spool:
     """Documents of one source, in one temporary file with their digests and lengths in memory.
 
-    limit: bytes of text to keep; the first document beyond sets `full`, and readers then stop
-    reading and count the rest as left out.
+    limit: bytes of text to keep; the first document beyond it sets `full`, and readers then stop
+    reading and count the rest as skipped.
     """
 
     def __init__(self, path: Path, report: SourceReport, limit: int | None = None) -> None:
@@ -47,7 +47,7 @@ class Spool:
         self._origins = array.array("q")
 
     def add(self, name: str, text: bytes, origin: int) -> None:
-        """Keep one document (or piece); `origin` numbers the uncut document that it comes from."""
+        """Keep one document, or part of one; `origin` is the number of the whole document."""
         reason = defect(text)
         digest = hashlib.sha256(text).digest()[:16]
         if reason is None and digest in self._digests:
@@ -68,7 +68,7 @@ class Spool:
 
     @property
     def digests(self) -> np.ndarray:
-        """uint8 [documents, 16]: the head of each document's SHA-256."""
+        """uint8 [documents, 16]: the first bytes of each document's SHA-256."""
         return np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 16)
 
     def digest_order(self) -> np.ndarray:
@@ -83,7 +83,7 @@ class Spool:
 
     @property
     def origins(self) -> np.ndarray:
-        """int64 [documents]: which uncut document each is from."""
+        """int64 [documents]: the number of the whole document that each is from."""
         return np.asarray(self._origins, np.int64)
 
     def read(self, order: np.ndarray) -> Iterator[bytes]:
@@ -101,7 +101,7 @@ class Spool:
 
 
 def cut(text: bytes, limit: int) -> Iterator[bytes]:
-    """`text` in pieces of at most `limit` bytes, cut after line ends where there are any."""
+    """Split `text` into parts of at most `limit` bytes, after line ends where there are any."""
     start = 0
     while len(text) - start > limit:
         end = start + _cut_point(text[start : start + limit + 1], limit)
@@ -122,10 +122,10 @@ def defect(text: bytes) -> str | None:
 
 
 def add_text(spool: Spool, name: str, text: str, origin: int, max_bytes: int) -> None:
-    """One document that is already a string."""
+    """Add a document that is already a string, split into parts of at most `max_bytes` bytes."""
     try:
         encoded = text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
         spool.report.skip(why.NOT_UTF8, name, len(text))
         return
     pieces = list(cut(encoded, max_bytes))
@@ -135,7 +135,7 @@ def add_text(spool: Spool, name: str, text: str, origin: int, max_bytes: int) ->
 
 
 def add_file(spool: Spool, path: Path, name: str, origin: int, max_bytes: int) -> None:
-    """A text file as one document, read in pieces. A NUL byte anywhere makes it none."""
+    """Add a text file as one document, read in parts. It is skipped if it has a NUL byte."""
     with open(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size
         if any(b"\0" in block for block in iter(lambda: file.read(_BLOCK), b"")):
@@ -157,8 +157,8 @@ def add_file(spool: Spool, path: Path, name: str, origin: int, max_bytes: int) -
 def add_json_lines(
     spool: Spool, path: Path, name: str, origin: int, text_key: str, max_bytes: int
 ) -> tuple[int, Counter[str]]:
-    """One document per line's `text_key`. Returns the next free origin, and a count of the keys of
-    the records that lack it."""
+    """Add the `text_key` of every line as a document. Returns the next free origin, and counts of
+    the keys of the records that lack it."""
     other_keys: Counter[str] = Counter()
     with open(path, "rb") as file:
         for number, line in _lines(file, spool.report, name):
@@ -187,7 +187,7 @@ def add_json_lines(
 
 
 def _lines(file: BinaryIO, report: SourceReport, name: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank; a line that is too long is skipped without being held."""
+    """Numbered lines that are not blank; one that is too long is skipped without being held."""
     number = 0
     while line := file.readline(MAX_JSON_LINE + 1):
         number += 1
@@ -201,7 +201,7 @@ def _lines(file: BinaryIO, report: SourceReport, name: str) -> Iterator[tuple[in
 
 
 def _cut_point(text: bytes, limit: int) -> int:
-    """Where to cut a text longer than `limit`: after the last line end, else space, else
+    """Where to split a text longer than `limit`: after the last line end, else space, else
     character."""
     for separator in (b"\n", b" "):
         if (at := text.rfind(separator, 0, limit)) >= 0:

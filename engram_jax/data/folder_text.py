@@ -1,5 +1,4 @@
-"""A local folder, or one file, of text: .jsonl and .ndjson are JSON lines, any other file is
-text."""
+"""The source "folder": a local folder or file of text, or of JSON lines (.jsonl, .ndjson)."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ class File:
 
 
 class FolderText:
-    """Every readable file below config.data.path, in an order that does not depend on the
-    machine."""
+    """Every readable file below config.data.path, in an order that does not depend on the machine.
+    Raises UserError if there is no such path."""
 
     def __init__(self, config: DataConfig, report: SourceReport) -> None:
         self._config = config
@@ -48,13 +47,12 @@ class FolderText:
         self.files = in_hash_order(files)
 
     def manifest(self) -> list[Any]:
-        """What tells, without reading a file, whether any has changed."""
+        """JSON values that change when a file changes, made without reading any."""
         files = [[f.name, f.size, f.mtime_ns] for f in self.files]
         return ["folder", str(self._root), self._config.text_key, files]
 
     def collect(self, spool: Spool) -> None:
-        """Put every document into the spool. Raises UserError if JSON lines have no text key at
-        all."""
+        """Add every document to the spool. Raises UserError if no JSON line has the text key."""
         max_bytes, text_key = self._config.max_document_bytes, self._config.text_key
         origin, documents_of_json, other_keys = 0, 0, Counter[str]()
         for file in self.files:
@@ -107,7 +105,7 @@ def list_files(root: Path, report: SourceReport) -> list[File]:
 
 
 def stat_file(path: Path, name: str, report: SourceReport) -> File | None:
-    """`path` as a File, or None (counted) when it is not a regular file that can be looked at."""
+    """`path` as a File, or None (counted) if it is not a regular file or cannot be accessed."""
     try:
         status = path.stat()
     except OSError:
@@ -120,5 +118,5 @@ def stat_file(path: Path, name: str, report: SourceReport) -> File | None:
 
 
 def in_hash_order(files: Iterable[File]) -> list[File]:
-    """Ordered by a hash of the name, so that any first part of the list is a fair sample of it."""
+    """Ordered by a hash of the name, so that any prefix of the list is a fair sample of it."""
     return sorted(files, key=lambda f: hashlib.sha256(f.name.encode(errors="replace")).digest())

@@ -1,8 +1,8 @@
-"""The embedded default: the sources of the standard library of the Python that runs this.
+"""The source "local", the default: the standard library's source files of the running Python.
 
-About 10 MB of code and of the English in it, on every machine already. Nothing that is installed
-beside it plays a part, so two machines with the same Python version read the same text, unless
-their distributors changed its sources; the data's digest says whether they did.
+About 10 MB of code and the English in it, which every machine has. Installed packages are not read,
+so two machines with the same Python version read the same text, unless their distributors changed
+the library; the data's digest shows whether they did.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from engram_jax.data import source_report as why
 from engram_jax.data.documents import Spool, add_text
 from engram_jax.data.folder_text import File, in_hash_order
 
-LIBRARY = f"standard library of Python {platform.python_version()}"  # what a report calls it
+LIBRARY = f"standard library of Python {platform.python_version()}"  # its name in reports
 
-# What is not the same, or not there, in every installation of one version: Linux distributors make
-# packages of their own of some modules, leave out tests and what macOS alone needs; two modules
-# describe the installation.
+# Modules that differ or are missing in some installations of one version: Linux distributors
+# package some separately and leave out tests and modules for macOS; the last two describe the
+# installation.
 _NOT_EVERYWHERE = {
     *("distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "venv"),
     *("site", "sysconfig"),
 }
-# Tables of characters; the language reference, as generated strings.
+# Tables of characters; the language reference as generated strings.
 _NOT_SOURCE = {"encodings", "pydoc_data"}
 _SKIPPED_FOLDERS = {"__pycache__", "test", "tests", "macholib"}
 _MIN_TEXT_SHARE = 0.7  # of letters, spaces and line ends; tables of numbers have less
@@ -54,12 +54,12 @@ class LocalText:
             )
 
     def manifest(self) -> list[Any]:
-        """What tells, without reading a file, whether any has changed."""
+        """JSON values that change when a file changes, made without reading any."""
         files = [[str(f.path), f.size, f.mtime_ns] for f in self.files]
         return ["standard library", platform.python_version(), files]
 
     def collect(self, spool: Spool) -> None:
-        """Put every document into the spool."""
+        """Add every document to the spool."""
         for origin, file in enumerate(self.files):
             if spool.full:
                 spool.report.skip(why.OVER_LIMIT, file.name, file.size)
@@ -81,8 +81,8 @@ class LocalText:
 def list_library(root: Path) -> list[File]:
     """The library's sources below `root`, by module; names are paths below `root`.
 
-    `sys.stdlib_module_names` is the same on all platforms and knows neither tests nor what a
-    distributor or an installer puts into the folder.
+    `sys.stdlib_module_names` is the same on all platforms and includes neither tests nor anything
+    that a distributor or an installer adds to the folder.
     """
     found: list[File] = []
     for module in sorted(sys.stdlib_module_names - _NOT_EVERYWHERE - _NOT_SOURCE):

@@ -1,10 +1,10 @@
-"""Concat-then-split packing with random access: any sequence is cut out of the token store at once.
+"""Packs documents into sequences by concatenating and splitting, with random access.
 
 Sequence i reads tokens [i T, i T + T] of the flat store: T inputs, and the same shifted by one as
 targets. So every token but the very first is the target of exactly one position of exactly one
-sequence, and counts there unless it is the first of its document, which nothing predicts. For
-training the tail that does not fill a sequence (fewer than T targets) is left out; for validation
-it is padded.
+sequence, and counts in the loss unless it is the first of its document, which nothing predicts. The
+tail that does not fill a sequence (fewer than T targets) is dropped for training and padded for
+validation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Batch = dict[str, np.ndarray]
 class PackedSequences:
     """The sequences of a token store.
 
-    pad_tail: the last, shorter sequence is kept and padded with `pad_id`, instead of left out.
+    pad_tail: the last, shorter sequence is kept and padded with `pad_id`, instead of dropped.
     """
 
     store: TokenStore
@@ -37,14 +37,15 @@ class PackedSequences:
         return -(-targets // self.seq_len) if self.pad_tail else targets // self.seq_len
 
     def targets(self, count: int | None = None) -> int:
-        """Targets of the first `count` sequences (None: all): tokens but the documents' first."""
+        """Targets of the first `count` sequences (None: all): all but the documents' first tokens.
+        """
         count = len(self) if count is None else min(count, len(self))
         end = min(len(self.store), count * self.seq_len + 1)
         return end - int(np.searchsorted(self.store.starts[:-1], end))
 
     def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
         """Sequences `numbers` as the arrays a training step reads; a number past the last sequence
-        gives padding alone.
+        gives a row of padding.
 
         tokens, targets, segments, positions int32 [B, T]; loss_mask float32 [B, T]. segments count
         the documents within a sequence from 1, 0 is padding; positions restart at 0 with every

@@ -1,10 +1,10 @@
-"""Grain: an endless shuffled stream of global batches, sliced per process, resumable at any batch.
+"""The stream of global batches (Grain): shuffled, endless, read per process, resumable anywhere.
 
-Global batch s is a function of (seed, s) alone: sequence numbers are shuffled anew every epoch,
-repeated, and cut into batches of B; epochs follow each other without a gap, so a batch may hold the
-end of one and the start of the next. A process then reads its own rows of it. Only
-those numbers go through Grain's shuffle; tokens are read, packed and, if wanted, hashed to
-addresses in the prefetching threads or processes. Going to batch s costs the same for every s.
+Global batch s is a function of (seed, s) alone: sequence numbers are reshuffled every epoch,
+repeated, and split into batches of B; epochs follow each other without a gap, so a batch may
+contain the end of one and the start of the next. A process then reads its own rows of it. Only the
+numbers go through Grain's shuffle; tokens are read, packed and, if wanted, hashed to addresses in
+the prefetching threads or processes. Seeking to batch s costs the same for every s.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AddressesFn = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 _THREADS = 2
 _PREFETCH = 8  # batches
-# As good as endless. Grain's own endless length, sys.maxsize, overflows where it is cut in ones.
+# As good as endless. Grain's own endless length, sys.maxsize, overflows with batches of one.
 _ENDLESS = 1 << 50  # sequences
 
 
@@ -50,7 +50,7 @@ class TrainIterator(Iterator[Batch]):
     """Endless batches for one process; see `train_batches`.
 
     `get_state()` is a small dict of plain values, equal on every process and for any number of
-    them; `set_state()` goes there at once.
+    processes; `set_state()` seeks without reading the batches before.
     """
 
     def __init__(self, batches: grain.MapDataset, identity: dict[str, Any], workers: int) -> None:
@@ -65,16 +65,16 @@ class TrainIterator(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch comes from."""
+        """The position of the next batch, and the identity of the data."""
         return {"next_batch": self._next_batch, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a state of `get_state`. Raises UserError if it belongs to other data, or to
-        batches that were cut differently."""
+        batches of another shape or seed."""
         for key, mine in self._identity.items():
             if state.get(key) != mine:
                 what = "data settings"
-                if key == "data":  # a fingerprint: say of what
+                if key == "data":  # a fingerprint
                     what = "text and tokenizer (the embedded text changes with the Python version)"
                 raise UserError(
                     f"the stored position in the data has {key} = {state.get(key)!r}, this run has "
@@ -114,8 +114,8 @@ def train_batches(
     """Endless training batches, or some rows of each (see the module; arrays: data/packing.py).
 
     rows: which of the B rows this process reads, in this order; None = all.
-    addresses_fn: adds batch["addresses"]; needs to be picklable when config.data.workers > 0.
-    Raises UserError when the store holds less than one batch.
+    addresses_fn: adds batch["addresses"]; must be picklable if config.data.workers > 0.
+    Raises UserError when the store has less than one batch.
     """
     data, store = config.data, prepared.store_train
     sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id)
@@ -151,7 +151,7 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The held-out sequences in their order, each once; the last batch is filled with padding.
 
-    limit: at most so many global batches.
+    limit: the most global batches; None = all. Other arguments: as for `train_batches`.
     """
     data, store = config.data, prepared.store_valid
     sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id, pad_tail=True)

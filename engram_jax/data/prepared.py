@@ -1,4 +1,4 @@
-"""config -> text, tokenizer and token stores, ready to train on; everything cached."""
+"""Prepares a configuration's text, tokenizer and token stores for training, and caches them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engram_jax.data.train_bpe import find_eos, open_tokenizer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What training reads.
+    """The data that training reads.
 
     eos_id: ends every document in the stores. bytes_per_token: of the validation text, for losses
     in bits per byte. fingerprint: of documents, split and tokenizer; equal means the same token
@@ -42,7 +42,7 @@ class PreparedData:
         return self.store_valid.bytes_per_token
 
     def summary(self) -> dict[str, Any]:
-        """What stands beside every figure measured on this text, as JSON values."""
+        """The description of the text that accompanies results measured on it, as JSON values."""
         report = self.report
         return {
             "source": report.source,
@@ -59,10 +59,10 @@ class PreparedData:
 
 
 def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
-    """Read config.data's text, train or load the tokenizer, tokenise both splits; or find all that
+    """Read config.data's text, train or load the tokenizer, tokenise both splits; or find all this
     in the cache. Safe to interrupt, and to run in several processes at once.
 
-    Raises UserError for what makes the text or the tokenizer unusable.
+    Raises UserError for an unusable text or tokenizer.
     """
     cache = cache_root(config.data)
     corpus = open_corpus(config.data, cache, log)
@@ -90,7 +90,7 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
 
 
 def check_targets(what: str, store: TokenStore, config: DataConfig) -> None:
-    """Raises UserError for a text on which no loss is defined: the first token of a document is no
+    """Raises UserError for a text on which no loss is defined: a document's first token is not a
     target."""
     if len(store) <= store.documents:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The data of a run with the addressing that belongs to its tokenizer."""
+"""Opens the data of a run together with the addressing of its tokenizer, on all processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from engram_jax.distributed.consensus import agree, gather
 
 @dataclass(frozen=True)
 class RunData:
-    """addressing: None for a model without memory."""
+    """A run's prepared data. addressing: None for a model without memory."""
 
     config: Config
     prepared: PreparedData
     addressing: Addressing | None
 
     def train_iterator(self, mesh: Mesh | None = None) -> TrainIterator:
-        """Endless batches; with addresses if the host is to hash.
+        """Endless batches; with addresses if config.model.engram.addresses is "host".
 
         mesh: only the rows that this process's devices hold (for `place_batch`); None = all.
         """
@@ -50,7 +50,7 @@ class RunData:
 def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     """Prepare the text (cached) and derive the addressing. Raises UserError for unusable input.
 
-    A tokenizer that is given is checked first: reading and tokenising the text can take hours.
+    A configured tokenizer is checked first: reading and tokenising the text can take hours.
     """
     check_tokenizer(config)
     prepared = prepare(config, log=log)
@@ -59,8 +59,8 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
 
 
 def open_on_all_processes(config: Config, log: Callable[[str], None] = print) -> RunData:
-    """`open_data` on every process, the same on all. Process 0 goes first: what it prepares in a
-    data.cache_dir that all share, the others find."""
+    """`open_data` on every process, with the same result on all. Process 0 runs first, so that in a
+    shared data.cache_dir the others find what it has prepared. Raises UserError on all of them."""
     first = jax.process_index() == 0
     mine = agree(lambda: open_data(config, log) if first else None)
     found = agree(lambda: mine or open_data(config, log))
@@ -81,9 +81,9 @@ def check_same_text(run_data: RunData) -> None:
 
 
 def check_tokenizer(config: Config) -> None:
-    """Raises UserError unless the configured tokenizer is there, fits and compresses as recorded.
+    """Raises UserError unless the configured tokenizer exists, fits and compresses as recorded.
 
-    So it must for a model without memory, too: it is compared with those that have one.
+    This is checked for a model without memory, too, since it is compared with models that have one.
     """
     tokens = config.tokenizer
     if tokens.path:

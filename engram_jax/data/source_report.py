@@ -1,4 +1,4 @@
-"""What became of the text that was offered: nothing is left out without being counted."""
+"""The report of a text source: documents kept, and everything skipped, counted by reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXAMPLES = 3
 
 
 def printable(name: str) -> str:
-    """`name` with the bytes of a file name that are not UTF-8 spelled out, as \\udcff for 0xff."""
+    """A file's name with the bytes that are not UTF-8 escaped, as \\udcff for 0xff."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -39,11 +39,11 @@ class Skipped:
 
 @dataclass
 class SourceReport:
-    """Documents kept and left out. Bytes are UTF-8 bytes of text.
+    """Documents kept and skipped. Bytes are UTF-8 bytes of text.
 
-    train_documents, validation_documents: after cutting; cut_documents: how many were longer than
-    data.max_document_bytes and became several. notes: whatever else the reader should know.
-    digest: equal for equal documents in equal splits, so of losses that can be compared.
+    train_documents, validation_documents: after splitting; cut_documents: how many were longer than
+    data.max_document_bytes and were split. notes: anything else the reader should know.
+    digest: equal for equal documents in equal splits: losses on them can be compared.
     """
 
     source: str = ""
@@ -60,7 +60,7 @@ class SourceReport:
         self.source = printable(self.source)
 
     def skip(self, reason: str, name: str, size: int, count: int = 1) -> None:
-        """Count a document, file or line (or `count` of them) of `size` bytes that is left out."""
+        """Count a skipped document, file or line (or `count` of them) of `size` bytes."""
         tally = self.skipped.setdefault(reason, Skipped())
         tally.count += count
         tally.bytes += size
@@ -68,7 +68,7 @@ class SourceReport:
             tally.examples.append(printable(name))
 
     def log(self, log: Callable[[str], Any]) -> None:
-        """Say it in a few lines."""
+        """Log the report in a few lines."""
         log(
             f"data: {self.source}: {self.train_documents:,} documents "
             f"({self.train_bytes / 1e6:.2f} MB) to train on, {self.validation_documents:,} "

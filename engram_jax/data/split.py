@@ -1,4 +1,4 @@
-"""The held-out split: by document, decided by the document's content, never by its position."""
+"""Chooses the held-out documents, by their content and not by their position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def hold_out(
     """Which documents are held out: bool [documents].
 
     A document is held out when its digest, read as a number in [0, 1), is below `fraction`; so
-    adding documents moves none from one side to the other. Pieces of one document (equal `origins`)
-    share the digest of the first piece. Where that leaves a side empty, the document whose size
-    comes closest to the wanted share is held out alone.
+    adding documents moves none from one side to the other. Parts of one document (equal `origins`)
+    share the digest of the first part. Where that leaves a side empty, only the document whose size
+    is closest to the wanted share is held out.
 
     digests: uint8 [documents, >= 8]; sizes: int64 [documents], bytes; source: named in errors.
-    Raises UserError when there are not two documents to tell apart.
+    Raises UserError when there are fewer than two whole documents.
     """
     if origins is None:
         origins = np.arange(len(sizes))

@@ -1,6 +1,6 @@
-"""Collected documents on disk: for each split one file of all texts, and where each starts.
+"""Stores documents on disk: for each split one file of all texts, and where each starts.
 
-Documents lie in the order of their digests, so the files are a function of the set of documents
+Documents are in the order of their digests, so the files are a function of the set of documents
 alone.
 """
 
@@ -18,8 +18,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def write(spool: Spool, held_out: np.ndarray, folder: Path) -> None:
-    """Write the spool's documents into `folder`; held_out (bool [documents]) says which are for
-    validation."""
+    """Write the spool's documents into `folder`; held_out: bool [documents], for validation."""
     order = spool.digest_order()
     held = held_out[order]
     for split, chosen in ((TRAIN, order[~held]), (VALIDATION, order[held])):
@@ -29,7 +28,7 @@ def write(spool: Spool, held_out: np.ndarray, folder: Path) -> None:
 
 
 def read(folder: Path, split: str) -> Iterator[str]:
-    """The documents of one split, in order, one at a time."""
+    """The documents of one split, in order, one at a time. Raises UserError for a damaged file."""
     starts, path = np.load(folder / f"{split}.npy"), folder / f"{split}.txt"
     if path.stat().st_size != starts[-1]:
         raise UserError(

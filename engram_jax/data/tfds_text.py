@@ -1,4 +1,4 @@
-"""Any TFDS text data set by name, read by random access (ArrayRecord; TensorFlow is not needed)."""
+"""The source "tfds": any TFDS text data set by name (ArrayRecord; TensorFlow is not needed)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import hold_out
 from engram_jax.data.text_store import TRAIN, VALIDATION
 
-# A split of one of these names is taken as the held-out one. A test split is left untouched.
+# A split of one of these names is taken as the held-out one. A test split is never read.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -51,7 +51,7 @@ class TfdsText:
         self.validation_split = next((name for name in VALIDATION_NAMES if name in splits), None)
 
     def manifest(self) -> list[Any]:
-        """What tells, without reading an example, whether the data set has changed."""
+        """JSON values that change when the data set changes, made without reading an example."""
         info = self._builder.info
         used = (TRAIN, self.validation_split) if self.validation_split else (TRAIN,)
         sizes = [
@@ -61,8 +61,8 @@ class TfdsText:
         return ["tfds", info.full_name, str(self._builder.data_path), sizes, self._config.text_key]
 
     def scan(self, report: SourceReport) -> tuple[dict[str, np.ndarray], str]:
-        """Read everything once: the example numbers (int64) of each split that hold usable text,
-        and a digest of all that text."""
+        """Read everything once: the numbers (int64) of each split's usable examples, and a digest
+        of all their text. Raises UserError if a split has none."""
         kept, digests, sizes = self._scan_split(TRAIN, report, self._limit)
         if self.validation_split:
             held_ids, held_digests, held_sizes = self._scan_split(
@@ -87,7 +87,7 @@ class TfdsText:
         return {TRAIN: kept, VALIDATION: held_ids}, digest
 
     def documents(self, split: str, ids: np.ndarray) -> Iterator[str]:
-        """The texts of the examples `ids`; those beyond max_document_bytes in pieces."""
+        """The texts of the examples `ids`; those longer than max_document_bytes in parts."""
         name = self.validation_split if split == VALIDATION and self.validation_split else TRAIN
         source = self._builder.as_data_source(name)
         for i in ids.tolist():
@@ -131,8 +131,8 @@ class TfdsText:
 
 @contextlib.contextmanager
 def _no_leavings() -> Iterator[None]:
-    """Opening a builder that is not prepared leaves an empty temporary folder behind
-    (`DatasetInfo.initialize_from_bucket`)."""
+    """Remove the empty temporary folder that TFDS leaves when it opens a builder that is not
+    prepared (`DatasetInfo.initialize_from_bucket`)."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="engram_jax-") as folder:
         tempfile.tempdir = folder
@@ -167,7 +167,7 @@ def _open(name: str, log: Callable[[str], Any]) -> tfds.core.DatasetBuilder:
                 "TFDS knows no data set of that name, and it is not a folder with a prepared one"
             )
         raise UserError(f"config.data.path = {name!r}: {reason}") from error
-    except Exception as error:  # whatever a builder's own code raises: downloads, formats, ...
+    except Exception as error:  # anything a builder's own code raises: downloads, formats, ...
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"TFDS data set {name!r} cannot be read ({type(error).__name__}: {reason}); it must be "
@@ -177,9 +177,9 @@ def _open(name: str, log: Callable[[str], Any]) -> tfds.core.DatasetBuilder:
 
 
 def _has_code(name: str) -> bool:
-    """Whether TFDS comes with a builder of that name, be it one that it does not register.
+    """Whether TFDS comes with a builder of that name, registered or not.
 
-    So it is with the older ones, NAME.py in a folder by subject ("text/c4.py").
+    It does not register the older ones, NAME.py in a folder by subject ("text/c4.py").
     """
     base = re.split("[/:]", name)[0]
     modules = Path(tfds.__file__).parent.glob("*/*.py")

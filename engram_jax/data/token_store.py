@@ -1,4 +1,4 @@
-"""A split tokenised once: one flat array of token ids on disk, and where each document starts."""
+"""Stores a tokenised split: one flat array of token ids on disk, and where each document starts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _BATCH_DOCUMENTS = 1024
 class TokenStore:
     """Token ids of a split's documents, each followed by the end-of-document id, memory-mapped.
 
-    folder: holds tokens.bin, starts.npy and store.json. Copies made for other processes open it
-    anew.
+    folder: has tokens.bin, starts.npy and store.json. A pickled copy opens it again.
     """
 
     folder: Path
@@ -36,7 +35,7 @@ class TokenStore:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """uint16 or uint32 [tokens]: all documents in a row."""
+        """uint16 or uint32 [tokens]: all documents, concatenated."""
         path = self.folder / "tokens.bin"
         dtype = np.dtype(self._meta["dtype"])
         if path.stat().st_size != len(self) * dtype.itemsize:
@@ -80,7 +79,7 @@ class TokenStore:
 def write_store(
     folder: Path, texts: Iterable[str], tokenizer: Tokenizer, eos_id: int, vocab_size: int
 ) -> None:
-    """Tokenise `texts` into `folder` as a stream: memory does not grow with the text."""
+    """Tokenise `texts` into `folder` in batches: memory does not grow with the text."""
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     starts, written, text_bytes = array.array("q", [0]), 0, 0
     with open(folder / "tokens.bin", "wb") as file:

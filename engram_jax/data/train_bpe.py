@@ -1,4 +1,4 @@
-"""The tokenizer: a byte-level BPE trained once on the training split, or the user's own."""
+"""Provides the tokenizer: a byte-level BPE trained on the training split, or the user's own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from engram_jax.data.corpus import Corpus
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS)
-# Merges learnt from more text than this differ little; learning takes seconds per ten megabytes.
+# Merges learnt from more text than this differ little; training takes seconds per ten megabytes.
 SAMPLE_BYTES = 64 << 20
-# Characters. Learning takes the square of a word's length: a run of a megabyte (base64, a minified
-# script, blanks) took half an hour. No merge needs more; only learning breaks runs, encoding not.
+# Characters. Training time is quadratic in a word's length: a run of a megabyte (base64, a minified
+# script, blanks) took half an hour. No merge needs longer runs; only training splits them.
 LONGEST_RUN = 1000
 
-# End-of-document tokens by their usual names, most telling first.
+# The usual names of end-of-document tokens, most specific first.
 EOS_NAMES = (
     EOS,
     "<|endoftext|>",
@@ -68,7 +68,7 @@ def open_tokenizer(
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE: ids 0, 1, 2 are <|pad|>, <|bos|>, <|eos|>, then the 256 bytes, then merges.
 
-    The same texts give the same tokenizer. A small text may not hold enough merges for vocab_size.
+    The same texts give the same tokenizer. A small text may not have enough merges for vocab_size.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,8 +85,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def find_eos(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
-    """The id that ends a document: config.eos_id if set, else the first of EOS_NAMES that
-    exists."""
+    """The id that ends a document: config.eos_id if set, else the first of EOS_NAMES that exists.
+    Raises UserError if none does."""
     if config.eos_id >= 0:
         return config.eos_id
     for name in EOS_NAMES:
@@ -119,7 +119,7 @@ def _trained(
 
 def _sample(corpus: Corpus) -> Iterator[str]:
     """The first SAMPLE_BYTES of the training split (its order is by content, so a fair sample), in
-    pieces without a run of more than LONGEST_RUN characters that are all blank or all not."""
+    parts without a run of more than LONGEST_RUN blank, or of as many other, characters."""
     left = SAMPLE_BYTES
     for text in corpus.documents("train"):
         yield from _without_long_runs(text)
@@ -129,7 +129,7 @@ def _sample(corpus: Corpus) -> Iterator[str]:
 
 
 def _without_long_runs(text: str) -> Iterator[str]:
-    """Pieces that join to `text`."""
+    """`text` in parts, split within long runs."""
     start = 0
     for run in _LONG_RUN.finditer(text):
         for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):

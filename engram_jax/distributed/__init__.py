@@ -1,1 +1,1 @@
-"""Several processes that make one run: joining, agreeing, failing together, stopping in time."""
+"""Runs of several processes: joining, agreeing, failing together, and stopping on preemption."""

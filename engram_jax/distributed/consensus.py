@@ -1,4 +1,4 @@
-"""All processes of a run do the same: what fails on one ends all in a line, and none in a wait."""
+"""Keeps the processes of a run together: an error on one ends all of them with the same line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DAYS = 7 * 24 * 3600 * 1000  # milliseconds
 
 
 class PeerError(Exception):
-    """Another process failed; the text says which and why."""
+    """Another process failed; the message says which and why."""
 
 
 def gather(text: str) -> list[str]:
     """The texts of all processes, in their order. Every process calls it."""
     if jax.process_count() == 1:
         return [text]
-    # No limit but the life of the others: one may be reading text for hours.
+    # Wait as long as the others live: one may be reading text for hours.
     key_value_store().wait_at_barrier(f"engram_jax/gather/{next(_GATHERS)}", _DAYS)
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))
@@ -40,7 +40,8 @@ def gather(text: str) -> list[str]:
 def agree(work: Callable[[], T]) -> T:
     """`work()`, called on every process; fails on all of them if it fails on any.
 
-    Raises UserError with the words of the first process that failed (alone: the error itself).
+    Raises UserError with the message of the first process that failed (with one process: the error
+    itself).
     """
     if jax.process_count() == 1:
         return work()
@@ -59,7 +60,7 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def error_line(error: BaseException) -> str:
-    """An error in a line of at most 300 characters."""
+    """An error's message; for errors other than UserError one line of at most 300 characters."""
     if isinstance(error, UserError):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -67,5 +68,5 @@ def error_line(error: BaseException) -> str:
 
 
 def key_value_store() -> Any:
-    """The coordinator's store, which every process can read and write."""
+    """The coordinator's key-value store, which every process can read and write."""
     return distributed.global_state.client

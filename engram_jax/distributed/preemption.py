@@ -1,7 +1,7 @@
-"""SIGTERM, the notice before a machine is taken away: stop between two steps and save.
+"""Handles preemption (SIGTERM before a machine is taken away): stops between two steps and saves.
 
-Elsewhere than in the loop (reading text, writing the report) there is nothing to save, and the
-program ends at once. Both end with status 0: the same command goes on.
+Outside the loop (reading text, writing the report) there is nothing to save, and the program ends
+at once. Both end with status 0, and the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Preempted(SystemExit):
-    """SIGTERM came where nothing had to be saved."""
+    """SIGTERM arrived where nothing had to be saved."""
 
 
 class Preemption:
-    """Context: SIGTERM is listened to, in the main thread; elsewhere signals are not ours to take.
+    """Context manager that handles SIGTERM; only in the main thread, where Python allows it.
 
-    JAX's own notice (`multihost_utils.reached_preemption_sync_point`) serves only launches that
-    call it before the signal comes: its sync point is one past the highest step so far, which for
-    a run resumed at step 1000 and signalled while it compiles is step 1, which never comes.
+    JAX's own mechanism (`multihost_utils.reached_preemption_sync_point`) works only for launches
+    that call it before the signal: its sync point is one past the highest step so far, which for a
+    run resumed at step 1000 and signalled while it compiles is step 1, which is never reached.
     """
 
     def __init__(self, log: Callable[[str], None] = print):
@@ -37,7 +37,7 @@ class Preemption:
         self._requested = self._deferred = False
         self._previous: Any = None
         self._ours = False
-        self._asked: jax.Array | None = None  # the answer on its way
+        self._asked: jax.Array | None = None  # the last answer, possibly still being computed
         self._any: Callable[[jax.Array], jax.Array] | None = None
 
     def __enter__(self) -> Preemption:
@@ -48,7 +48,7 @@ class Preemption:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self._ours:
-            # None: a handler that no Python code installed, and none can install again.
+            # None: the handler was not installed from Python, which cannot restore it.
             previous = signal.SIG_DFL if self._previous is None else self._previous
             signal.signal(signal.SIGTERM, previous)
         if isinstance(error, Preempted):
@@ -56,9 +56,9 @@ class Preemption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Meanwhile a signal only asks for an end; `agreed` tells when it has come.
+        """Inside, a signal only requests the end; `agreed` returns True when to stop.
 
-        Raises Preempted at the end if it came too late for that.
+        Raises Preempted on leaving if the signal came too late for that.
         """
         self._deferred = True
         try:
@@ -69,11 +69,12 @@ class Preemption:
             raise Preempted(0)
 
     def agreed(self, *, wait: bool = False) -> bool:
-        """Whether all processes stop here. All must call it, at the same steps.
+        """Whether all processes stop at this step. All must call it, at the same steps.
 
-        On one process that is whether the signal came. On several, each call sends a flag around
-        and returns the answer to the call before (wait: to this one), which has arrived long since:
-        the device never waits for the host. So the run ends up to one step later.
+        On one process it is whether the signal has arrived. On several, each call starts an
+        all-reduce of the flags and returns the result of the previous call's (wait: of this one's),
+        which is long complete: the device never waits for the host. So the run may end one step
+        later.
         """
         if jax.process_count() == 1:
             self.stopped = self._requested

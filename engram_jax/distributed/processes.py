@@ -1,4 +1,4 @@
-"""Many processes, one per host: how they find each other, and who talks."""
+"""Starts JAX on several processes, one per host, and logs from process 0 only."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from engram_jax.config.errors import UserError
 from engram_jax.distributed.rendezvous import meet
 
 JOIN_SECONDS = 300.0
-_CONNECT_SECONDS = 60  # for JAX itself, when all processes are known to be there
+_CONNECT_SECONDS = 60  # for JAX itself, when all processes are known to be running
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands in a launch. local_devices: ids, None = all of its host."""
+    """This process's place in a launch. coordinator: HOST:PORT of process 0. processes: how many.
+    process: this one's number. local_devices: ids, None = all of its host."""
 
     coordinator: str
     processes: int
@@ -40,13 +41,13 @@ def start(
 ) -> None:
     """Join the other processes of this launch; call it before anything else asks JAX for devices.
 
-    coordinator: HOST:PORT of process 0. processes: how many there are. process: which this is.
-    Without them a TPU host finds its slice by itself, and any other machine is alone.
-    launch: what must be the same on all of them (same_launch.describe). seconds: how long process 0
-    waits for the others, and they for it.
+    coordinator: HOST:PORT of process 0. processes: how many there are. process: this one's number.
+    Without them a TPU host finds the other hosts of its slice, and any other machine runs alone.
+    launch: values that must be the same on all of them (same_launch.describe). seconds: how long
+    process 0 and the others wait for each other.
 
-    Raises UserError if they are given in part or make no sense, if the others do not come, or if
-    they are of another launch.
+    Raises UserError if only some are given or they are invalid, if the other processes do not join
+    in time, or if they are of another launch.
     """
     if not 0 < seconds < math.inf:
         raise UserError(f"--join_seconds={seconds:g}: must be above 0 and finite")
@@ -73,19 +74,19 @@ def start(
 
 
 def log(line: str) -> None:
-    """What the user reads, once: from process 0."""
+    """Print a line for the user, on process 0 only."""
     if jax.process_index() == 0:
         print(line, flush=True)
 
 
 def warn(line: str) -> None:
-    """What the user should know and did not ask for, once, on standard error."""
+    """Print a warning on standard error, on process 0 only."""
     if jax.process_index() == 0:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _on_tpu() -> bool:
-    """Whether this machine has TPU chips that JAX is to use. Asks nothing of JAX's backends."""
+    """Whether this machine has TPU chips that JAX will use, without initialising its backends."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and "tpu" not in platforms.split(","):
         return False
@@ -94,9 +95,9 @@ def _on_tpu() -> bool:
 
 
 def _of_slice(seconds: float) -> Place | None:
-    """This host's place by the slice's own metadata, as jax.distributed.initialize finds it.
+    """This host's place from the slice's metadata, as jax.distributed.initialize finds it.
 
-    None for a TPU host that belongs to no slice that JAX knows of: it is alone.
+    None for a TPU host that belongs to no slice known to JAX: it runs alone.
     """
     try:
         address, processes, process, devices = (
@@ -138,14 +139,14 @@ def _join(place: Place, launch: Callable[[], Mapping[str, Any]], seconds: float)
 
 
 def _past_proxies(coordinator: str) -> None:
-    """Processes of one launch talk to each other directly, whatever http_proxy is for."""
+    """Make the processes of a launch connect directly, even if http_proxy is set."""
     if not any(os.environ.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy")):
         return
     name = "no_grpc_proxy"  # gRPC reads it in lower case, and no_proxy only without it
     hosts = os.environ.get(name) or os.environ.get("no_proxy") or ""
     host = coordinator.rpartition(":")[0].strip("[]")
     os.environ[name] = ",".join(filter(None, [hosts, host]))
-    jax.config.update("jax_check_proxy_envs", False)  # its warning of a hang is settled
+    jax.config.update("jax_check_proxy_envs", False)  # the hang it warns of cannot happen now
 
 
 def _first_line(error: Exception) -> str:

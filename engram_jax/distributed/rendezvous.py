@@ -1,8 +1,8 @@
-"""The processes of a launch meet before JAX joins them: each is there, once, and of one launch.
+"""Waits until all processes of a launch are running and agree on it, before JAX connects them.
 
-JAX's own wait for the others is silent, and a wait in vain aborts the process. So process 0 first
-listens at the coordinator's address itself, every other process sends it a line of JSON there (who
-it is and what it was started with), and process 0 answers all of them with the same verdict:
+JAX's own wait for the others is silent, and aborts the process when it times out. So process 0
+first listens at the coordinator's address itself, every other process sends it a line of JSON (its
+number and what it was started with), and process 0 sends all of them the same answer:
 
     {"process": 1, "processes": 2, "host": ..., "token": ..., "launch": {...}}    to process 0
     {"waiting": "1 of 3 processes (process 2)"}    from process 0, every few seconds
@@ -28,17 +28,17 @@ from typing import Any
 from engram_jax.config.errors import UserError
 from engram_jax.distributed.same_launch import disagreement, named
 
-_PULSE = 1.0  # seconds between two lines of process 0 to those who wait
-_SILENCE = 30.0  # seconds without one after which process 0 is gone
-_FIRST, _NEXT = 5.0, 30.0  # seconds until the user reads of the wait, and reads of it again
-_LINGER = 5.0  # seconds in which latecomers still hear what is wrong
-_LINE = 1 << 24  # bytes
+_PULSE = 1.0  # seconds between two lines of process 0 to the waiting processes
+_SILENCE = 30.0  # seconds without one after which process 0 is taken for dead
+_FIRST, _NEXT = 5.0, 30.0  # seconds until the first message to the user, and between later ones
+_LINGER = 5.0  # seconds in which late processes still get the error
+_LINE = 1 << 24  # bytes of the longest line
 _BROKEN = (OSError, EOFError, ValueError, TimeoutError)  # what a bad connection may raise
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Who a process says it is. token: tells two processes apart that say the same."""
+    """What a process says about itself. token: random, distinguishes two with the same number."""
 
     process: int
     processes: int
@@ -50,11 +50,11 @@ class Card:
 def meet(
     coordinator: str, process: int, processes: int, launch: Mapping[str, Any], seconds: float
 ) -> None:
-    """Returns when all `processes` have come to `coordinator` (HOST:PORT) with equal launches.
+    """Returns when all `processes` have connected to `coordinator` (HOST:PORT) with equal launches.
 
-    launch: same_launch.describe's. Writes to standard error whom it waits for. Raises UserError on
-    every process that came: if some do not come within `seconds`, if two are the same, if they do
-    not agree on their number or in what they launch.
+    launch: from same_launch.describe. Prints to standard error which processes it waits for. Raises
+    UserError on every connected process if some do not connect within `seconds`, if two have the
+    same number, or if they differ in the number of processes or in their launch.
     """
     host, _, port = coordinator.rpartition(":")
     at = _Place(coordinator, host.strip("[]"), int(port))
@@ -70,7 +70,7 @@ class _Place:
 
 
 class _Patience:
-    """What is said of a wait: first after a few seconds, then now and then."""
+    """Prints messages about a wait: the first after a few seconds, then at intervals."""
 
     def __init__(self, seconds: float) -> None:
         self._start = self._now()
@@ -93,13 +93,13 @@ class _Patience:
 
 
 class _Host:
-    """Process 0's side."""
+    """Process 0's side of the protocol."""
 
     def __init__(self, at: _Place, card: Card, seconds: float) -> None:
         self._at, self._card = at, card
         self._seconds = seconds
         self._here = {0: card}
-        self._came = {card.token}  # also those who went again
+        self._came = {card.token}  # including those that have disconnected
         self._expected = card.processes
         self._open: set[asyncio.StreamWriter] = set()
         self._wrong = ""
@@ -111,7 +111,7 @@ class _Host:
         try:
             await self._all()
             self._wrong = self._wrong or disagreement(self._launches())
-            server.close()  # who goes on looks for JAX's service there
+            server.close()  # the others then look for JAX's service at this port
             await self._tell({"error": self._wrong} if self._wrong else {"go": True})
         finally:
             echo.cancel()
@@ -121,7 +121,7 @@ class _Host:
             raise UserError(self._wrong)
 
     async def _all(self) -> None:
-        """Until all are here, or something is wrong and those who come soon after can hear it."""
+        """Wait until all are connected, or, after an error, until late processes can get it."""
         patience = _Patience(self._seconds)
         while not self._wrong and (missing := self._missing()):
             text = _of(missing, self._card)
@@ -139,7 +139,7 @@ class _Host:
             await self._news(patience.left)
 
     async def _news(self, seconds: float) -> None:
-        """Returns when somebody came or went since it last returned, or after `seconds`."""
+        """Wait until a process has connected or disconnected since the last call, or `seconds`."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(seconds, 0))
         self._wake.clear()
@@ -158,7 +158,7 @@ class _Host:
                 raise UserError(
                     f"--coordinator_address={self._at.name}: {error.strerror}"
                 ) from error
-        # If it is another process 0 that waits there, both are told that they are two.
+        # If another process 0 listens at this port, both get the error that there are two.
         with contextlib.suppress(_NoAnswerError):
             await _ask(self._at, self._card, 2.0, patient=False)
         raise UserError(
@@ -167,7 +167,7 @@ class _Host:
         )
 
     def _socket(self) -> socket.socket:
-        """Where JAX's service will listen."""
+        """A socket at the address where JAX's service will listen."""
         given = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "")
         host, _, port = given.rpartition(":")
         address = (host.strip("[]"), int(port) if port.isdecimal() else self._at.port)
@@ -179,7 +179,7 @@ class _Host:
         return socket.create_server(address, family=family)
 
     async def _find_itself(self) -> None:
-        """Call the coordinator's address: another process 0 may sit there, and is told of this."""
+        """Connect to the coordinator's address: if another process 0 answers, both get an error."""
         try:
             await _ask(self._at, self._card, self._seconds, patient=False)
         except UserError as error:
@@ -194,9 +194,9 @@ class _Host:
             if card.token != self._card.token:
                 self._admit(card)
             self._wake.set()
-            await reader.read()  # until it goes, or hangs up after the verdict
+            await reader.read()  # until it disconnects
         except (*_BROKEN, TypeError):
-            pass  # a stranger, or one who is gone
+            pass  # another program, or a process that has died
         finally:
             self._open.discard(writer)
             writer.close()
@@ -234,20 +234,20 @@ class _Host:
 
 
 async def _closed(writer: asyncio.StreamWriter) -> None:
-    """What was written to it is sent."""
+    """Close a connection after sending what was written to it."""
     writer.close()
     with contextlib.suppress(*_BROKEN):
         await asyncio.wait_for(writer.wait_closed(), _PULSE)
 
 
 class _NoAnswerError(UserError):
-    """Nobody gave a verdict."""
+    """Process 0 did not answer."""
 
 
 async def _ask(at: _Place, card: Card, seconds: float, *, patient: bool = True) -> None:
-    """The other processes' side: returns when process 0 says go.
+    """The other processes' side: returns when process 0 sends "go".
 
-    Raises UserError with what it says is wrong; _NoAnswerError if it says nothing for `seconds`.
+    Raises UserError with the error it sends; _NoAnswerError if it does not answer for `seconds`.
     """
     patience = _Patience(seconds)
     reason = ""
@@ -279,7 +279,7 @@ async def _ask(at: _Place, card: Card, seconds: float, *, patient: bool = True) 
 
 
 async def _listening(at: _Place) -> None:
-    """Wait for JAX's service, if it comes soon: its client, once refused, pauses for a second."""
+    """Wait up to a second for JAX's service: its client, once refused, pauses for a second."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_PULSE):
             while True:

@@ -1,8 +1,8 @@
-"""What the processes of one launch must have in common: all that decides a result.
+"""Compares the launches of a run's processes: all that affects a result must be equal.
 
-What decides none may differ: `MAY_DIFFER` (where a host keeps its prepared data, whose content is
-compared when it is open, and with how many workers it reads), where a host finds the others, what
-JAX logs, dumps and caches.
+Other settings may differ: `MAY_DIFFER` (where a host stores its prepared data, whose content is
+compared later, and its number of reading workers), the coordinator's address, and what JAX logs,
+dumps and caches.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _JAX_MAY_DIFFER = (
 )
 _COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _SOURCES = (".py", ".json", ".npz")
-_SHOWN = 4  # keys, and as many values of each
+_SHOWN = 4  # keys in a message, and values of each
 _LONGEST = 100  # characters of a value
 
 
 def describe(config: Config, command: Mapping[str, Any]) -> dict[str, Any]:
-    """This process's launch: name -> value, as JSON values. Does not ask JAX for its devices.
+    """This process's launch: name -> JSON value. Does not initialise JAX's devices.
 
     command: the other flags, by name.
     """
@@ -71,7 +71,7 @@ def describe(config: Config, command: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def code_digest(root: Path) -> str:
-    """16 hex digits of the SHA-256 of what runs: launch.py and the two packages below `root`."""
+    """16 hex digits of the SHA-256 of the code: launch.py and the two packages below `root`."""
     paths = [root / "launch.py"] if (root / "launch.py").is_file() else []
     for package in ("engram_jax", "kernels_pallas"):
         paths += [path for path in (root / package).rglob("*") if path.suffix in _SOURCES]
@@ -83,9 +83,9 @@ def code_digest(root: Path) -> str:
 
 
 def disagreement(launches: Sequence[Mapping[str, Any]]) -> str:
-    """One line with what differs among the launches of processes 0, 1, ...; "" if nothing does.
+    """One line with the differences between the launches of processes 0, 1, ...; "" without any.
 
-    A host without git does not know its commit; its code is compared all the same.
+    A host without git does not know its commit; its code is compared nevertheless.
     """
     keys = {key: None for launch in launches for key in launch}
     found = []
@@ -114,7 +114,7 @@ def named(ranks: Sequence[int]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value in a line; two values with equal text are equal."""
+    """The value as one line, equal only for equal values."""
     several = isinstance(value, list | tuple)
     text = f"({', '.join(map(_shown, value))})" if several else repr(value)
     if len(text) <= _LONGEST:

@@ -1,1 +1,1 @@
-"""Losses on held-out text, and the count models they are read against."""
+"""Losses on held-out text, and count models to compare them with."""

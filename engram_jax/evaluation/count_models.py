@@ -1,9 +1,9 @@
-"""Count models to read a language model's loss against: unigram, bigram and Kneser-Ney trigram.
+"""Count models to compare a language model's loss with: unigram, bigram, Kneser-Ney trigram.
 
 All are proper distributions over the vocabulary, fitted on the same targets that the model trains
-on and scored on the same targets that it is evaluated on. A context reaches back as far as the
-model may look: within the document and the sequence. N-grams are packed into int64 keys and counted
-by sorting.
+on and scored on the same targets that it is evaluated on. A context does not cross the start of the
+document or the sequence, as in the model. N-grams are packed into int64 keys and counted by
+sorting.
 
 Kneser-Ney is the interpolated, modified form of Chen & Goodman, "An Empirical Study of Smoothing
 Techniques for Language Modeling" (1998), section 3, on top of the uniform distribution.
@@ -20,8 +20,8 @@ from engram_jax.config.errors import UserError
 
 Arrays = Mapping[str, np.ndarray]
 
-# Pseudo-counts that the unigram and bigram models choose from, on a last tenth of the training
-# targets (at most so many of them).
+# Pseudo-counts that the unigram and bigram models choose from, on the last tenth of the training
+# targets (at most _MAX_CHECKED of them).
 PSEUDO_COUNTS = tuple(float(x) for x in np.logspace(-2, 4, 19))
 _HELD_OUT = 0.1
 _MAX_CHECKED = 100_000
@@ -29,8 +29,8 @@ _MAX_CHECKED = 100_000
 
 @dataclass(frozen=True)
 class Events:
-    """What is predicted: int64 [n] each. `before` is the token before `last`, or V where the
-    document or the sequence starts with `last`."""
+    """Targets and their contexts: int64 [n] each. `before` is the token before `last`, or V where
+    the document or the sequence starts with `last`."""
 
     before: np.ndarray
     last: np.ndarray
@@ -97,13 +97,13 @@ class Bigram:
 class KneserNey:
     """Interpolated modified Kneser-Ney trigram.
 
-    Order 3 uses counts; below, an n-gram's count is the number of different tokens it was seen
-    after.
+    Order 3 uses counts; in lower orders an n-gram's count is the number of different tokens that
+    have preceded it.
     """
 
     def __init__(self, train: Events, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._base = base = vocab_size + 1  # one symbol more: the start of a document or sequence
+        self._base = base = vocab_size + 1  # one more symbol: the start of a document or sequence
         trigrams, counts = np.unique(self._key(train), return_counts=True)
         bigrams, after = np.unique(trigrams % base**2, return_counts=True)
         unigrams, after_any = np.unique(bigrams % base, return_counts=True)
@@ -148,8 +148,8 @@ def discounts(counts: np.ndarray) -> np.ndarray:
     """D(0) = 0, D(1), D(2), D(3 and more) from the counts of counts n1..n4 (Chen & Goodman, eq.
     17).
 
-    Where a count of counts is zero (tiny data), or a discount leaves (0, k], the single discount
-    n1 / (n1 + 2 n2), or 1/2, takes its place.
+    Where a count of counts is zero (tiny data), or a discount is outside (0, k], the single
+    discount n1 / (n1 + 2 n2), or 1/2, is used instead.
     """
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(np.float64)
     single = n[1] / (n[1] + 2 * n[2]) if n[1] and n[2] else 0.5
@@ -184,7 +184,7 @@ def fit_and_score(
 
 
 def choose_pseudo_counts(train: Events, vocab_size: int) -> tuple[float, float]:
-    """The unigram's and the bigram's, best on a last part of `train` after fitting on the rest."""
+    """(unigram's, bigram's) pseudo-count: the best on the end of `train`, fitted on the rest."""
     split = min(int(len(train) * (1 - _HELD_OUT)), len(train) - 1)
     inner, check = train[:split], train[split : split + _MAX_CHECKED]
     a = min(PSEUDO_COUNTS, key=lambda c: _nats(Unigram(inner, vocab_size, c), check).mean())

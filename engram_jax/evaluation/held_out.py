@@ -1,4 +1,4 @@
-"""Two losses on held-out text, each with one meaning wherever it is shown.
+"""The two losses on held-out text, and the evaluation of a checkpoint.
 
 validation_loss   over the first train.eval_batches batches of the held-out split: while training
 held_out_loss     over the whole split: at the end of training, and by --mode=evaluate
@@ -59,7 +59,7 @@ class Evaluator:
         )
 
     def score(self, state: TrainState, batches: int | None = None) -> Score:
-        """Over the first `batches` held-out batches (None: all of them).
+        """The loss over the first `batches` held-out batches (None: all of them).
 
         Each batch's sum is read only after the next is dispatched. Raises UserError as
         `check_held_out`.
@@ -81,7 +81,7 @@ class Evaluator:
 
 def check_held_out(data: RunData, batches: int | None = None) -> None:
     """Raises UserError if the first `batches` held-out batches (None: all) have no target: their
-    mean loss is not defined, and as 0 would be the best of all."""
+    mean loss is not defined, and 0 would look like the best one."""
     config, store = data.config, data.prepared.store_valid
     sequences = PackedSequences(store, config.data.seq_len, config.tokenizer.pad_id, pad_tail=True)
     count = None if batches is None else batches * config.data.batch_size
@@ -100,7 +100,7 @@ def evaluate(
     """Held-out loss of a checkpoint ("latest", "best" or a step) over the whole held-out split.
 
     accept: keys or sections of `config` that may differ from what the run was trained with; with
-      "data" it is scored on another text. What differed stands in the result.
+      "data" it is scored on another text. The result lists the differences.
 
     Raises UserError if there is no such checkpoint, or if it is of other settings, another model,
     tokenizer or text.
@@ -136,7 +136,7 @@ def evaluate(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where a float cannot hold it."""
+    """exp(loss); infinite on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -144,7 +144,7 @@ def perplexity(loss: float) -> float:
 
 
 def check_scored_tokenizer(workdir: Path, data: RunData) -> None:
-    """Refuse to score token ids that mean something else than those the model was trained on."""
+    """Raises UserError unless the data was tokenised with the tokenizer of the run in `workdir`."""
     file = workdir / TOKENIZER
     theirs = tokenizer_fingerprint(load_tokenizer(file))
     ours = tokenizer_fingerprint(data.prepared.tokenizer)

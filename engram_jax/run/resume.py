@@ -96,7 +96,8 @@ def forget_unsaved(config: Config, workdir: Path) -> None:
 def check_resumed_text(workdir: Path, text: Mapping[str, Any]) -> None:
     """Raises UserError if the run in `workdir` was trained on another text than this one.
 
-    text: `PreparedData.summary`. A record of before does not say; the position in the data does.
+    text: `PreparedData.summary`. Records of earlier versions have no digest; for their runs the
+    fingerprint in the data iterator's state is compared instead (data/pipeline.py).
     """
     steps = checkpoint_steps(workdir)
     launch = launch_of(workdir, max(steps)) if steps else None

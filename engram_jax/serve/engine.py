@@ -3,8 +3,8 @@
 One iteration (`step`):
 
     device                                host
-    blocks before the first Engram layer  read the tokens sampled by the last iteration, end finished
-                                          sequences, hash, request the rows of all Engram layers
+    blocks before the first Engram layer  read the tokens sampled by the last iteration, end
+                                          finished sequences, hash, request all layers' rows
     Engram layer, blocks after it, ...    rows of the next Engram layer
     sample
     a chunk of prompts, likewise          (its rows were requested at the end of the last iteration)

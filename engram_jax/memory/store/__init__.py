@@ -1,6 +1,7 @@
-"""Memory off the chip: row addresses in, the stored bytes of those rows out.
+"""Tables off the device, in host memory or in a file: reads stored rows by address.
 
-`rows` says what a stored row is, `source` where rows come from (DRAM, a file, a cache in front of
-either), `file` how a table is written and opened, `frequency` and `policy` which rows are read how
-often. Nothing here runs a network; jax is imported where bytes become numbers (`RowFormat.decode`).
+`row_format` defines a stored row, `row_source` what every tier offers (`dram`, `file_table`,
+`host_cache` in front of either), `write_file` and `memory_file` write and open files, `read_counts`
+and `cache_policies` say which rows are worth caching. Nothing here runs a network; jax is imported
+only where bytes are decoded to numbers (`RowFormat.decode`).
 """

@@ -1,13 +1,13 @@
-"""Blocks of a file that is larger than memory, read by system calls inside a compiled loop.
+"""Reads blocks of a file that is larger than memory, by system calls inside a compiled loop.
 
-A page that is not in memory stops the thread that reads it for the time of a read, and a disk is
-fast only with many reads under way. So a block is taken at once if the page cache has it
-(RWF_NOWAIT), else announced (POSIX_FADV_WILLNEED, which does not wait) and read when some dozens
-more have been: one thread then gets what 64 threads get without (docs/log.md).
+A page that is not in memory blocks the thread that reads it until the disk has answered, and a disk
+is fast only with many reads in flight. So a block is read at once if the page cache has it
+(RWF_NOWAIT), else announced (POSIX_FADV_WILLNEED, which does not wait) and read after some dozens
+more have been announced: one thread then reads as fast as 64 threads do without (docs/log.md).
 
-A mapping would spare the copy, but what happens to a mapped file happens to the process: a file
-that is cut short, or a disk that fails, ends it (SIGBUS), and bytes may change between being
-verified and being used. Here both is an error of the call, and what is verified is a copy.
+A memory mapping would save the copy, but a mapped file that is truncated, or on a disk that fails,
+kills the process (SIGBUS), and bytes may change between verification and use. Here either is an
+error of the call, and a copy is verified.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if sys.platform == "linux" and _NOWAIT:
 
     @host_jit
     def _cached(file, vector, to, size, at):  # type: ignore[no-untyped-def]
-        """Whether `size` bytes at `at` were in the page cache; they are at address `to` then.
-        False, too, where the file system cannot tell."""
+        """Whether `size` bytes at `at` were in the page cache; they are then at address `to`.
+        Also False where the file system does not support the question."""
         vector[0], vector[1] = to, size  # struct iovec
         return _preadv2(file, vector.ctypes.data, 1, at, _NOWAIT) == size
 
@@ -81,13 +81,13 @@ def _whole(file, to, size, at):  # type: ignore[no-untyped-def]
 def read_rows(  # type: ignore[no-untyped-def]
     file, start, rows, block_rows, checksums, ids, order, out, buffer, waiting, found
 ):
-    """Rows ids[order], those of a block together, to out[order], uint8 [n, bytes].
+    """Read rows ids[order], where rows of a block are adjacent, to out[order], uint8 [n, bytes].
 
-    file: a descriptor; row 0 of its `rows` lies at `start`. checksums: uint64 [blocks], XXH64 of
+    file: a descriptor; row 0 of its `rows` is at byte `start`. checksums: uint64 [blocks], XXH64 of
     `block_rows` rows each. buffer: uint8, one block. waiting: int64 [a, 2]: up to `a` blocks, at
     least 1, are announced before the first of them is read.
-    found: int64 [4], filled: blocks read; their bytes; the block that ended it, and why: DAMAGED,
-    UNREADABLE, or 0, nothing did.
+    found: int64 [4], filled: blocks read; their bytes; the block that failed, and why: DAMAGED,
+    UNREADABLE, or 0 for none.
     """
     size, to, here = out.shape[1], uint64(out.ctypes.data), uint64(buffer.ctypes.data)
     vector = np.empty(2, np.uint64)

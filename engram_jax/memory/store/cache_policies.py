@@ -1,4 +1,4 @@
-"""What a cache of some size would have hit, by policy: simulated on recorded lookups.
+"""Simulates cache policies on recorded lookups: how many a cache of a given size would have hit.
 
 A trace is the lookups of a model as a tier sees them, batch after batch, each row once per batch.
 `belady` is the optimum that no policy can beat: it knows the future.
@@ -20,9 +20,9 @@ from engram_jax.memory.store.s3fifo import Sets
 class Trace:
     """Lookups, rows numbered 0 to U - 1 in order of their ids.
 
-    ids: int32 [n], batch after batch, rising within one. edges: int64 [batches + 1]. rows: the
-    distinct ids [U] behind the numbers. since: position in `ids` from which hits are counted: what
-    lies before it only fills the cache.
+    ids: int32 [n], batch after batch, ascending within one. edges: int64 [batches + 1]. rows: the
+    distinct ids [U] that are numbered. since: position in `ids` from which hits are counted:
+    lookups before it only fill the cache.
     """
 
     ids: np.ndarray
@@ -37,8 +37,8 @@ class Trace:
 
 
 def record(batches: Sequence[np.ndarray], since: int = 0) -> Trace:
-    """batches: the lookups of each step, ids int32 [n_i], any order, with duplicates. since: the
-    batch from which hits are counted."""
+    """The trace of `batches`: the lookups of each step, ids int32 [n_i], any order, with
+    duplicates. since: the batch from which hits are counted."""
     each = [distinct(batch)[0] for batch in batches]
     edges = np.cumsum([0, *(len(ids) for ids in each)])
     rows, ids = distinct(np.concatenate(each) if each else np.empty(0, np.int32))
@@ -46,22 +46,22 @@ def record(batches: Sequence[np.ndarray], since: int = 0) -> Trace:
 
 
 def static(trace: Trace, capacity: int, by_frequency: np.ndarray) -> int:
-    """Hits of the `capacity` rows that other text reads most often. by_frequency: ids by falling
-    count, as `frequency.Frequency.ids`."""
+    """Hits of the `capacity` rows that other text reads most often. by_frequency: ids by descending
+    count, as `read_counts.Frequency.ids`."""
     kept = np.isin(trace.rows, by_frequency[:capacity])
     return int(kept[trace.ids[trace.since :]].sum())
 
 
 def static_best(trace: Trace, capacity: int) -> int:
-    """Hits of the rows that this very trace reads most often, already inside at its start: the
-    optimum of what never changes."""
+    """Hits of the rows that this trace itself reads most often, cached from its start: the optimum
+    of a cache that never changes."""
     counts = np.bincount(trace.ids[trace.since :])
     return int(np.sort(counts)[::-1][:capacity].sum())
 
 
 def sets(trace: Trace, capacity: int, warm: np.ndarray | None = None) -> int:
-    """Hits of `CachedTable`'s own book-keeping: S3-FIFO in sets. warm: ids by falling count, to
-    start with; None = it starts empty."""
+    """Hits of `CachedTable`'s own policy, S3-FIFO in sets (s3fifo.py). warm: ids by descending
+    count, to start with; None = it starts empty."""
     rows = int(trace.rows.max(initial=0)) + 1
     book = Sets.empty(capacity, rows)
     if warm is not None:
@@ -79,13 +79,13 @@ def sets(trace: Trace, capacity: int, warm: np.ndarray | None = None) -> int:
 
 
 def lru(trace: Trace, capacity: int) -> int:
-    """Hits of keeping the rows used last."""
+    """Hits of keeping the most recently used rows."""
     return int(_lru(trace.ids, trace.since, len(trace.rows), capacity))
 
 
 def lfu(trace: Trace, capacity: int) -> int:
-    """Hits of keeping the rows used most often so far, counted over all rows and never forgotten;
-    a row comes in only if it beats one inside."""
+    """Hits of keeping the rows used most often so far, with the counts of all rows kept forever; a
+    row is admitted only if its count exceeds a cached one's."""
     return int(_lfu(trace.ids, trace.since, len(trace.rows), capacity))
 
 
@@ -96,8 +96,8 @@ def s3_fifo(trace: Trace, capacity: int) -> int:
 
 
 def belady(trace: Trace, capacity: int) -> int:
-    """Hits of the optimum: of the rows at hand, the new one included, drop the one that is needed
-    again last."""
+    """Hits of the optimum: of the cached rows and the new one, evict the one whose next use is
+    furthest away."""
     rows = len(trace.rows)
     later = _next_use(trace.ids, rows)
     return int(_belady(trace.ids, trace.since, later, rows, capacity))
@@ -113,7 +113,7 @@ ONLINE: dict[str, Callable[[Trace, int], int]] = {
 
 @host_jit
 def _lru(ids, since, rows, capacity):  # type: ignore[no-untyped-def]
-    """A ring of linked rows around the node `rows`: its successor was used last."""
+    """A ring of linked rows around the node `rows`, whose successor is the most recently used."""
     after = np.full(rows + 1, -1, np.int64)
     before = np.full(rows + 1, -1, np.int64)
     after[rows] = before[rows] = rows
@@ -218,9 +218,9 @@ def _belady(ids, since, next_use, rows, capacity):  # type: ignore[no-untyped-de
 
 @host_jit
 def _s3_fifo(ids, since, rows, capacity):  # type: ignore[no-untyped-def]
-    """where: 0 nowhere, 1 small, 2 main; uses: capped at 3; left: when a row left the small queue,
-    counted in rows that did (a ghost while at most as many as the main queue holds have since).
-    queues, heads, sizes: of the small and the main queue."""
+    """where: 0 not cached, 1 small, 2 main; uses: capped at 3; left: when a row left the small
+    queue, counted in rows that have (it is a ghost until more rows have left since than the main
+    queue holds). queues, heads, sizes: of the small and the main queue."""
     small_most = max(1, capacity // 10)
     where, uses = np.zeros(rows, np.uint8), np.zeros(rows, np.uint8)
     left = np.full(rows, -1, np.int64)

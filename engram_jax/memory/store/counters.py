@@ -1,4 +1,4 @@
-"""What a source of rows has done: counters that several threads add to."""
+"""Thread-safe counters of what a row source has read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stats:
-    """Totals since the source was made.
+    """Totals since the source was created.
 
-    calls: of `gather`. lookups: rows that were asked for. hits: of them, those that this tier had
-      itself (all of them, where nothing lies behind it). rows_read, bytes_read: rows that were
-      read from this tier's own storage and the bytes that took, whole blocks for a file.
-    seconds: in `gather`, summed over threads, the tiers behind included.
+    calls: of `gather`. lookups: rows requested. hits: of them, those that this tier has itself (all
+      of them for the last tier). rows_read, bytes_read: rows read from this tier's own storage and
+      the bytes that took, whole blocks for a file.
+    seconds: in `gather`, summed over threads, including the tiers below.
     """
 
     calls: int = 0
@@ -36,7 +36,7 @@ class Counters:
     def add(
         self, began: float, *, lookups: int, hits: int, rows_read: int, bytes_read: int
     ) -> None:
-        """One call of `gather` that began at `time.perf_counter()` = began."""
+        """Add one call of `gather` that began at `time.perf_counter()` = began."""
         seconds = time.perf_counter() - began
         total = self._total
         with self._lock:
@@ -48,7 +48,7 @@ class Counters:
             self._seconds += seconds
 
     def snapshot(self) -> Stats:
-        """The totals at this moment, all of the same one."""
+        """A consistent copy of the totals."""
         with self._lock:
             calls, lookups, hits, rows_read, bytes_read = self._total
             return Stats(calls, lookups, hits, rows_read, bytes_read, self._seconds)

@@ -1,5 +1,4 @@
-"""Machine operations without a name in Python: prefetch, wide copies, stores past the caches,
-unaligned loads."""
+"""CPU operations for compiled loops: prefetch, wide copies, streaming stores, unaligned loads."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ _BYTE_POINTER = ir.IntType(8).as_pointer()
 
 @intrinsic
 def _prefetch(typing: Any, address: Any) -> Any:
-    """Ask for the cache line at an address (uintp); nothing waits, and any address is allowed."""
+    """Prefetch the cache line at an address (uintp); it does not wait, and any address is valid."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i32 = ir.IntType(32)
@@ -29,7 +28,7 @@ def _prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.uintp), generate
 
 
-prefetch: Any = _prefetch  # to a type checker an intrinsic has one argument more
+prefetch: Any = _prefetch  # a type checker sees an intrinsic with one more argument
 
 
 def _mover(element: Any, count: int) -> Any:
@@ -50,7 +49,7 @@ def _mover(element: Any, count: int) -> Any:
 
 @intrinsic
 def _stream_32(typing: Any, to: Any, source: Any) -> Any:
-    """Copy 32 bytes (to, from: uintp) past the caches; `to` is a multiple of 32."""
+    """Copy 32 bytes (to, from: uintp), bypassing the caches; `to` is a multiple of 32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind, i32 = ir.VectorType(ir.IntType(64), 4).as_pointer(), ir.IntType(32)
@@ -64,7 +63,7 @@ def _stream_32(typing: Any, to: Any, source: Any) -> Any:
 
 @intrinsic
 def _fence(typing: Any) -> Any:
-    """What was streamed is in memory before anything that follows."""
+    """Wait until streamed stores are in memory before anything that follows."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -81,7 +80,7 @@ move_1 = _mover(ir.IntType(8), 1)
 
 
 def _loader(bits: int, kind: Any) -> Any:
-    """An intrinsic (address: uintp) -> the little-endian integer there, at any alignment."""
+    """An intrinsic (address: uintp) -> the little-endian integer at it, at any alignment."""
 
     @intrinsic
     def load(typing: Any, address: Any) -> Any:

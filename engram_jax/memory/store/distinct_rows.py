@@ -1,6 +1,6 @@
-"""The distinct rows of a batch: read each once, in the order they lie in.
+"""Finds the distinct rows of a batch, so that each is read once, in storage order.
 
-The device expands: it gets the distinct rows and, for every lookup, the number of its row.
+The device expands them: it gets the distinct rows and, for every lookup, the index of its row.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from engram_jax.memory.store.gather_rows import cores, split
 from engram_jax.memory.store.reused_buffers import Scratch
 
 _SHARED = 1 << 18  # ids from which the cores share the work, each a range of ids
-# Bits sorted by in one pass, for up to so many ids: 2 ** bits counters are cleared and added up.
+# (number of ids, radix bits per pass up to it): 2 ** bits counters are cleared and summed per pass.
 _DIGITS = ((1 << 12, 8), (1 << 15, 11), (1 << 62, 15))
 _scratch = Scratch()
 
 
 @host_jit
 def _all_bits(ids):  # type: ignore[no-untyped-def]
-    """The bits that any id has; negative if one is."""
+    """The bitwise or of all ids; negative if any id is."""
     found = np.int64(0)
     for i in range(ids.size):
         found |= np.int64(ids[i])
@@ -29,13 +29,13 @@ def _all_bits(ids):  # type: ignore[no-untyped-def]
 
 @host_jit
 def _pack(ids, low, high, keys, shift):  # type: ignore[no-untyped-def]
-    """keys = id << shift | position of every id in [low, high); how many."""
+    """keys = id << shift | position of every id in [low, high); returns how many."""
     if low == 0 and high > ids.max():  # all of them: this loop is vectorised
         for i in range(ids.size):
             keys[i] = (uint64(ids[i]) << uint64(shift)) | uint64(i)
         return ids.size
     count = 0
-    for i in range(ids.size):  # no branch: which way it goes cannot be guessed
+    for i in range(ids.size):  # no branch: it could not be predicted
         keys[count] = (uint64(ids[i]) << uint64(shift)) | uint64(i)
         count += (ids[i] >= low) & (ids[i] < high)
     return count
@@ -78,7 +78,7 @@ def _count(keys, shift):  # type: ignore[no-untyped-def]
 
 @host_jit
 def _unique(keys, shift, number, unique, inverse):  # type: ignore[no-untyped-def]
-    """From sorted keys: the distinct ids to unique[number:], their numbers to `inverse`."""
+    """From sorted keys: the distinct ids to unique[number:], their indices to `inverse`."""
     mask = (uint64(1) << uint64(shift)) - uint64(1)
     at = number - 1
     for i in range(keys.size):
@@ -90,8 +90,8 @@ def _unique(keys, shift, number, unique, inverse):  # type: ignore[no-untyped-de
 
 
 def _sorted(ids: np.ndarray, low: int, high: int, shift: int, bits: int) -> np.ndarray:
-    """The keys of the ids in [low, high), rising; in a buffer of this thread's."""
-    # One more than there are: a key is written before it is known to count.
+    """The keys of the ids in [low, high), ascending, in a buffer of this thread."""
+    # One extra: a key is written before it is known to be in range.
     keys = _scratch.get("keys", 1, ids.size + 1, np.uint64)[0]
     keys = keys[: _pack(ids, low, high, keys, shift)]
     spare = _scratch.get("spare", 1, keys.size, np.uint64)[0]
@@ -102,11 +102,11 @@ def _sorted(ids: np.ndarray, low: int, high: int, shift: int, bits: int) -> np.n
 
 
 def distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ids int32 or int64 [n], any order -> (distinct ids, rising, same dtype [m]; inverse int32
+    """ids int32 or int64 [n], any order -> (distinct ids, ascending, same dtype [m]; inverse int32
     [n] with ids == distinct[inverse]).
 
-    Raises IndexError for a negative id, ValueError for another dtype or shape and for more ids
-    than fit beside an id's bits in 64 (2**32 of them below 2**31).
+    Raises IndexError for a negative id, ValueError for another dtype or shape and where an id and
+    its position do not fit 64 bits together (ids below 2**31: 2**31 of them do).
     """
     if ids.ndim != 1 or ids.dtype not in (np.int32, np.int64):
         raise ValueError(f"ids {ids.dtype} {list(ids.shape)}: must be int32 or int64 [n]")
@@ -121,16 +121,16 @@ def distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shift, bits = (count - 1).bit_length() or 1, bits.bit_length()
     if bits + shift > 64 or bits > 62 or count > 1 << 31:
         raise ValueError(f"{count} ids of {bits} bits: too many for one call")
-    pieces = cores() if count >= _SHARED else 1
-    top = int(ids.max()) + 1 if pieces > 1 else 1 << bits
-    edges = [top * i // pieces for i in range(pieces + 1)]
-    keys: list[np.ndarray] = [unique] * pieces
-    found = [0] * pieces
+    ranges = cores() if count >= _SHARED else 1
+    top = int(ids.max()) + 1 if ranges > 1 else 1 << bits
+    edges = [top * i // ranges for i in range(ranges + 1)]
+    keys: list[np.ndarray] = [unique] * ranges
+    found = [0] * ranges
 
     def sort(begin: int, end: int) -> None:
         for i in range(begin, end):
             keys[i] = _sorted(ids, edges[i], edges[i + 1], shift, bits)
-            if pieces > 1:  # a thread may get several
+            if ranges > 1:  # a thread may get several
                 keys[i] = keys[i].copy()
             found[i] = int(_count(keys[i], shift))
 
@@ -139,5 +139,5 @@ def distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             _unique(keys[i], shift, sum(found[:i]), unique, inverse)
 
     for work in (sort, number):
-        work(0, 1) if pieces == 1 else split(pieces, work)
+        work(0, 1) if ranges == 1 else split(ranges, work)
     return unique[: sum(found)], inverse

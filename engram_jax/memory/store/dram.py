@@ -1,4 +1,4 @@
-"""A table in the host's memory."""
+"""A table in host memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _HUGE = 1 << 21  # bytes of a huge page
 def host_array(rows: int, size: int, *, huge_pages: bool = True) -> np.ndarray:
     """Zeros, uint8 [rows, size], outside Python's heap.
 
-    A random row of a large table misses the translation of its address, too: huge pages (where the
-    kernel gives them on request, /sys/kernel/mm/transparent_hugepage/enabled) make that cheap.
+    Reading a random row of a large table misses the TLB, too: huge pages (where the kernel gives
+    them on request, /sys/kernel/mm/transparent_hugepage/enabled) make that cheap.
     """
     if rows * size < _HUGE:
         return np.zeros((rows, size), np.uint8)
@@ -32,7 +32,7 @@ def host_array(rows: int, size: int, *, huge_pages: bool = True) -> np.ndarray:
 
 
 class HostTable:
-    """Stored bytes of all rows in DRAM. A `Source`; thread-safe."""
+    """Stored bytes of all rows in DRAM. A `RowSource`; thread-safe."""
 
     def __init__(self, row_format: RowFormat, parts: Sequence[np.ndarray]) -> None:
         """parts: uint8 [R, bytes_i] for each part of the format, C-contiguous; kept, not copied.
@@ -49,11 +49,11 @@ class HostTable:
 
     @classmethod
     def from_rows(cls, row_format: RowFormat, rows: np.ndarray) -> HostTable:
-        """The table of numbers float32 or bfloat16 [R, dim]. Errors: `RowFormat.encode`."""
+        """The table of rows float32 or bfloat16 [R, dim]. Errors: as `RowFormat.encode`."""
         return cls(row_format, row_format.encode(rows))
 
     def gather(self, ids: np.ndarray, out: tuple[np.ndarray, ...]) -> None:
-        """See `Source.gather`."""
+        """See `RowSource.gather`."""
         began = time.perf_counter()
         ids = check_request(ids, self.rows, out, self.format.parts)
         for part, buffer in zip(self.parts, out, strict=True):

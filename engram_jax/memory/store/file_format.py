@@ -1,4 +1,4 @@
-"""The header of a memory file: safetensors, with checksums and page-aligned tensors.
+"""The format of a memory file: safetensors, with checksums and page-aligned tensors.
 
     8 bytes, header length n (little-endian) | n bytes of JSON, padded with spaces | tensors
 
@@ -8,8 +8,8 @@ Layer L of a model has the tensors (names and types of DeepSeek-V4.1's release)
     layers.L.engram.embed.scale     F8_E8M0 [rows, dim / 32], fp8 only
     ....weight.xxh64, ....scale.xxh64   U64: XXH64, seed 0, of each block of whole rows
 
-and `header.xxh64`, U64 [1], covers the n bytes of JSON. The data begins at a multiple of 4,096, and
-`....padding` tensors of zeros (safetensors allows no gap) let each tensor begin at one, so that a
+and `header.xxh64`, U64 [1], covers the n bytes of JSON. The data and, thanks to `....padding`
+tensors of zeros (safetensors allows no gaps), every tensor begin at a multiple of 4,096, so that a
 block of 4,096 bytes is one page. `__metadata__` has "format", "version", "fingerprint" (of the
 addressing, hex) and "layers", a JSON object: per layer its row format and the rows per block.
 """
@@ -36,7 +36,7 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "fp8": "F8_E4M3"}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry: dtype and shape as safetensors says them; bytes [begin, end) after the header."""
+    """One entry: dtype and shape as in safetensors; bytes [begin, end) after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ def _expected(layers: Mapping[str, LayerHeader]) -> dict[str, tuple[str, tuple[i
 
 
 def plan_tensors(layers: Mapping[str, LayerHeader]) -> dict[str, Tensor]:
-    """Where every tensor lies, padding included."""
+    """The place of every tensor in the file, padding included."""
     tensors, at = {}, 0
     for name, (dtype, shape) in _expected(layers).items():
         end = at + _size(dtype, shape)
@@ -97,8 +97,8 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 def to_bytes(
     layers: Mapping[str, LayerHeader], fingerprint: str, metadata: Mapping[str, str]
 ) -> bytes:
-    """Length and JSON, a multiple of 4,096 bytes. Raises UserError for metadata that is no string,
-    has a reserved name or is too long."""
+    """The header: length and JSON, a multiple of 4,096 bytes. Raises UserError for metadata that is
+    not a string, has a reserved name or is too long."""
     for key, value in metadata.items():
         if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
             raise UserError(
@@ -122,7 +122,7 @@ def to_bytes(
 
 @dataclass(frozen=True)
 class Header:
-    """What `parse_header` found: `tensors` by name, the metadata, the tables by layer id."""
+    """The result of `parse_header`: tensors by name, the metadata, the tables by layer id."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -133,7 +133,7 @@ def parse_header(text: bytes, data_bytes: int) -> Header:
     """The JSON of a header, checked against the number of bytes after it.
 
     Raises ValueError, one line without the file's name, unless it is exactly a file of this format:
-    tensors tile the data without gap or overlap, and are those that the metadata promises.
+    tensors tile the data without gap or overlap, and are those that the metadata describes.
     """
     try:
         entries = json.loads(text, object_pairs_hook=_object)

@@ -1,5 +1,4 @@
-"""A table in a file, larger than memory: read block by block, each block verified against what the
-file said when it was opened."""
+"""A table in a file larger than memory, read block by block; every block's checksum is verified."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _SPLIT = 512  # rows from which several threads share a request
 
 
 class OpenFile:
-    """A file that is read by position, and what it looked like when it was opened."""
+    """A file that is read by position; it remembers size and times at opening."""
 
     def __init__(self, file: FileIO) -> None:
         self.number, self.path, self._file = file.fileno(), str(file.name), file
@@ -35,12 +34,12 @@ class OpenFile:
 
     @property
     def size(self) -> int:
-        """Bytes, when it was opened."""
+        """Bytes at opening."""
         return self._then[0]
 
     @property
     def changed(self) -> bool:
-        """Whether somebody has written to it, or to its attributes, since."""
+        """Whether its contents or attributes have been written to since."""
         return self._now() != self._then
 
     def check_size(self) -> None:
@@ -52,12 +51,12 @@ class OpenFile:
             )
 
     def expect_random(self) -> None:
-        """Tell the kernel to read nothing but what is asked for."""
+        """Turn off the kernel's read-ahead."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, into: np.ndarray, at: int) -> None:
-        """Fill an array, C-contiguous, with the bytes from `at` on. Raises UserError."""
+        """Fill a C-contiguous array with the bytes from `at` on. Raises UserError."""
         view = into.reshape(-1).view(np.uint8).data
         while len(view):
             try:
@@ -77,8 +76,8 @@ PUT_BACK = "put it back, or start again; to replace a file that is in use, mv an
 class StoredPart:
     """One part of a table in a file.
 
-    name: of the tensor. start: of its bytes in the file. rows, row_bytes: R and their size.
-    checksums: uint64 [blocks], in memory, of `block_rows` rows each, the last one possibly fewer.
+    name: of the tensor. start: its first byte in the file. rows: R. row_bytes: bytes per row.
+    checksums: uint64 [blocks], in memory, of `block_rows` rows each; the last may have fewer.
     """
 
     name: str
@@ -93,13 +92,13 @@ class StoredPart:
         return self.block_rows * self.row_bytes
 
     def where(self, layer: str, block: int) -> str:
-        """A block, in messages."""
+        """The name of a block in error messages."""
         first = block * self.block_rows
         last = min(first + self.block_rows, self.rows) - 1
         return f"layer {layer}, tensor {self.name}, block {block} (rows {first} to {last})"
 
     def damaged(self, file: OpenFile, layer: str, block: int) -> UserError:
-        """For a block whose checksum is another."""
+        """The error for a block whose checksum differs."""
         if file.changed:
             what = f"was changed while the file was open; {PUT_BACK}"
         else:
@@ -107,7 +106,7 @@ class StoredPart:
         return UserError(f"{file.path}: {self.where(layer, block)}: {what}")
 
     def unreadable(self, file: OpenFile, layer: str, block: int) -> UserError:
-        """For a block that could not be read whole; reads it again to find out why."""
+        """The error for a block that could not be read whole; reads it again to find out why."""
         begin = block * self.block_bytes
         size = min(self.block_bytes, self.rows * self.row_bytes - begin)
         try:
@@ -118,11 +117,11 @@ class StoredPart:
 
 
 class DiskTable:
-    """Stored bytes of all rows in a file. A `Source`; thread-safe.
+    """Stored bytes of all rows in a file. A `RowSource`; thread-safe.
 
-    The checksums are in memory, 8 bytes for a block of about 4 KiB, as they were when the file was
-    opened: rows that are written into it afterwards are refused and never served. Nothing that
-    happens to the file ends the process.
+    The checksums are kept in memory, 8 bytes for a block of about 4 KiB, as they were when the file
+    was opened: rows that are written into it later fail verification and are never served. Nothing
+    that happens to the file kills the process.
     """
 
     def __init__(
@@ -134,17 +133,17 @@ class DiskTable:
         layer: str,
         resident: dict[str, np.ndarray],
     ) -> None:
-        """parts: as the format's. file: kept. resident: parts by suffix that were loaded into
-        memory (and verified) already, uint8 [R, bytes_i]; they are not read from the file."""
+        """parts: in the format's order. file: must stay open. resident: parts by suffix that are
+        already in memory (and verified), uint8 [R, bytes_i]; they are not read from the file."""
         self.rows, self.format = parts[0].rows, row_format
         self.counters = Counters()
         self._parts, self._file, self._layer = tuple(parts), file, layer
         self._resident, self._scratch = resident, Scratch()
 
     def gather(self, ids: np.ndarray, out: tuple[np.ndarray, ...]) -> None:
-        """See `Source.gather`. Every block that a row is read from is verified: one that is
+        """See `RowSource.gather`. Every block that a row is read from is verified: one that is
         damaged, changed or cannot be read raises UserError naming file, layer, tensor and rows;
-        what `out` has then is undefined."""
+        the contents of `out` are then undefined."""
         began = time.perf_counter()
         ids = check_request(ids, self.rows, out, self.format.parts)
         self._file.check_size()
@@ -162,8 +161,8 @@ class DiskTable:
         )
 
     def _gather(self, part: StoredPart, ids: np.ndarray, order: np.ndarray, out: np.ndarray) -> int:
-        """One part of the rows; bytes of the blocks that were read."""
-        pieces: list[np.ndarray] = []
+        """Read one part of the rows; returns the bytes of the blocks that were read."""
+        results: list[np.ndarray] = []
 
         def work(begin: int, end: int) -> None:
             found = np.zeros(4, np.int64)
@@ -180,14 +179,14 @@ class DiskTable:
                 self._scratch.get("waiting", max(1, AHEAD), 2, np.int64),
                 found,
             )
-            pieces.append(found)
+            results.append(found)
 
         if ids.size < _SPLIT:
             work(0, ids.size)
         else:
             split(ids.size, work, pool="disk")
-        if wrong := [(int(block), why) for _, _, block, why in pieces if why]:
-            block, why = min(wrong)  # the first, whichever thread came first
+        if wrong := [(int(block), why) for _, _, block, why in results if why]:
+            block, why = min(wrong)  # the first block, whichever thread was first
             tell = part.damaged if why == DAMAGED else part.unreadable
             raise tell(self._file, self._layer, block)
-        return int(sum(found[1] for found in pieces))
+        return int(sum(found[1] for found in results))

@@ -1,10 +1,10 @@
-"""Rows of an array in memory, by id, as fast as the memory gives them.
+"""Gathers rows of an array in memory by id, at close to the memory's bandwidth.
 
-A row of a large table is in no cache, and a loop that waits for each gets a tenth of what memory
-can deliver. So the lines of a row are asked for some rows ahead, and the row is moved in vectors. A
-small gather runs in the calling thread, a large one on all cores and past the caches, so that the
-lines that are written need not be read first; numba's own parallel loops are not used, because
-their threads cannot be entered from two callers at once.
+A row of a large table is in no cache, and a loop that waits for each reaches a tenth of the
+bandwidth. So the cache lines of a row are prefetched some rows ahead, and the row is copied in
+vectors. A small gather runs in the calling thread, a large one on all cores and with non-temporal
+stores, so that the lines written need not be read first; numba's own parallel loops are not used,
+because two threads cannot call them at once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from engram_jax.memory.store.cpu_intrinsics import (
 )
 
 AHEAD = 24  # rows; flat between 16 and 48 (benchmarks/host_gather.py)
-INLINE_BYTES = 1 << 20  # what a hand-over to another thread, tens of microseconds, is worth
-_PIECES = 4  # per core
+INLINE_BYTES = 1 << 20  # below, handing over to other threads (tens of microseconds) costs more
+_PIECES = 4  # chunks of work per core
 
 
 @host_jit
@@ -50,7 +50,7 @@ def move_row(to, start, size):  # type: ignore[no-untyped-def]
 
 @host_jit
 def prefetch_row(start, size):  # type: ignore[no-untyped-def]
-    """Ask for every cache line of a row, for use in compiled loops."""
+    """Prefetch every cache line of a row, for use in compiled loops."""
     end = start + size
     line = start & ~uint64(LINE - 1)
     while line < end:
@@ -83,7 +83,7 @@ def _gather(table, ids, out, ahead, streams):  # type: ignore[no-untyped-def]
 @host_jit
 def _first_outside(ids, rows):  # type: ignore[no-untyped-def]
     wrong = 0
-    for i in range(ids.size):  # no exit inside: the loop is vectorised
+    for i in range(ids.size):  # no early exit, so that the loop is vectorised
         wrong |= (ids[i] < 0) | (ids[i] >= rows)
     if wrong:
         for i in range(ids.size):
@@ -97,8 +97,8 @@ def check_request(
 ) -> np.ndarray:
     """The ids of a `gather`, contiguous, after checking the whole request.
 
-    Raises IndexError for an id outside [0, rows), ValueError for ids that are no int32 or int64 [n]
-    and for buffers that are not C-contiguous uint8 [n, bytes_i].
+    Raises IndexError for an id outside [0, rows), ValueError for ids other than int32 or int64 [n]
+    and for buffers other than C-contiguous uint8 [n, bytes_i].
     """
     if ids.ndim != 1 or ids.dtype not in (np.int32, np.int64):
         raise ValueError(f"ids {ids.dtype} {list(ids.shape)}: must be int32 or int64 [n]")
@@ -130,14 +130,15 @@ def gather_rows(table: np.ndarray, ids: np.ndarray, out: np.ndarray, ahead: int 
 
 
 def split(count: int, work: Callable[[int, int], None], pool: str = "memory") -> None:
-    """work(begin, end) over [0, count), by all cores, the calling thread among them. The others are
-    threads of a pool: `work` must not call `split` with the same one again, and what may wait for a
-    disk has a pool of its own. There are more pieces than cores, each taken by whoever is free: a
-    core that other work keeps busy does not hold up the rest."""
+    """Run work(begin, end) over [0, count) on all cores, in the calling thread and those of a pool.
+
+    `work` must not call `split` with the same pool again, and work that may wait for a disk has a
+    separate pool. There are more chunks than cores, and a free thread takes the next one: a core
+    that is busy with other work does not delay the rest."""
     threads = min(cores(), count)
-    pieces = max(1, min(_PIECES * threads, count))
-    edges = [count * i // pieces for i in range(pieces + 1)]
-    left = iter(range(pieces))  # one thread at a time is in `next`
+    chunks = max(1, min(_PIECES * threads, count))
+    edges = [count * i // chunks for i in range(chunks + 1)]
+    left = iter(range(chunks))  # the GIL serialises `next`
 
     def take() -> None:
         for i in left:
@@ -148,8 +149,8 @@ def split(count: int, work: Callable[[int, int], None], pool: str = "memory") ->
         take()
     finally:
         for future in waiting:
-            if not future.cancel():  # nobody had time for it, and nothing is left to do
-                future.exception()  # no piece may still write when the caller goes on
+            if not future.cancel():  # cancelled: it had not started, and no work is left
+                future.exception()  # no chunk may still be written when the caller continues
     for future in waiting:
         if not future.cancelled():
             future.result()
@@ -167,5 +168,5 @@ def _pool(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix=f"engram-{name}")
 
 
-if hasattr(os, "register_at_fork"):  # a child has the pool's object and none of its threads
+if hasattr(os, "register_at_fork"):  # a child process has the pool object without its threads
     os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,4 +1,4 @@
-"""A cache in host memory in front of any source, for a table that lies on a slower tier."""
+"""A cache in host memory in front of a table on a slower tier."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _WARM = 1 << 16  # rows that are read at a time when a cache is warmed
 
 
 class CachedTable:
-    """At most `capacity` rows of `source` in DRAM. A `RowSource`; thread-safe, and the same bits.
+    """At most `capacity` rows of `source` in DRAM. A `RowSource`; thread-safe; the same bits.
 
     Rows never change, so the cache cannot be stale. Its lock is held while it is searched and while
-    rows are copied out of it, never while `source` reads.
+    rows are copied, never while `source` reads (except in `warm`).
     """
 
     def __init__(self, source: RowSource, capacity: int, policy: str = "adaptive") -> None:
-        """capacity: rows, at least 1; above 16 rounded down to a multiple of 16, and not more than
-        the table has. policy: "adaptive", S3-FIFO (`sets`), or "static", what `warm`
-        brought in and nothing else. Raises UserError for others."""
+        """capacity: rows, at least 1; above 16 rounded down to a multiple of 16, and at most the
+        table's. policy: "adaptive", S3-FIFO (s3fifo.py), or "static", only the rows that `warm`
+        loaded. Raises UserError for other values."""
         if policy not in POLICIES:
             raise UserError(f"cache policy {policy!r}: must be one of {', '.join(POLICIES)}")
         if capacity < 1:
@@ -64,7 +64,7 @@ class CachedTable:
         return self._sets.slots
 
     def warm(self, frequency: Frequency) -> int:
-        """Bring in the most frequent rows while there is room; how many came.
+        """Load the most frequent rows while there is room; returns how many.
 
         Raises UserError for a frequency that was counted on a table of another size.
         """
@@ -73,7 +73,7 @@ class CachedTable:
                 f"frequencies of a table of {frequency.rows} rows: this one has {self.rows}"
             )
         with self._lock:
-            # The whole time: a slot that is handed out must be filled before anyone looks.
+            # Held throughout: a slot that is assigned must be filled before any lookup.
             slots = self._sets.seed(frequency.ids)
             ids, slots = frequency.ids[slots >= 0], slots[slots >= 0]
             order = np.argsort(ids)
@@ -89,7 +89,7 @@ class CachedTable:
         return ids.size
 
     def gather(self, ids: np.ndarray, out: tuple[np.ndarray, ...]) -> None:
-        """See `RowSource.gather`. A row that is asked for several times is read once."""
+        """See `RowSource.gather`. A missing row is read once, however often it is requested."""
         began = time.perf_counter()
         ids = check_request(ids, self.rows, out, self.format.parts)
         slots = np.empty(ids.size, np.int32)
@@ -111,7 +111,7 @@ class CachedTable:
         )
 
     def _read(self, ids: np.ndarray, missing: np.ndarray, out: tuple[np.ndarray, ...]) -> None:
-        """Rows at the positions `missing` from the source, and into the cache as it sees fit."""
+        """Read the rows at positions `missing` from the source; admit them by the policy."""
         wanted, inverse = distinct(ids[missing])
         rows = tuple(
             self._scratch.get(name, wanted.size, size, np.uint8) for name, size in self.format.parts
@@ -123,8 +123,8 @@ class CachedTable:
         slots = np.empty(wanted.size, np.int32)
         with self._lock:
             self._sets.admit(wanted, slots)
-            # A slot may be given twice: the row that holds it in the end was admitted last, and
-            # rows are stored in that order.
+            # A slot may be assigned twice: the row admitted last keeps it, and rows are stored in
+            # that order.
             taken = np.flatnonzero(slots >= 0).astype(np.int32)
             self._store(rows, taken, slots[taken])
 
@@ -139,7 +139,7 @@ def _copy_parts(
     places: np.ndarray | None,
     out: tuple[np.ndarray, ...],
 ) -> None:
-    """out[places] = table[rows] for each part; places, distinct, None = 0, 1, 2 .."""
+    """out[places] = table[rows] for each part. places: distinct; None = 0, 1, 2 .."""
     where = np.arange(rows.size, dtype=np.int32) if places is None else places
     for table, buffer in zip(tables, out, strict=True):
 

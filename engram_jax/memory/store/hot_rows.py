@@ -1,4 +1,4 @@
-"""Which of a table's rows are kept, and where: a fixed set of ids and their numbers."""
+"""Maps a fixed set of row ids, those kept on a faster tier, to slots."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _find(ids, shift, keys, slots, out):  # type: ignore[no-untyped-def]
 
 
 class Slots:
-    """ids int32 or int64 [h], distinct and not negative; the i-th has slot i.
+    """A hash table of ids int32 or int64 [h], distinct and not negative; the i-th has slot i.
 
     Open addressing, at most half full. Raises ValueError for an id that occurs twice.
     """

@@ -1,7 +1,8 @@
-"""A memory file: the tables of one model, opened in no time whatever their size.
+"""Opens a memory file, the tables of one model, in constant time whatever its size.
 
 Opening reads and checks the header; rows are verified when they are read (`disk`) or loaded
-(`host`). Either reads the checksums of its table first, a 500th of it, and keeps them in memory.
+(`host`). Both first read the table's checksums, a 500th of its size, and `disk` keeps them in
+memory.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ _LOAD = 1 << 26  # bytes that are read and verified at a time
 
 
 class MemoryFile:
-    """An open memory file; `open_memory` makes one.
+    """An open memory file; create it with `open_memory`.
 
     layers: (rows, row format) by layer id. fingerprint: of the addressing the rows belong to.
-    metadata: the strings that `write_memory` was given, and the format's own.
+    metadata: the strings given to `write_memory`, and the format's own.
     """
 
     def __init__(self, file: OpenFile, start: int, header: Header) -> None:
@@ -47,9 +48,9 @@ class MemoryFile:
         self._file, self._start, self._header = file, start, header
 
     def disk(self, layer: str, resident: tuple[str, ...] = ()) -> DiskTable:
-        """A layer's table, left in the file.
+        """A layer's table, read from the file.
 
-        resident: suffixes of parts to load into memory all the same. ("scale",) halves the disk's
+        resident: suffixes of parts to load into memory nevertheless. ("scale",) halves the disk
         reads of FP8 rows and takes a 33rd of the table.
         Raises UserError for a layer that the file does not have, for a damaged resident part, and
         if the file has changed since it was opened.
@@ -75,7 +76,7 @@ class MemoryFile:
         return HostTable(self.layers[layer][1], loaded)
 
     def _check_same(self) -> None:
-        """What has been read is of one file, the one whose header was looked at."""
+        """Raises UserError unless everything read so far is from the file as it was opened."""
         if self._file.changed:
             raise UserError(f"{self._file.path}: was changed while it was opened; {PUT_BACK}")
 
@@ -100,10 +101,10 @@ class MemoryFile:
         flat = table.reshape(-1)
         step = max(1, _LOAD // part.block_bytes) * part.block_bytes
         for begin in range(0, flat.size, step):
-            piece = flat[begin : begin + step]
-            self._file.read(piece, part.start + begin)
+            chunk = flat[begin : begin + step]
+            self._file.read(chunk, part.start + begin)
             first = begin // part.block_bytes
-            sums = block_checksums(piece, part.block_bytes)
+            sums = block_checksums(chunk, part.block_bytes)
             wrong = np.flatnonzero(sums != part.checksums[first : first + len(sums)])
             if wrong.size:
                 raise part.damaged(self._file, layer, first + int(wrong[0]))
@@ -113,9 +114,9 @@ class MemoryFile:
 def open_memory(path: str | Path, fingerprint: str | None = None) -> MemoryFile:
     """Open a file that `write_memory` wrote; checks header, sizes, types and fingerprint.
 
-    fingerprint: of the addressing that rows will be looked up by; None = any.
-    Raises UserError, one line, for a file that is missing, truncated, foreign or damaged, and for
-    one that belongs to another addressing.
+    fingerprint: of the addressing that rows will be looked up with; None = any.
+    Raises UserError, one line, for a file that is missing, truncated, damaged or of another format,
+    and for one that belongs to another addressing.
     """
     try:
         file = OpenFile(FileIO(str(path), "rb"))
@@ -134,7 +135,7 @@ def open_memory(path: str | Path, fingerprint: str | None = None) -> MemoryFile:
 
 
 def _header(file: OpenFile) -> tuple[int, Header]:
-    """Bytes before the data, and what they say. Raises ValueError."""
+    """(bytes before the data, the header). Raises ValueError for any other file."""
     size, number = file.size, file.number
     if size < 8:
         raise ValueError(f"{size} bytes, too short for a header")

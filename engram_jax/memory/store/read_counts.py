@@ -1,6 +1,7 @@
-"""How often each row is read over real text, and the file that says so.
+"""Counts how often each row is read over real text, and stores the counts in a frequency file.
 
-A cache starts warm from it (`CachedTable.warm`), and a static one is chosen by it.
+A cache starts warm from them (`CachedTable.warm`), and the rows kept on the device are chosen by
+them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Frequency:
-    """One layer's rows by falling count; equal counts by rising id.
+    """One layer's rows by descending count; equal counts by ascending id.
 
     ids: int32 [m], rows that were read, or the most frequent of them. counts: int64 [m], how often.
-    rows: of the table. lookups: in all, rows left out included.
+    rows: R of the table. lookups: the total, including rows left out.
     """
 
     ids: np.ndarray
@@ -33,7 +34,7 @@ class Frequency:
     lookups: int
 
     def behind(self, count: int) -> Frequency:
-        """Without the `count` most frequent rows, which lie in a faster place."""
+        """Without the `count` most frequent rows, which a faster tier has."""
         return replace(self, ids=self.ids[count:], counts=self.counts[count:])
 
 
@@ -46,8 +47,8 @@ class AccessCounter:
         self.lookups = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """ids: int32 or int64 [...], each in [0, rows); IndexError otherwise, nothing is counted
-        then. A count stays at 2**32 - 1."""
+        """Count ids int32 or int64 [...], each in [0, rows); otherwise raises IndexError and counts
+        nothing. A count saturates at 2**32 - 1."""
         flat = np.ascontiguousarray(ids).reshape(-1)
         if flat.size and (flat.min() < 0 or flat.max() >= self._counts.size):
             wrong = flat.min() if flat.min() < 0 else flat.max()
@@ -56,7 +57,7 @@ class AccessCounter:
         self.lookups += flat.size
 
     def frequency(self, keep: int | None = None) -> Frequency:
-        """The rows read so far, by falling count; at most the first `keep`."""
+        """The rows read so far, by descending count; at most the first `keep`."""
         ids = np.flatnonzero(self._counts).astype(np.int32)
         counts = self._counts[ids].astype(np.int64)
         order = np.argsort(-counts, kind="stable")[:keep]
@@ -76,7 +77,7 @@ def count_accesses(
 ) -> dict[str, Frequency]:
     """Frequencies of all layers over a stream of `BatchAddresser`'s results.
 
-    batches: per layer id int32 [..., H]. rows: of each layer's table. keep: as many rows at most.
+    batches: per layer id int32 [..., H]. rows: R of each layer. keep: rows per layer at most.
     """
     counters = {layer: AccessCounter(count) for layer, count in rows.items()}
     for batch in batches:
@@ -87,7 +88,7 @@ def count_accesses(
 
 @dataclass(frozen=True)
 class FrequencyFile:
-    """What a frequency file holds: the layers, the addressing's fingerprint, the tokens counted."""
+    """The contents of a frequency file: layers, the addressing's fingerprint, tokens counted."""
 
     layers: dict[str, Frequency]
     fingerprint: str
@@ -97,7 +98,7 @@ class FrequencyFile:
 def save_frequency(
     path: str | Path, layers: Mapping[str, Frequency], fingerprint: str, tokens: int
 ) -> None:
-    """Write a frequency file (npz), whole or not at all.
+    """Write a frequency file (npz), atomically.
 
     fingerprint: `Addressing.fingerprint`. tokens: of the text that was counted.
     Raises UserError when it cannot be written.
@@ -122,7 +123,7 @@ def save_frequency(
 def load_frequency(path: str | Path, fingerprint: str | None = None) -> FrequencyFile:
     """Read what `save_frequency` wrote. fingerprint: of the addressing it is for, None = any.
 
-    Raises UserError, one line, for a file that is missing, damaged, foreign or of another
+    Raises UserError, one line, for a file that is missing, damaged, or of another format or
     addressing.
     """
     try:

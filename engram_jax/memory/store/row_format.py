@@ -1,8 +1,8 @@
-"""What a stored row is: its bytes, part by part, and the numbers they mean.
+"""The formats of stored rows: encodes numbers to bytes, and decodes bytes on the device.
 
-A row travels from the table to the device as stored bytes and becomes numbers there, so that an FP8
-row costs 264 bytes on its way and not 512. Decoding is exact, on any device: it works on bit
-patterns, because accelerators and XLA's CPU flush subnormal floats and a product there is not.
+A row is transferred to the device as stored bytes and decoded there, so that an FP8 row of 256
+takes 264 bytes and not 512. Decoding is exact on any device: it works on bit patterns, because
+accelerators and XLA on CPUs flush subnormal floats, so that a product would not be exact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = 32  # columns of an FP8 row under one scale, as in DeepSeek-V4.1
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
-_PIECE = 1 << 16  # rows that are looked at a time
+_PIECE = 1 << 16  # rows checked at a time
 _E4M3_MAX = 448.0
 
 
@@ -47,7 +47,7 @@ class RowFormat:
 
     @cached_property
     def parts(self) -> tuple[tuple[str, int], ...]:
-        """(suffix of the tensor's name, bytes per row) of each array that the rows are kept in."""
+        """(suffix of the tensor's name, bytes per row) of each array that stores the rows."""
         weight = ("weight", self.dim * _ITEM_BYTES[self.name])
         return (weight, ("scale", self.dim // GROUP)) if self.name == "fp8" else (weight,)
 
@@ -65,10 +65,10 @@ class RowFormat:
         """Stored bytes, uint8 [..., bytes_i] for each part -> numbers [..., dim]; to be jitted.
 
         float32 -> float32 and bfloat16 -> bfloat16, the same bits. fp8 -> bfloat16: E4M3 times a
-        power of two has 4 significant bits and is exact in bfloat16. Only where a scale leaves its
-        range something is lost: from 2**128 on infinity of the value's sign, below 2**-126
-        bfloat16's subnormals, which need rounding (to nearest, ties to even) only for scales below
-        2**-124. A NaN value or scale (byte 255) gives NaN.
+        power of two has 4 significant bits and is exact in bfloat16. Only results out of bfloat16's
+        range differ: from 2**128 on infinity of the value's sign, below 2**-126 bfloat16's
+        subnormals, which need rounding (to nearest, ties to even) only for scales below 2**-124. A
+        NaN value or scale (byte 255) gives NaN.
         """
         import jax
         import jax.numpy as jnp
@@ -97,7 +97,7 @@ class RowFormat:
 
     def encode(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Numbers, float32 or bfloat16 [n, dim] -> stored bytes, uint8 [n, bytes_i] for each part.
-        Numbers that are stored as they are are not copied: the bytes are those of `rows`.
+        Numbers that need no conversion are not copied: the result is a view of `rows`.
 
         bfloat16 from float32 rounds to nearest, ties to even. fp8: the scale of 32 columns is the
         smallest power of two (E8M0: 2**-127 to 2**127) with which their largest magnitude is at
@@ -123,7 +123,8 @@ class RowFormat:
 
 
 def _first_not_finite(rows: np.ndarray) -> int | None:
-    """A table may fill the memory, so its mask is made piece by piece."""
+    """The first row with a value that is not finite, or None. In chunks: a table may fill memory,
+    which leaves no room for its mask."""
     for start in range(0, len(rows), _PIECE):
         finite = np.isfinite(rows[start : start + _PIECE]).all(axis=1)
         if not finite.all():

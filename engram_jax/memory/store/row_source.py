@@ -1,4 +1,4 @@
-"""Where rows come from: what every tier (dram, file_table, host_cache) offers."""
+"""The interface of every tier that stored rows are read from (dram, file_table, host_cache)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from engram_jax.memory.store.row_format import RowFormat
 
 
 class RowSource(Protocol):
-    """One table, addresses in and stored bytes out.
+    """One table: reads stored bytes by address.
 
-    rows: R. format: what a row is. counters: what has been read so far (`counters.snapshot()`).
+    rows: R. format: of a row. counters: what has been read so far (`counters.snapshot()`).
     """
 
     rows: int

@@ -1,13 +1,14 @@
-"""Which rows a cache keeps: S3-FIFO (Yang et al., SOSP 2023) in sets of 16 rows.
+"""The cache's eviction policy: S3-FIFO (Yang et al., SOSP 2023) in sets of 16 rows.
 
-Row r belongs to set r mod S (addresses are hashes already) and may lie in any of its slots. A
-newcomer is on probation: if it has not been used again when two others have come after it, it goes,
-and only its number is remembered, as one of 16 "ghosts". A row that was used again stays, and so
-does a ghost that returns; of these the oldest goes that was not used since its last turn. So rows
-that are read once move nothing, and what a document repeats comes in at once: of the policies in
-`benchmarks/cache_policies.py`, the one closest to the optimum on text.
+Row r belongs to set r mod S (addresses are hashes already) and may be in any of its slots. A new
+row is on probation: if it has not been used again when two others have been admitted after it, it
+is evicted, and only its number is remembered, as one of 16 "ghosts". A row that was used again
+stays, and so does a ghost that returns; of these the oldest that was not used since its last turn
+is evicted. So rows that are read once displace none that stay, and rows that a document repeats are
+soon among these: of the policies in `benchmarks/cache_policies.py`, this one is closest to the
+optimum on text.
 
-Compiled loops over plain arrays; the caller holds a lock.
+Compiled loops over plain arrays; the caller must hold a lock.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.cpu_intrinsics import prefetch
 
 WAYS = 16  # a cache line of row numbers
-PROBATION = 2  # slots of a set beyond which the oldest newcomer has to prove itself
+PROBATION = 2  # rows on probation in a full set from which the oldest must have been used again
 _MOST_USES, _STAYS = 3, 4  # a slot's state: uses since its last turn, and whether it may stay
 _AHEAD = 12  # lookups
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The book-keeping of a cache; slot = set * ways + way.
+    """The state of a cache, without its rows; slot = set * ways + way.
 
     keys, ghosts: row numbers int32 [S, ways], -1 where empty. state: uint8 [S, ways]. turns: uint32
-    [S, ways], when a row came or was spared last, by the set's clock. clocks: uint32 [S, 2], turns
-    given and ghosts written.
+    [S, ways], when a row was admitted or last spared, by the set's clock. clocks: uint32 [S, 2],
+    turns given and ghosts written.
     """
 
     keys: np.ndarray
@@ -43,8 +44,8 @@ class Sets:
 
     @classmethod
     def empty(cls, capacity: int, rows: int) -> Sets:
-        """For at most `capacity` (at least 1) of `rows` rows; rounded down to whole sets of 16,
-        unless all rows fit."""
+        """An empty cache for at most `capacity` (at least 1) of `rows` rows; rounded down to whole
+        sets of 16, unless all rows fit."""
         if capacity >= rows:
             ways, sets = min(WAYS, rows), -(-rows // min(WAYS, rows))
         else:
@@ -58,25 +59,25 @@ class Sets:
         return self.keys.size
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Empty the cache, ghosts included."""
         self.keys.fill(-1)
         self.ghosts.fill(-1)
         for array in (self.state, self.turns, self.clocks):
             array.fill(0)
 
     def look(self, ids: np.ndarray, slots: np.ndarray) -> int:
-        """Slots int32 [n] of rows `ids`, -1 where absent; counts the uses of those found. The
-        number found."""
+        """Fill `slots` int32 [n] with the slots of rows `ids`, -1 where absent, and count their
+        uses. Returns the number found."""
         return int(_look(self.keys, self.state, ids, slots))
 
     def admit(self, ids: np.ndarray, slots: np.ndarray) -> None:
-        """Slots int32 [n] that rows `ids`, distinct and just read, are to be put in, in this order.
-        A row already inside keeps its slot and is not to be put: -1."""
+        """Fill `slots` int32 [n] with the slots to store rows `ids` in, distinct and just read, in
+        this order. A row already cached keeps its slot and must not be stored: -1."""
         _admit(self.keys, self.ghosts, self.state, self.turns, self.clocks, ids, slots)
 
     def seed(self, ids: np.ndarray) -> np.ndarray:
-        """Take rows in, most frequent first, while their sets have room -> the slots, -1: none.
-        They may stay, and of them the least frequent goes first."""
+        """Admit rows, most frequent first, while their sets have room -> slots int32 [n], -1: none.
+        They are not on probation, and of them the least frequent is evicted first."""
         slots = np.empty(ids.size, np.int32)
         _seed(self.keys, self.state, self.turns, self.clocks, ids, slots)
         return slots
@@ -90,7 +91,7 @@ def _ask(array, set_):  # type: ignore[no-untyped-def]
 @host_jit
 def _find(line, row):  # type: ignore[no-untyped-def]
     found = -1
-    for way in range(line.size):  # no exit inside: the loop is vectorised
+    for way in range(line.size):  # no early exit, so that the loop is vectorised
         if line[way] == row:
             found = way
     return found
@@ -119,7 +120,7 @@ def _look(keys, state, ids, slots):  # type: ignore[no-untyped-def]
 
 @host_jit
 def _oldest(state, turns, stays):  # type: ignore[no-untyped-def]
-    """The way of the oldest row on probation (stays 0) or of those that may stay (4); how many."""
+    """(way of the oldest row on probation (stays = 0) or of those that stay (4); how many)."""
     found, count, least = -1, 0, np.int64(1 << 62)
     for way in range(state.size):
         if state[way] & _STAYS == stays:
@@ -131,7 +132,7 @@ def _oldest(state, turns, stays):  # type: ignore[no-untyped-def]
 
 @host_jit
 def _make_room(keys, ghosts, state, turns, clock):  # type: ignore[no-untyped-def]
-    """The way that is freed in a full set."""
+    """Evict a row of a full set; returns its way."""
     while True:
         way, newcomers = _oldest(state, turns, 0)
         if newcomers >= min(PROBATION, state.size):

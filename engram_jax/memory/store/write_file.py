@@ -1,4 +1,4 @@
-"""Writing a memory file: any size in constant memory, whole or not at all."""
+"""Writes a memory file atomically, of any size in constant memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from engram_jax.memory.store.file_format import (
 from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.memory.store.xxh64 import block_checksums, xxh64
 
-_PIECE = 1 << 23  # bytes of rows that are encoded at a time
+_PIECE = 1 << 23  # bytes of rows encoded at a time
 
 # Of one layer: row format, number of rows, and the rows in order, in chunks of any length, float32
 # or bfloat16 [n, dim].
@@ -36,15 +36,15 @@ def write_memory(
     fingerprint: str,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the tables of a model; the format is in `header`.
+    """Write the tables of a model as a memory file (file_format.py).
 
     layers: by layer id. fingerprint: `Addressing.fingerprint`. metadata: strings for the header.
 
-    The file appears under its name when all of it is on the disk, and replaces another of that
-    name; on any error nothing is left. (A process that is killed leaves PATH.xxxxxxxx.partial.)
+    The file appears under its name when all of it is on the disk, and replaces an existing one; on
+    any error nothing is left. (A process that is killed leaves PATH.xxxxxxxx.partial.)
 
-    Raises UserError for chunks that are not as many rows as promised, for what
-    `RowFormat.encode` refuses, and for a disk that is full or cannot be written.
+    Raises UserError for chunks with another total of rows than stated, for rows that
+    `RowFormat.encode` does not accept, and for a disk that is full or cannot be written.
     """
     path = Path(path)
     heads = {}
@@ -66,7 +66,7 @@ def _write(
     file: int, head: bytes, heads: Mapping[str, LayerHeader], layers: Mapping[str, LayerRows]
 ) -> None:
     tensors, start = plan_tensors(heads), len(head)
-    os.ftruncate(file, start + tensors[HEADER_CHECKSUM].end)  # padding: what nobody writes is zero
+    os.ftruncate(file, start + tensors[HEADER_CHECKSUM].end)  # padding: unwritten bytes are zero
     _put(file, np.frombuffer(head, np.uint8), 0)
     for layer, (row_format, rows, chunks) in layers.items():
         parts = [

@@ -1,4 +1,4 @@
-"""XXH64 (Yann Collet's xxHash, 64 bits, seed 0), block by block: the checksum of stored rows.
+"""XXH64 (Yann Collet's xxHash, 64 bits, seed 0) of blocks: the checksum of stored rows.
 
 Written from the published description, github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
 """
