@@ -1,4 +1,4 @@
-"""What a benchmark of a kernel needs to know; every op's bench.py makes a list of these."""
+"""The description of a kernel benchmark; every operation's bench.py makes a list of these."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ XLA, OURS = "XLA", "ours"
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work and the ways to do it.
+    """One operation with given shapes, and its implementations.
 
     arguments: pytrees of jax.ShapeDtypeStruct.
     variants: name -> function of the arguments; XLA and OURS among them.
     bytes: necessary traffic: every argument that is read and every result, once.
-    flops: necessary floating-point operations of the matrix products; 0 if bytes bound it anyway.
+    flops: necessary floating-point operations of the matrix products; 0 if it is memory-bound.
     fp8: whether the products are of e4m3 numbers.
     """
 

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the reference, a TPU kernel or a GPU kernel."""
+"""Chooses the implementation of an operation: the reference, a TPU kernel or a GPU kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _told: set[tuple[str, str, str]] = set()
 
 
 class UnsupportedError(ValueError):
-    """A kernel was asked for by name and cannot take these arguments; the message says why."""
+    """A kernel was requested explicitly and does not support these arguments; the message says
+    why."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Choice:
 def device() -> tuple[str, str]:
     """(platform, device kind) that the code being traced is for.
 
-    The devices of the mesh in context, which may be described ones (ahead-of-time compilation),
-    or else the default device.
+    It is that of the mesh in context, which may have topology devices (ahead-of-time compilation),
+    or else of the default device.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
@@ -44,8 +45,8 @@ def device() -> tuple[str, str]:
 
 
 def spread() -> bool:
-    """Whether the code being traced may run on several devices at once, partitioned by XLA, which
-    cannot partition a kernel: not inside shard_map, and more than one device is there."""
+    """Whether the code being traced may be partitioned by XLA, which cannot partition a kernel: it
+    is not inside shard_map, and there are several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         return any(size > 1 for n, size in mesh.shape.items() if n not in mesh.manual_axes)
@@ -63,11 +64,11 @@ def choose(op: str, implementation: str, limits: Mapping[str, str | None]) -> Ch
       op: the operation's name, for messages.
       implementation: AUTO, REFERENCE, or PALLAS (the kernel or an error; on a CPU the TPU kernel
         is interpreted, slowly: for tests).
-      limits: kernel (TPU, GPU) -> why it cannot take these arguments, or None if it can. A missing
-        one is as good as a limit: there is no such kernel, or AUTO is not to take it.
+      limits: kernel (TPU, GPU) -> why it does not support these arguments, or None if it does. A
+        missing kernel is never chosen.
 
     Raises:
-      UnsupportedError: PALLAS, and the kernel cannot.
+      UnsupportedError: PALLAS, and the kernel does not support the arguments.
       ValueError: an unknown implementation.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -92,7 +93,7 @@ def choose(op: str, implementation: str, limits: Mapping[str, str | None]) -> Ch
 
 
 def _tell(op: str, kind: str, reason: str) -> None:
-    """One line for each operation, device and reason."""
+    """Log one line for each operation, device and reason."""
     if (op, kind, reason) not in _told:
         _told.add((op, kind, reason))
         _log.warning("%s: the reference runs on %s, not the kernel: %s", op, kind, reason)

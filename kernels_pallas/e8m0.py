@@ -1,4 +1,4 @@
-"""E8M0: a scale as one byte, the power of two 2 ** (byte - 127). Byte 255 is NaN, and not used."""
+"""E8M0 scales: one byte for the power of two 2 ** (byte - 127); byte 255 is NaN and not used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BIAS = 127
 
 
 def decode(scales: jax.Array) -> jax.Array:
-    """uint8 -> float32: the byte is float32's exponent (byte 0, 2^-127, is subnormal there)."""
+    """uint8 -> float32: the byte is float32's exponent (byte 0, 2^-127, is a subnormal)."""
     return jnp.ldexp(jnp.float32(1), scales.astype(jnp.int32) - BIAS)
 
 

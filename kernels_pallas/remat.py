@@ -1,4 +1,4 @@
-"""What a plain form keeps for the backward pass: its arguments, as the kernels do."""
+"""Rematerialisation for the references: they keep only their arguments, as the kernels do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def keeps_arguments(function: F) -> F:
-    """Let a plain form keep nothing but its arguments, where they are narrower than float32.
+    """Decorator: keep only the arguments as residuals, where they are narrower than float32.
 
-    Rows and streams in bfloat16 or FP8 are taken to float32 inside; kept for the backward pass,
-    those would fill several times the memory of the arguments. So they are computed again. Where
-    the first argument is float32 or wider, nothing would be saved, and everything is kept.
+    Rows and streams in bfloat16 or FP8 are converted to float32 inside; as residuals, those would
+    take several times the memory of the arguments. So they are recomputed. Where the first argument
+    is float32 or wider, nothing would be saved, and everything is kept.
 
     function: its positional arguments are arrays or pytrees of them, its keyword arguments static.
     """

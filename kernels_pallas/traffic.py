@@ -1,8 +1,8 @@
-"""Bytes that Pallas kernels move between HBM and the chip, counted from their grids.
+"""Counts the bytes that Pallas kernels move between HBM and the chip, from their grids.
 
 The pipeline of a TPU kernel fetches a block when its index differs from the step before, and writes
-one back when its index is about to change. So the traffic of a call is a property of its grid and
-index maps: it is counted here by walking the grid of every `pallas_call` in a traced function.
+one when its index is about to change. So the traffic of a call is a property of its grid and index
+maps: it is counted here by walking the grid of every `pallas_call` in a traced function.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ def kernel_bytes(function: Callable[..., Any], *args: Any) -> dict[str, int]:
 
     Args:
       args: arrays or `jax.ShapeDtypeStruct`s. Kernels called several times are added up.
+
+    Raises:
+      ValueError: a kernel in a while loop, whose trip count is not known.
     """
     found: dict[str, int] = {}
     for equation, times in _kernels(jax.make_jaxpr(function)(*args).jaxpr, 1):
@@ -50,8 +53,8 @@ def _kernels(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
 
 
 def _block_bytes(block: Any, grid: tuple[int, ...]) -> int:
-    """Bytes of one operand or result that stays in HBM unless its block is fetched; a TPU's arrays
-    have rows of whole 128 lanes."""
+    """Bytes of one operand or result that are moved over the grid; a TPU's arrays have rows of
+    whole 128 lanes."""
     array = block.array_aval
     sizes = [getattr(size, "block_size", size) for size in block.block_shape]
     if isinstance(sizes[-1], int) and len(sizes) > 1:

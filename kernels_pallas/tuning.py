@@ -1,4 +1,4 @@
-"""Block sizes that were found for a device, and how much VMEM it has."""
+"""Looks up the tuned block sizes of a device, its VMEM and its number of cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALLEST_VMEM = 64 * MIB  # of the TPUs that we compile for: v5p and tpu7x; v5e 
 
 
 def vmem_limit() -> int:
-    """Bytes of VMEM that a kernel may use: what the device in context has, less a reserve."""
+    """Bytes of VMEM that a kernel may use: those of the device in context, less a reserve."""
     platform, _ = dispatch.device()
     known = platform == dispatch.TPU and pltpu.is_tpu_device()
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes if known else SMALLEST_VMEM
@@ -26,7 +26,7 @@ def vmem_limit() -> int:
 
 
 def cores() -> int:
-    """Tensor cores that share out a kernel's parallel blocks: 2 on v5p, 1 elsewhere."""
+    """Tensor cores that a kernel's parallel blocks are split over: 2 on v5p, 1 elsewhere."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     on_tpu = dispatch.device()[0] == dispatch.TPU
     if abstract is not None and on_tpu:
@@ -40,16 +40,16 @@ def _table(op: str) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(path.read_text())["blocks"] if path.exists() else {}
 
 
-# While a tuner runs: blocks to use instead, and which (op, key) were asked for.
+# While a tuner runs: blocks to use instead, and the (op, key) that were looked up.
 _tried: dict[tuple[str, str], dict[str, int]] = {}
 _asked: list[tuple[str, str]] | None = None
 
 
 def tuned(op: str, key: str) -> dict[str, int] | None:
-    """Block sizes of `op` for the device in context, None if nobody has tuned for it.
+    """Block sizes of `op` for the device in context, None if it has not been tuned.
 
-    tuned.json: {"blocks": {device kind: {key: {block: size}}}, ...}; key: the shape, as the op
-    writes it.
+    tuned.json: {"blocks": {device kind: {key: {block: size}}}, ...}; key: the shape, in the op's
+    notation.
     """
     if _asked is not None:
         _asked.append((op, key))
@@ -60,7 +60,7 @@ def tuned(op: str, key: str) -> dict[str, int] | None:
 
 @contextlib.contextmanager
 def trying(blocks: dict[tuple[str, str], dict[str, int]]) -> Iterator[list[tuple[str, str]]]:
-    """For a tuner: these blocks for (op, key); yields the list of (op, key) that are asked for."""
+    """For a tuner: use these blocks for (op, key); yields the list of (op, key) looked up."""
     global _asked
     _asked = asked = []
     _tried.update(blocks)

@@ -1,1 +1,1 @@
-"""Compiles programs for a TPU slice without one, and reads their cost from the compiler's output."""
+"""Compiles programs for TPU slices, without a TPU, and reads their cost from the compiler."""

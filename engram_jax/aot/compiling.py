@@ -203,8 +203,7 @@ def alive_at_peak(live_ranges: str, assignment: str) -> tuple[Buffer, ...]:
 
 
 def _assigned(assignment: str, needed: int | None) -> MemoryUse | None:
-    """Sums over XLA's dump of the buffer assignment, where memories other than HBM have a colour.
-    """
+    """Sums over XLA's dump of the buffer assignment, in which memories but HBM have a "color"."""
     argument = output = temp = alias = 0
     for line in assignment.splitlines():
         found = re.match(r"allocation \d+: size (\d+), (.*)", line)

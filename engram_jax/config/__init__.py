@@ -1,7 +1,7 @@
-"""What a model and its run are: the configuration, its checks, and what a wrong one ends in.
+"""The configuration of a model and its run: keys and defaults, parsing, and validation.
 
-`schema` has the keys and their defaults, `validate` which values are possible, `parse` the way from
-a file under configs/ to a `Config`. Nothing here imports another folder of the package.
+`schema` has the keys and their defaults, `validate` the allowed values, `parse` makes a `Config`
+from a file under configs/. Nothing here imports another folder of the package.
 """
 
 from engram_jax.config.parse import (

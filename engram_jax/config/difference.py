@@ -1,4 +1,4 @@
-"""Which keys two configurations give different values to."""
+"""Finds the keys whose values differ between two configurations."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def differences(
 ) -> list[tuple[str, Any, Any]]:
     """(dotted key, our value, their value) of every key whose values are not equal.
 
-    Takes configurations or nested mappings, such as those read from a run.json. In the order of
-    `ours`, then what only `theirs` has. The value of a key that is missing on one side is ABSENT.
-    Lists and tuples with equal items are equal, so are two NaNs; true is not 1.
+    It takes configurations or nested mappings, such as those read from a run.json. The order is
+    that of `ours`, then keys that only `theirs` has. A key that is missing on one side has the
+    value ABSENT. Lists and tuples with equal items are equal, and so are two NaNs; true is not 1.
     """
     mine, other = flat(ours), flat(theirs)
     pairs = ((key, mine.get(key, ABSENT), other.get(key, ABSENT)) for key in {**mine, **other})

@@ -1,5 +1,5 @@
-"""The one exception a user's mistake ends in: launch.py prints it as one line and exits with 2."""
+"""The exception for a user's mistakes: launch.py prints it as one line and exits with status 2."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: says what was wrong, where, and what is allowed."""
+    """Wrong input from the user; the message says what is wrong, where, and what is allowed."""

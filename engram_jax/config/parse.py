@@ -1,4 +1,4 @@
-"""A checked `Config` from a file under configs/ or from a stored record, and back again."""
+"""Makes a validated `Config` from a configuration file's or a stored record's values, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def default_config_dict() -> ml_collections.ConfigDict:
-    """Every section and key with its default: what a file under configs/ starts from."""
+    """Every section and key with its default, as the starting point of a file under configs/."""
     return ml_collections.ConfigDict(_as_dict(Config()))
 
 
@@ -34,19 +34,19 @@ def parse_config(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """A `Config` of known keys whose values have their types; else UserError. It may be one of
-    before, whose values other rules allowed."""
+    """A `Config` from known keys and values of the right types; raises UserError otherwise. It is
+    not validated, since a record of an earlier version may break today's rules."""
     built: Config = _build(Config, values, "config")
     return built
 
 
 def section_types(hint: Any) -> dict[str, Any]:
-    """Key -> type, of a section; {} for the type of a value."""
+    """Key -> type of a section; {} for the type of a plain value."""
     return typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
 
 
 def type_name(hint: Any) -> str:
-    """What the type of a value is called in messages."""
+    """The name of a value's type in error messages."""
     items = typing.get_args(hint)
     return f"a list, each {_TYPE_NAMES[items[0]]}" if items else _TYPE_NAMES[hint]
 
@@ -72,7 +72,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """A single value serves as a list of one, a whole number as a number; nothing else is bent."""
+    """Converts a single value to a tuple of one and an int to a float, and nothing else."""
     if items := typing.get_args(hint):
         values = value if isinstance(value, list | tuple) else (value,)
         return tuple(_coerce(items[0], item, where) for item in values)

@@ -1,9 +1,9 @@
-"""A random stream of its own for every use of a seed.
+"""Derives a separate random stream for every use of a seed.
 
 `jax.random.fold_in(key, i)`, `jax.random.split(key, n)[i]` and the i-th draw of an `nnx.Rngs`
-stream are one and the same key. So two uses that both count on from key(seed) meet: a table's key
-fold_in(key(seed), 1) is the second parameter's, and the first token is sampled with the key of the
-embedding. Here nothing counts on from key(seed): a use folds in its name first and counts below.
+stream are all the same key. So two uses that both count from key(seed) would collide: a table's key
+fold_in(key(seed), 1) would be the second parameter's, and the first token would be sampled with the
+embedding's key. Therefore every use first folds in its name, and counts from the resulting key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUNDING = "rounding"  # rows in bfloat16: one number per Engram layer id
 
 
 def stream(seed: ArrayLike, name: str) -> jax.Array:
-    """The key from which the use `name` draws. seed: from 0 to 2**32 - 1, traced or not."""
+    """The key for the use `name`. seed: from 0 to 2**32 - 1, traced or not."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 

@@ -1,11 +1,11 @@
-"""Every dimension and switch of a model and its run, as frozen dataclasses.
+"""The configuration's keys and defaults, as frozen dataclasses.
 
 A file under `configs/` returns an `ml_collections.ConfigDict` with the sections below (a section is
 a dataclass, a key is its field, the defaults are the fields' own); `parse_config` turns it into a
-`Config`, and nothing else in the project ever reads the ConfigDict. Which values are possible
-stands in config/validate.py.
+`Config`, and nothing else in the project reads the ConfigDict. config/validate.py has the allowed
+values.
 
-Symbols used in docstrings and shape comments all over the project:
+Symbols used in docstrings and shape comments throughout the project:
 
     B  batch (sequences)            T  sequence length (tokens)      V  vocabulary
     d  hidden width (`d_model`)     M  residual streams (mHC; the paper's branches)
@@ -27,8 +27,8 @@ LOCAL_BPE = "local-bpe"
 ROWWISE_ADAM, DENSE_ADAM = "rowwise_adam", "dense_adam"
 
 # An address is an int32, and the 32-bit hash (addressing/hash_jax.py) needs 4 * head size <= 2**32.
-# The highest addresses belong to no row: memory/row_gradients.py fills its unused entries, as many
-# as a step looks up in a table, with the last ones below 2**31.
+# The highest addresses below 2**31 are sentinels: memory/row_gradients.py fills its unused entries
+# with them, at most as many as a step looks up in a table.
 MAX_LOOKUPS = 2**28
 MAX_TABLE_ROWS = 2**31 - MAX_LOOKUPS
 MAX_HEAD_SIZE = 2**30
@@ -36,17 +36,17 @@ MAX_HEAD_SIZE = 2**30
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer the token ids come from.
+    """The tokenizer.
 
-    name: LOCAL_BPE, or a published tokenizer's, whose file the user must supply to train (describe
-      and compile need none).
+    name: LOCAL_BPE, or that of a published tokenizer, whose file the user must supply to train
+      (describe and compile need none).
     path: a `tokenizer.json`; "" = a byte-level BPE trained on the data (see `data`).
     vocab_size: ids of the embedding table (at least the tokenizer's own size).
-    canonical_vocab_size: ids after compression; 0 = whatever the tokenizer compresses to. A
-      recorded size makes training refuse a tokenizer that compresses differently.
+    canonical_vocab_size: ids after compression; 0 = as many as the tokenizer compresses to. With a
+      recorded size, training rejects a tokenizer that compresses differently.
     pad_id: the raw pad id; its canonical id fills the history before a document's start.
     eos_id: the raw id that ends a document; -1 = the data pipeline finds it by its usual names.
-      Hash dialect "qwen" needs the number: its history restarts there.
+      Hash dialect "qwen" needs the number: its history restarts after that id.
     """
 
     name: str = LOCAL_BPE
@@ -91,7 +91,7 @@ class FeedForwardConfig:
 
 @dataclass(frozen=True)
 class HyperConnectionConfig:
-    """mHC, manifold-constrained hyper-connections (arXiv 2512.24880); layers/hyper_connections.py.
+    """mHC, manifold-constrained hyper-connections: see layers/hyper_connections.py.
 
     start: "identity" (an almost plain residual network at step 0) or "uniform" (all biases zero).
     transpose: mix the streams with the transpose of the Sinkhorn matrix (DeepSeek-V4), or with the
@@ -118,8 +118,8 @@ class EngramConfig:
       minus 1).
     hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
     init_std: standard deviation of the rows at step 0.
-    table_dtype: of the rows; "bfloat16" is rounded stochastically (optim/rowwise_adam.py); for
-      TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
+    table_dtype: of the rows; "bfloat16" is rounded stochastically (training/optim/rowwise_adam.py),
+      and for TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
     addresses: "device" hashes inside the training step, "host" in the data pipeline; same bits.
     precision: of the projection to keys and value: "model" computes in model.dtype, "bf16", or
       "fp8": e4m3 rows and weights forward, gradients in model.dtype.
@@ -165,9 +165,12 @@ class EngramConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """kernels: "auto" runs Pallas kernels where they pay and can (kernels_pallas/dispatch.py),
-    "reference" plain jax.numpy, "pallas" the kernels or an error (interpreted on a CPU: slow; on a
-    GPU it trains, and decoding is the error: that kernel takes no history).
+    """The network.
+
+    kernels: "auto" runs Pallas kernels where they are supported and faster
+      (kernels_pallas/dispatch.py), "reference" plain jax.numpy, "pallas" the kernels or an error
+      (interpreted on a CPU: slow; on a GPU training works, but decoding raises the error, since its
+      kernel takes no history).
     """
 
     d_model: int = 128
@@ -187,15 +190,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from.
+    """The text, and how it is batched.
 
-    source: "local" = the embedded default (the sources of Python's standard library), "folder" =
+    source: "local" = the default (the source files of Python's standard library), "folder" =
       text/JSONL files under `path`, "tfds" = the TFDS data set named `path`.
     cache_dir: prepared data sets, trained tokenizers and token stores; "" = $ENGRAM_CACHE, else
       ~/.cache/engram_jax.
-    max_megabytes: at most so much text (10^6 bytes); 0 = all. What is left out is counted in the
+    max_megabytes: the most text to use (10^6 bytes); 0 = all. Skipped text is counted in the
       report.
-    max_document_bytes: longer documents are cut at line ends.
+    max_document_bytes: longer documents are split at line ends.
     workers: processes that make the batches; 0 = threads of this one.
     """
 
@@ -214,16 +217,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has (sharding/rules.py says what they cut).
+    """The number of devices along each axis of the mesh (sharding/rules.py).
 
-    data: copies of the parameters (across slices). fsdp: pieces of every weight; 0 = all devices
-      that the other axes leave. expert: devices that share out the routed experts. tensor: pieces
-      of attention heads and of inner widths, for the same tokens. The tables are cut by all of
-      them, the batch by all but `tensor`.
+    data: replicas of the parameters (across slices). fsdp: shards of every weight; 0 = all devices
+      that the other axes leave. expert: shards of the routed experts, by whole experts. tensor:
+      shards of attention heads and inner widths, for the same tokens. The tables are sharded over
+      all axes, the batch over all but `tensor`.
     distinct: share of a device's lookups that address different rows, for which the exchange of
-      rows is planned; 0 = what the run's first batch has (training) or 0.75 (compiling). More is
-      served in further rounds, never dropped.
-    headroom: capacity of the exchange in units of that plan.
+      rows is planned; 0 = measured on the run's first batch (training) or 0.75 (compiling). More
+      distinct rows take further rounds; none is dropped.
+    headroom: capacity of the exchange as a multiple of that plan.
     """
 
     data: int = 1
@@ -256,13 +259,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """eval_batches: the first so many batches of the held-out split are what `validation_loss` is
-      measured on, every eval_every steps and at the end; the whole split's loss, `held_out_loss`,
-      is measured at the end and by --mode=evaluate.
+    """The training loop.
+
+    eval_batches: `validation_loss` is measured on the first `eval_batches` batches of the held-out
+      split, every eval_every steps and at the end; the whole split's loss, `held_out_loss`, at the
+      end and by --mode=evaluate.
     count_models: fit unigram, bigram and Kneser-Ney models to the same training tokens at the end.
-    hang_seconds: report a hang when no step has ended for so long (10 times that for the first
+    hang_seconds: report a hang when no step has ended for that long (10 times as long for the first
       step and for evaluation and checkpoints); 0 = never.
-    hang_exit: then also end the process, with status 3, so that a supervisor can start it again.
+    hang_exit: then also end the process, with status 3, so that a supervisor can restart it.
     """
 
     steps: int = 50_000
@@ -292,27 +297,27 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Inference: what the engine keeps, and where the memory lies.
+    """Inference: the engine's sizes, and where the tables are stored.
 
-    sequences: decoded together. capacity: most tokens of one, prompt and answer; 0 = as many as
-      the checkpoint was last trained on (data.seq_len). accept_longer: more, with a warning; for
-      --mode=generate, too.
-    page: tokens of a page of the key-value cache. pages: of all sequences together; 0 = room for
-      `sequences` of full length, fewer = long ones wait, or are moved to host memory and back.
+    sequences: decoded together. capacity: the most tokens of one, prompt and answer; 0 = as many as
+      the checkpoint was last trained with (data.seq_len). accept_longer: allow more, with a
+      warning; for --mode=generate, too.
+    page: tokens in a page of the key-value cache. pages: for all sequences together; 0 = enough for
+      `sequences` of full length; with fewer, long ones wait or are swapped to host memory and back.
     prefill_chunk: tokens of a prompt that are computed at a time, of `prefill_sequences` at once.
-    queue: requests that may wait.
-    memory: where the tables lie: "device", "host" (DRAM) or "disk" (in the file).
-    memory_file: what --mode=export-memory wrote; "" = the checkpoint's own tables.
-    accept_other_memory: a memory_file of another checkpoint, with a warning.
-    frequency_file: what --mode=count-memory wrote: which rows are read most.
+    queue: the most waiting requests.
+    memory: where the tables are: "device", "host" (DRAM) or "disk" (in the file).
+    memory_file: written by --mode=export-memory; "" = the checkpoint's own tables.
+    accept_other_memory: allow a memory_file of another checkpoint, with a warning.
+    frequency_file: written by --mode=count-memory: how often each row is read.
     device_cache, host_cache: share of the rows, the most frequent ones, kept on the device, and
       kept in DRAM in front of a disk.
-    off_layers, off_orders: Engram layers that add nothing and n-gram orders whose rows read as
+    off_layers, off_orders: Engram layers that add nothing and n-gram orders whose rows are taken as
       zero, for analysis; off_layers (-1,) = all.
-    parse_special: whether special tokens that are spelled in a prompt become their ids; otherwise
-      they are text, as in training.
-    host, port: where HTTP is served; port 0 = any free one.
-    max_body: bytes of a request. drain_seconds: for running requests, after SIGTERM.
+    parse_special: whether special tokens spelled in a prompt become their ids; otherwise they are
+      text, as in training.
+    host, port: the address of the HTTP server; port 0 = any free one.
+    max_body: the most bytes of a request. drain_seconds: for running requests, after SIGTERM.
     """
 
     sequences: int = 8

@@ -1,7 +1,8 @@
-"""Floor 0: what a configuration must satisfy, known before anything is read or built.
+"""Validates a configuration before anything is read or built.
 
-Every rule ends in one line that names the key, its value and what is allowed. What only the data or
-the tokenizer can tell (its size, its compression, the exact primes) is checked where they are read.
+An error is one line that names the key, its value and what is allowed. Rules that depend on the
+data or the tokenizer (its size, its compression, the exact primes) are checked where these are
+read. Floor 0 of docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from engram_jax.config.schema import (
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from kernels_pallas.engram_gate.quantise import RECIPES, WIDTH
 
-# Section -> keys. Whole numbers and numbers alike.
+# Section -> keys, of ints and floats.
 _POSITIVE = {
     "model": "d_model layers norm_eps init_std",
     "model.attention": "heads kv_lora_rank nope_dim rope_dim v_dim rope_theta",
@@ -305,7 +306,7 @@ def _generate(generate: GenerateConfig, vocab: int) -> None:
 
 
 def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
-    one = -(-serve.capacity // serve.page)  # 0 as long as the checkpoint decides
+    one = -(-serve.capacity // serve.page)  # 0 if the checkpoint decides the capacity
     room = f"0, or at least the {one} of one sequence (serve.capacity / serve.page)"
     _require(serve.pages == 0 or serve.pages >= one, "serve.pages", serve.pages, room)
     several = serve.prefill_sequences <= serve.sequences
@@ -336,7 +337,7 @@ def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of every key, items of tuples one by one."""
+    """(key, value) of every key; a tuple's items separately."""
     for field in dataclasses.fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
         if dataclasses.is_dataclass(value):

@@ -37,8 +37,7 @@ class PackedSequences:
         return -(-targets // self.seq_len) if self.pad_tail else targets // self.seq_len
 
     def targets(self, count: int | None = None) -> int:
-        """Targets of the first `count` sequences (None: all): all but the documents' first tokens.
-        """
+        """Targets of the first `count` sequences (None: all): all but documents' first tokens."""
         count = len(self) if count is None else min(count, len(self))
         end = min(len(self.store), count * self.seq_len + 1)
         return end - int(np.searchsorted(self.store.starts[:-1], end))

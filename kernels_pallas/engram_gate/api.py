@@ -1,7 +1,7 @@
 """The gate of Engram (paper, equations 3, 4 and 6): rows of the memory, projected and gated.
 
-What is computed: reference.py, line by line; the equations: engram_jax/layers/engram.py; how the
-kernels do it: README.md.
+The definition: reference.py; the equations: engram_jax/layers/engram.py; the kernels' algorithm:
+README.md.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def engram_gate(
     """The gated value of every branch, and the gates.
 
     Args:
-      rows: e, [..., C] with C = d_mem, float32 or bfloat16, in which the projection is computed;
-        or FP8.
+      rows: e, [..., C] with C = d_mem, float32 or bfloat16, the projection's dtype; or FP8.
       weights: [C, M + 1, d], keys of the M branches, then the value; used in the rows' dtype; or
         FP8. FP8 arguments are constants: they get no gradient.
       streams: h, [..., M, d].
@@ -48,7 +47,7 @@ def engram_gate(
       ([..., M, d] in the streams' dtype, gates [..., M] in float32, or float64).
 
     Raises:
-      dispatch.UnsupportedError: "pallas", and the kernel cannot take these arguments.
+      dispatch.UnsupportedError: "pallas", and the kernel does not support these arguments.
       ValueError: an unknown recipe or implementation, two different recipes, or shapes that do not
         fit together.
     """

@@ -1,4 +1,4 @@
-"""The gate's work in benchmarks: floors, and XLA's and our way to do it."""
+"""The benchmarks of the gate: lower bounds, and XLA's and our implementation."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The projection rows W inside the TPU kernels, in every number format.
+"""Computes the projection rows W inside the TPU kernels, in every number format.
 
     plain     rows and weights in one dtype: a product
     channel   e4m3 product, times the token's and the column's scale
     block     an e4m3 product for every 128 rows of W, times both scales, summed in float32
     mx        rows and weights become bfloat16, exactly (scales are powers of two), then a product
 
-Rows that come unquantised are quantised (for "mx": and taken back) once per block of tokens, in the
-first step (`prologue`).
+Rows that are not quantised yet are quantised (for "mx" also dequantised) once per block of tokens,
+in the first step (`prologue`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LONG_ROWS = 8 << 20  # bytes; a larger block of rows is not double-buffered
 
 @dataclass(frozen=True)
 class Projection:
-    """rows [T, C] and weights [M + 1, C, d] as the kernels see them.
+    """rows [T, C] and weights [M + 1, C, d] as the kernels take them.
 
-    recipe: None, or of quantise.RECIPES; prepared: the rows come quantised.
-    native: the matrix unit multiplies e4m3 (tpu7x); others get bfloat16, the same numbers.
+    recipe: None, or one of quantise.RECIPES; prepared: the rows are already quantised.
+    native: the matrix unit multiplies e4m3 (tpu7x); others get the same numbers in bfloat16.
     """
 
     rows: jax.Array
@@ -59,7 +59,7 @@ class Projection:
         return tokens * self.depth * self.rows.dtype.itemsize > LONG_ROWS
 
     def vmem(self, tokens: int, chunk: int, columns: int) -> int:
-        """Bytes that blocks, scratch and temporaries of a product need, generously."""
+        """An upper bound of the bytes of VMEM for blocks, scratch and temporaries of a product."""
         size = tokens * self.depth * self.rows.dtype.itemsize * (1 if self._once(tokens) else 2)
         size += sum(s.shape[1] * tokens * s.dtype.itemsize for s in self.scratch(tokens).values())
         size += 2 * self.depth * columns * self.columns.dtype.itemsize
@@ -74,7 +74,7 @@ class Projection:
     def operands(
         self, tokens: int, columns: int, column: Callable[..., tuple]
     ) -> tuple[dict[str, jax.Array], dict[str, pl.BlockSpec]]:
-        """Arrays and their blocks; column: index map of a weights' block."""
+        """(arrays, block specs) by name; column: index map of the weights' blocks."""
         c = self.depth
         once = {"pipeline_mode": pl.Buffered(1)} if self._once(tokens) else {}
         arrays = {"rows": self.rows, "weights": self.columns}
@@ -110,7 +110,7 @@ class Projection:
         }
 
     def prologue(self, refs: dict[str, Any], tokens: Any) -> None:
-        """Rows of a chunk, quantised; runs before any product with them."""
+        """Quantise the rows of a chunk; runs before any product with them."""
         if self.recipe is None or (self.prepared and self.recipe != MX):
             return
         if self.prepared:
@@ -151,8 +151,8 @@ class Projection:
         return weights if self.native else weights.astype(jnp.bfloat16), scales
 
     def _of_columns(self, refs: dict[str, Any], columns: int) -> jax.Array:
-        """Scales of the step's columns, from those of groups of columns: a product with zeros and
-        ones. Spread out in HBM they would be read again in every pass.
+        """Scales of the step's columns from those of groups of columns, by a product with zeros and
+        ones. Expanded in HBM they would be read again in every pass.
 
         refs["first_column"]: of the step, within its branch."""
         scales = refs["column_scales"][...]
@@ -189,7 +189,8 @@ class Projection:
 def projection(
     rows: jax.Array | Quantised, weights: jax.Array | Quantised, recipe: str | None
 ) -> Projection:
-    """rows [T, C]; weights [M + 1, C, d], their scales [M + 1, *, d / *] if quantised."""
+    """The `Projection` of rows [T, C] and weights: plain ones [M + 1, C, d], quantised ones
+    [C, M + 1, d] (quantise.Quantised)."""
     prepared = isinstance(rows, Quantised)
     if not isinstance(weights, Quantised):
         weights = weights.astype(rows.dtype)
@@ -210,7 +211,7 @@ def projection(
 
 
 def dot(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """float32; float32 operands are multiplied as such, not as bfloat16."""
+    """x times weights in float32; float32 operands are not rounded to bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
         x,
@@ -234,7 +235,7 @@ def _scaled_by_powers(values: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def _group_largest(x: jax.Array, width: int) -> jax.Array:
-    """The largest of every `width` neighbouring lanes, in each of them: [chunk, C]."""
+    """The largest of every `width` adjacent lanes, in each of them: [chunk, C]."""
     lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     step = 1
     while step < width:  # a butterfly: lane and lane ^ step exchange their maxima

@@ -1,9 +1,9 @@
 """The gate of Engram on GPU, forward (Pallas' Triton backend).
 
-One program for each block of tokens. For a branch it multiplies the block's rows with all columns
-of W_m, a tile at a time, and keeps three sums per token; then come the value's columns, multiplied
-by the gates and written for all branches. Programs run side by side and walk through the weights in
-the same order, so that these come from the L2 cache.
+There is one program for each block of tokens. For a branch it multiplies the block's rows with all
+columns of W_m, a tile at a time, and keeps three sums per token; then it computes the value's
+columns, multiplies them by the gates and writes them for all branches. Concurrent programs go
+through the weights in the same order, so that these are read from the L2 cache.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Blocks:
 def limit(
     c: int, d: int, m: int, rows: Any, streams: Any, recipe: str | None, mixed: bool
 ) -> str | None:
-    """Why the kernel cannot take such arguments (dtypes of rows and streams), None if it can."""
+    """Why the kernel does not support these (rows, streams: their dtypes), None if it does."""
     for dtype, allowed in (
         (rows, (jnp.float32, jnp.bfloat16, E4M3)),
         (streams, (jnp.float32, jnp.bfloat16)),
@@ -175,7 +175,7 @@ def _projected(
     recipe: str | None,
     blocks: Blocks,
 ) -> jax.Array:
-    """rows W for a tile: float32 [tokens, columns]; garbage where a token is not `there`."""
+    """rows W for a tile: float32 [tokens, columns]; undefined for tokens that are not `there`."""
     depth = TILE if recipe == BLOCK else blocks.depth
     rows_there = jnp.broadcast_to(there[:, None], (blocks.tokens, depth))
 

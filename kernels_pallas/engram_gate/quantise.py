@@ -1,13 +1,14 @@
-"""FP8 rows and weights: e4m3 values with scales, in three recipes.
+"""Quantises rows and weights to FP8: e4m3 values with scales, in three recipes.
 
     recipe    rows [T, C]: a scale for      weights [C, M + 1, d]: a scale for    scales
     channel   every token                   every output channel                  float32
     block     every 128 columns             every 128 x 128 block                 float32
     mx        every 32 columns              every 32 x 32 block                   E8M0, 2^(byte-127)
 
-"mx" is how the DeepSeek-V4.1 tables and projections are released, "block" how DeepSeek-V3 trains.
-A value stands for `values * scale`; the largest magnitude of a group becomes 448, e4m3's largest
-(for "mx", lies between 224 and 448: the scale is the smallest power of two that fits).
+"mx" is the format of the released DeepSeek-V4.1 tables and projections, "block" that of
+DeepSeek-V3's training. The numbers are values * scale. The largest magnitude of a group becomes
+448, e4m3's largest (for "mx" between 224 and 448: the scale is the smallest power of two that
+fits).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RECIPES = (CHANNEL, BLOCK, MX)
 WIDTH = {BLOCK: 128, MX: 32}  # columns, and rows, of a group
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0
-SMALLEST = 2.0**-100  # a group whose largest magnitude is below is taken as this: no division by 0
+SMALLEST = 2.0**-100  # lower bound of a group's largest magnitude, to avoid division by 0
 
 
 @functools.partial(
@@ -51,11 +52,11 @@ class Quantised:
 
 
 def scale_of(largest: jax.Array, recipe: str) -> jax.Array:
-    """The scale of a group by its largest magnitude, float32 (a power of two for "mx")."""
+    """The scale of a group from its largest magnitude, float32 (a power of two for "mx")."""
     scale = jnp.maximum(largest, SMALLEST) * (1.0 / LARGEST)
     if recipe != MX:
         return scale
-    # Up to the next power of two: carry out of the mantissa into the exponent, cut the mantissa.
+    # Round up to a power of two: carry from the mantissa into the exponent, clear the mantissa.
     bits = lax.bitcast_convert_type(scale, jnp.int32) + 0x007FFFFF
     return lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
 
@@ -88,13 +89,13 @@ def read_scales(x: Quantised) -> jax.Array:
 
 
 def weight_scales(weights: Quantised) -> jax.Array:
-    """Of every output channel: float32 [1, M + 1, d], [C / 128, M + 1, d] or [C / 32, M + 1, d]."""
+    """Scales of every output channel: float32 [1, M + 1, d], or [C / 128 or C / 32, M + 1, d]."""
     scales = _read(weights.scales)
     return scales if weights.recipe == CHANNEL else jnp.repeat(scales, WIDTH[weights.recipe], 2)
 
 
 def dequantise_rows(rows: Quantised) -> jax.Array:
-    """float32 [..., C]."""
+    """values * scales, float32 [..., C]."""
     scales = _read(rows.scales)
     if rows.recipe != CHANNEL:
         scales = jnp.repeat(scales, WIDTH[rows.recipe], -1)
@@ -102,7 +103,7 @@ def dequantise_rows(rows: Quantised) -> jax.Array:
 
 
 def dequantise_weights(weights: Quantised) -> jax.Array:
-    """float32 [C, M + 1, d]."""
+    """values * scales, float32 [C, M + 1, d]."""
     scales = _spread_weights(_read(weights.scales), weights.recipe)
     return weights.values.astype(jnp.float32) * scales
 
@@ -125,5 +126,5 @@ def _stored(scale: jax.Array, recipe: str) -> jax.Array:
 
 
 def _read(scales: jax.Array) -> jax.Array:
-    """float32."""
+    """The scales in float32."""
     return e8m0.decode(scales) if scales.dtype == jnp.uint8 else scales.astype(jnp.float32)

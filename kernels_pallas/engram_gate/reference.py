@@ -1,11 +1,12 @@
-"""The gate of Engram in plain jax.numpy: the meaning of the operation, and what a CPU runs.
+"""The gate of Engram in plain jax.numpy: the definition of the operation, also run on CPUs.
 
-Rounding is the kernels': rows and weights are multiplied in the rows' dtype, but the products are
-summed and kept in float32, and so is all that follows, up to the gated value, which is rounded once
-to the streams' dtype. (Keys in bfloat16 would move a score near 0 across it, where the gate is
-steepest: README.md.) Backward, the gradients of keys and value are rounded to the rows' dtype for
-the two products behind them, which are summed in float32 again. FP8 is taken back to float32 and
-multiplied so; backward in the dtype of what was rounded to it.
+It rounds as the kernels do: rows and weights are multiplied in the rows' dtype, but the products
+are summed and kept in float32, and so is everything after them, up to the gated value, which is
+rounded once to the streams' dtype. (Keys in bfloat16 could change the sign of a score near 0, where
+the gate is steepest: README.md.) Backward, the gradients of keys and value are rounded to the rows'
+dtype for the two products after them, which are again summed in float32. FP8 is dequantised to
+float32 and multiplied in it; backward in the dtype of the unquantised rows (bfloat16 if there are
+none).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kernels_pallas.engram_gate import quantise
 from kernels_pallas.engram_gate.quantise import Quantised
 from kernels_pallas.remat import keeps_arguments
 
-# |s| below this counts as this in the square root (the official demo): its slope stays finite.
+# |s| is clamped to at least this in the square root (as in the official demo): a finite slope.
 SMALLEST_SCORE = 1e-6
 
 
@@ -28,7 +29,7 @@ def keys_and_value(
     rows: jax.Array, weights: jax.Array, bias: jax.Array | None, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """Equation 3: rows [..., C], weights [C, M + 1, d] -> keys [..., M, d], value [..., 1, d], both
-    in at least float32; dtype: of the products of the gradient."""
+    in at least float32. dtype: that of the products in the backward pass."""
     out = _projected(rows, weights.astype(rows.dtype), dtype)
     if bias is not None:
         out = out + bias.astype(out.dtype)
@@ -37,13 +38,13 @@ def keys_and_value(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _projected(rows: jax.Array, weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """rows [..., C] times weights [C, M + 1, d] of their dtype, in at least float32. JAX's own
-    gradient would multiply in float32 what the kernels multiply in the rows' dtype."""
+    """rows [..., C] times weights [C, M + 1, d] of the same dtype, in at least float32. JAX's own
+    gradient would multiply in float32, the kernels multiply in the rows' dtype."""
     return _product(rows, weights, ([rows.ndim - 1], [0]))
 
 
 def _product(a: jax.Array, b: jax.Array, contracted: tuple[list[int], list[int]]) -> jax.Array:
-    """Exact products and sums of at least float32, whatever the platform's default is."""
+    """A product with exact terms and sums in at least float32, whatever the platform's default."""
     wide = jnp.promote_types(a.dtype, jnp.float32)
     precision = lax.Precision.HIGHEST if a.dtype == wide else None
     return lax.dot_general(
@@ -54,7 +55,7 @@ def _product(a: jax.Array, b: jax.Array, contracted: tuple[list[int], list[int]]
 def _projected_forward(
     rows: jax.Array, weights: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, tuple]:
-    like = jnp.zeros((), rows.dtype)  # rows' dtype, which is the weights', too
+    like = jnp.zeros((), rows.dtype)  # the dtype of rows and weights
     kept = rows.astype(dtype), weights.astype(dtype), like
     return _projected(rows, weights, dtype), kept
 
@@ -77,19 +78,19 @@ def gate_of_score(s: jax.Array) -> jax.Array:
 
 
 def slope_of_gate(s: jax.Array, gate: jax.Array) -> jax.Array:
-    """d gate / d s: 0 where the square root is held at 1e-6, and of a masked token (gate 0)."""
+    """d gate / d s: 0 where |s| is clamped to 1e-6, and for a masked token (gate 0)."""
     slope = 0.5 * lax.rsqrt(jnp.maximum(jnp.abs(s), SMALLEST_SCORE))
     return gate * (1 - gate) * jnp.where(jnp.abs(s) > SMALLEST_SCORE, slope, 0)
 
 
 def gates(streams: jax.Array, keys: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """Equation 4: streams [..., M, d] and wide keys [..., M, d] -> gates [..., M], as wide.
+    """Equation 4: streams [..., M, d] and keys [..., M, d] -> gates [..., M] in the keys' dtype.
 
     gain: [M, d], the product of both norms' gains.
     """
     dtype = keys.dtype
     h = streams.astype(dtype)
-    # <RMSNorm(h), RMSNorm(key)> without writing either norm out: the scales are per token.
+    # <RMSNorm(h), RMSNorm(key)> without storing either norm: the scales are per token.
     dot = jnp.sum(h * keys * gain.astype(dtype), axis=-1)
     scale = lax.rsqrt(jnp.mean(h * h, axis=-1) + eps)
     scale = scale * lax.rsqrt(jnp.mean(keys * keys, axis=-1) + eps)
@@ -122,7 +123,7 @@ def engram_gate(
 def through_fp8(
     rows: jax.Array | Quantised, weights: jax.Array | Quantised, recipe: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows and weights as FP8 has them, in float32; without FP8 as they are.
+    """Rows and weights after rounding to FP8, in float32; without FP8 unchanged.
 
     Rounding to FP8 passes gradients through unchanged (straight-through).
     """
@@ -140,7 +141,7 @@ def through_fp8(
 
 @jax.custom_jvp
 def _rounded(x: jax.Array, rounded: jax.Array) -> jax.Array:
-    """`rounded`, with the gradient of x in its place."""
+    """`rounded`, with the gradient going to x (straight-through)."""
     return rounded
 
 

@@ -1,4 +1,4 @@
-"""Argument shapes that tests and benchmarks share."""
+"""The argument shapes of the gate that tests and benchmarks share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def arrays(
     s: Shape, dtype: jnp.dtype, recipe: str | None = None, *, prepared: bool = False
 ) -> tuple:
     """(rows, weights, streams, gain, bias, mask) as jax.ShapeDtypeStructs; prepared: rows and
-    weights FP8."""
+    weights are FP8."""
     rows, weights = (s.tokens, s.d_mem), (s.d_mem, s.streams + 1, s.d)
     of_rows, of_weights = (_array(shape, dtype) for shape in (rows, weights))
     if prepared and recipe is not None:

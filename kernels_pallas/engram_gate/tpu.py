@@ -1,15 +1,15 @@
 """The gate of Engram on TPU, forward (Mosaic).
 
-The grid is (blocks of tokens, columns of the projection). All columns of key 0, key 1, ... pass
-first, then the value's, so that the weights stream by once for every block of tokens, which is as
-long as VMEM allows (thousands of tokens). Of a key only three sums per token are kept:
+The grid is (blocks of tokens, columns of the projection). All columns of key 0, key 1, ... are
+processed first, then the value's, so that the weights are read once for every block of tokens,
+which is as long as VMEM allows (thousands of tokens). Of a key only three sums per token are kept:
 
     key columns     key = rows W;  a lane of `sums` += <key, key>, <h, gain key>, <h, h>
     between         gates from the sums
     value columns   value = rows W;  out_m = gate_m value, for all M branches at once
 
-In HBM: rows, streams and weights are read, gated values and 4 M numbers per token written. A step
-works through its block of tokens in chunks, so temporaries stay small whatever the block.
+HBM traffic: rows, streams and weights are read, gated values and 4 M numbers per token written. A
+step processes its block of tokens in chunks, so temporaries stay small whatever the block.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Blocks:
 def limit(
     c: int, d: int, m: int, rows: Any, streams: Any, recipe: str | None, mixed: bool
 ) -> str | None:
-    """Why the kernel cannot take such arguments (dtypes of rows and streams), None if it can."""
+    """Why the kernel does not support these (rows, streams: their dtypes), None if it does."""
     for dtype, allowed in ((rows, (*DTYPES, E4M3)), (streams, DTYPES)):
         if dtype not in allowed:
             return f"{dtype} is not float32 or bfloat16"
@@ -75,7 +75,7 @@ def blocks_for(p: Projection, tokens: int, streams: int, d: int, out_bytes: int)
 
     def bytes_of(b: Blocks) -> int:
         moving = 2 * b.tokens * b.columns * out_bytes * (1 + streams)  # streams in, out blocks
-        # Sums; statistics and the mask, of which two blocks each are held.
+        # Sums; statistics and the mask, each double-buffered.
         return p.vmem(b.tokens, b.chunk, b.columns) + moving + 5 * b.tokens * LANES * 4
 
     return longest(tokens, d, MAX_TOKENS, bytes_of)
@@ -92,8 +92,8 @@ def longest(tokens: int, d: int, most: int, bytes_of: Callable[[Blocks], int]) -
 
 
 def fitted(blocks: Blocks, tokens: int) -> Blocks:
-    """As few passes over the weights as `blocks` allows, each with equally many tokens; every core
-    has as many."""
+    """Blocks for the fewest passes over the weights that `blocks` allows, with the same number of
+    tokens in each pass and of passes on each core."""
     chunk = chunk_for(tokens, blocks.chunk)
     cores = min(tuning.cores(), pl.cdiv(tokens, chunk))
     passes = pl.cdiv(pl.cdiv(tokens, blocks.tokens), cores) * cores
@@ -119,7 +119,7 @@ def forward(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated value and what the backward pass keeps.
+    """The gated value and the residuals of the backward pass.
 
     Args:
       rows: [T, C]; weights: [M + 1, C, d]: M keys, then the value; streams: [M, T, d];
@@ -142,7 +142,7 @@ def forward(
         return j // n, 0, j % n
 
     def of_keys(i: Any, j: Any) -> tuple:
-        """(branch, block of tokens, columns), staying at the last one during the value's."""
+        """(branch, block of tokens, columns); the last key's during the value's steps."""
         j = jnp.minimum(j, key_steps - 1)
         return j // n, i, j % n
 
@@ -191,7 +191,7 @@ def _forward_kernel(
     refs: dict[str, Any], p: Projection, *, m: int, d: int, n: int, chunk: int, eps: float
 ) -> None:
     j = pl.program_id(1)
-    refs["first_column"] = j % n * (d // n)  # here: the interpreter knows no program_id in a branch
+    refs["first_column"] = j % n * (d // n)  # here: the interpreter lacks program_id in a branch
     chunks = refs["out"].shape[1] // chunk
 
     def for_each_chunk(body: Any) -> None:
@@ -252,7 +252,7 @@ def _forward_kernel(
 
 
 def _statistics(sums: jax.Array, m: int, d: int, eps: float) -> jax.Array:
-    """Sums [chunk, 128], lanes k m + branch -> gate, s, 1 / rms(h), 1 / rms(key) in such lanes."""
+    """Sums [chunk, 128] in lanes k m + branch -> gate, s, 1 / rms(h), 1 / rms(key) likewise."""
     lane = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
 
     def moved(x: jax.Array, lanes: int) -> jax.Array:

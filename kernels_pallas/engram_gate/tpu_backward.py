@@ -1,20 +1,20 @@
-"""The gate of Engram on TPU, backward (Mosaic): keys are computed again, never kept.
+"""The gate of Engram on TPU, backward (Mosaic); keys are recomputed, not stored.
 
-With g = d loss / d out and the numbers that the forward pass kept of every token and branch, the
-value's columns come first:
+With g = d loss / d out and the forward pass's residuals of every token and branch, the value's
+columns are processed first:
 
     value = rows W_v;  d gate_m = sum g_m value;  d value = sum over m of gate_m g_m
     ds_m  = d gate_m gate_m (1 - gate_m) / (2 sqrt|s_m|), 0 where |s_m| <= 1e-6
     a, b, c = ds r_h r_key / sqrt(d),  ds s r_key^2 / d,  ds s r_h^2 / d
 
-then every key's:
+then the columns of every key:
 
     key = rows W_m;  d key = a h gain - b key;  d h = a gain key - c h;  d gain = sum of a h key
 
-d key and d value are written once, in the dtype of the rows; the two products with them (for the
-rows' and the weights' gradients) are XLA's. Computing the keys a second time for the weights, to
-write nothing, would be a fourth product where these are three: on every TPU generation the products
-bound this pass, not the bytes (README.md).
+d key and d value are written once, in the dtype of the rows; XLA computes the two products with
+them (the gradients of rows and weights). To avoid writing them, the keys would have to be computed
+once more for the weights' gradient, a fourth product besides these three: on every TPU generation
+this pass is bound by the products, not by memory (README.md).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_TOKENS = 2048
 
 
 def vmem(b: Blocks, c: int, m: int, sizes: tuple[int, int]) -> int:
-    """Bytes of VMEM that blocks take; sizes: bytes of a row's and of a stream's number."""
+    """Bytes of VMEM that blocks need; sizes: bytes of a row's and of a stream's number."""
     of_rows = b.tokens * c + c * b.columns + b.tokens * b.columns
     of_streams = b.tokens * b.columns * (m + 2)
     moving = 2 * (of_rows * sizes[0] + of_streams * sizes[1])
@@ -53,7 +53,7 @@ def blocks_for(tokens: int, c: int, m: int, d: int, sizes: tuple[int, int]) -> B
 
 
 def too_large(c: int, d: int, m: int, sizes: tuple[int, int]) -> str | None:
-    """Why not even one chunk of tokens fits VMEM, None if it does; forward needs less."""
+    """Why not even one chunk of tokens fits VMEM, None if it does; the forward pass needs less."""
     needed = vmem(Blocks(CHUNK, math.gcd(d, MAX_COLUMNS)), c, m, sizes)
     if needed <= tuning.vmem_limit():
         return None
@@ -74,7 +74,7 @@ def backward(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients, up to the two products with the projection's.
+    """Gradients, except for the two products with the projection's gradient.
 
     Args:
       rows: [T, C]; weights: [M + 1, C, d]; streams, g: [M, T, d]; gain: [M, d]; bias: [M + 1, d];
@@ -94,7 +94,7 @@ def backward(
     n, parts = d // bd, pl.cdiv(t, bt)
 
     def column(i: Any, j: Any) -> tuple:
-        """(branch, columns): the value's first."""
+        """(branch, columns), the value's first."""
         return jnp.where(j < n, m, j // n - 1), j % n
 
     def of_keys(i: Any, j: Any) -> tuple:
@@ -129,7 +129,7 @@ def backward(
             pl.BlockSpec((None, bt, bd), lambda i, j: (column(i, j)[0], i, column(i, j)[1])),
         ),
         "d_streams": (jax.ShapeDtypeStruct((m, t, d), streams.dtype), tokens),
-        # One part per block of tokens: the blocks may run on two cores (v5p).
+        # One partial sum per block of tokens: the blocks may run on two cores (v5p).
         "d_gain": (jax.ShapeDtypeStruct((parts, m + 1, 1, d), jnp.float32), partial),
         "d_bias": (jax.ShapeDtypeStruct((parts, m + 1, 1, d), jnp.float32), partial),
     }
@@ -176,7 +176,7 @@ def _backward_kernel(
         return out + refs["bias"][...] if "bias" in refs else out
 
     def total(x: jax.Array, there: jax.Array) -> jax.Array:
-        """The sum over the tokens that exist: the last block's others hold anything."""
+        """The sum over the tokens that exist: the last block's other values are undefined."""
         return jnp.sum(jnp.where(there, x, 0), axis=0, keepdims=True)
 
     @pl.when(j == 0)

@@ -1,8 +1,8 @@
 """The gate's kernels with their gradients.
 
-Kept for the backward pass: the arguments, and of every token and branch four numbers (gate, score,
-two reciprocal norms). Keys are computed again. Rounding to FP8 passes gradients through: they are
-those of the same function of the rounded rows and weights, with products in the rows' own dtype.
+Residuals: the arguments, and for every token and branch four numbers (gate, score, two reciprocal
+norms). Keys are recomputed. Rounding to FP8 passes gradients through: they are those of the same
+function of the rounded rows and weights, with products in the rows' own dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernels_pallas.dispatch import TPU, Choice
 from kernels_pallas.engram_gate import gpu, reference, tpu, tpu_backward
 from kernels_pallas.engram_gate.quantise import Quantised, quantise_weights
 
-RECOMPUTED_AT_ONCE = 2048  # tokens whose keys the GPU's backward pass holds
+RECOMPUTED_AT_ONCE = 2048  # tokens whose keys the GPU's backward pass holds at a time
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -99,7 +99,7 @@ def _products(
     g: tuple[jax.Array, jax.Array],
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The TPU kernel and the two products behind it, summed in float32."""
+    """The gradients by the TPU kernel and the two products after it, summed in float32."""
     columns = jnp.moveaxis(weights, 1, 0)
     d_projected, d_streams, d_gain, d_bias = tpu_backward.backward(
         rows,
@@ -134,19 +134,19 @@ def _recomputed(
     g: tuple[jax.Array, jax.Array],
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The equations of tpu_backward.py in plain jax.numpy, some tokens at a time."""
+    """The equations of tpu_backward.py in plain jax.numpy, RECOMPUTED_AT_ONCE tokens at a time."""
     t, d = rows.shape[0], streams.shape[-1]
     size = min(t, RECOMPUTED_AT_ONCE)
     parts = -(-t // size)
     wide, gain = jnp.float32, gain.astype(jnp.float32)
 
     def product(dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        if interpret:  # XLA's CPU code lacks some products of bfloat16
+        if interpret:  # XLA on CPU lacks some products of bfloat16
             a, b = a.astype(wide), b.astype(wide)
         precision = _precision(a.dtype)
         return jnp.einsum(dimensions, a, b, precision=precision, preferred_element_type=wide)
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, parts * size - t), *((0, 0),) * (x.ndim - 1)))
         return padded.reshape(parts, size, *x.shape[1:])
 
@@ -170,7 +170,7 @@ def _recomputed(
         d_rows = product("tmd,cmd->tc", d_projected, weights)
         return jax.tree.map(jnp.add, total, sums), (d_rows, d_h.astype(streams.dtype))
 
-    inputs = (cut(rows), cut(streams), cut(stats), cut(g[0]), cut(g[1].astype(wide)))
+    inputs = (split(rows), split(streams), split(stats), split(g[0]), split(g[1].astype(wide)))
     shapes = weights.shape, gain.shape, weights.shape[1:]
     sums, whole = lax.scan(part, tuple(jnp.zeros(x, wide) for x in shapes), inputs)
     d_rows, d_streams = (x.reshape(-1, *x.shape[2:])[:t] for x in whole)

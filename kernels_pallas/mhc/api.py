@@ -1,7 +1,7 @@
 """mHC, manifold-constrained hyper-connections (arXiv 2512.24880, section 4), around a sub-layer F.
 
-Equations 3 and 7 to 9 of the paper, as engram_jax/layers/hyper_connections.py has them, with an eps
-where the released DeepSeek-V4 adds it (to pre, and in sinkhorn.py); the paper's have none.
+Equations 3 and 7 to 9 of the paper, as in engram_jax/layers/hyper_connections.py, with an eps where
+the released DeepSeek-V4 adds it (to pre, and in sinkhorn.py); the paper has none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def mhc_pre(
     transpose: bool,
     implementation: str = AUTO,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the sub-layer reads, and what `mhc_merge` needs. Differentiable in every array.
+    """The sub-layer's input, and post and res for `mhc_merge`. Differentiable in every array.
 
     Args:
       x: streams [..., n, d], float32, bfloat16 or (reference only) float64.
@@ -47,7 +47,7 @@ def mhc_pre(
       in float32 (float64).
 
     Raises:
-      dispatch.UnsupportedError: "pallas", and the kernel cannot take these arguments.
+      dispatch.UnsupportedError: "pallas", and the kernel does not support these arguments.
       ValueError: an unknown implementation.
     """
     *lead, n, d = x.shape
@@ -76,20 +76,20 @@ def mhc_merge(
     *,
     implementation: str = AUTO,
 ) -> jax.Array:
-    """The streams behind the sub-layer: res x + post^T y. Differentiable in every array.
+    """The streams after the sub-layer: res x + post^T y. Differentiable in every array.
 
     Args:
       x: streams [..., n, d].
       y: the sub-layer's output [..., d].
       post, res: [..., n] and [..., n (target), n (source)] from `mhc_pre` of the same x; computed
-        in their dtype. The kernels take float32 alone.
+        in their dtype. The kernels support only float32.
       implementation: of dispatch.IMPLEMENTATIONS.
 
     Returns:
       [..., n, d] in x's dtype.
 
     Raises:
-      dispatch.UnsupportedError: "pallas", and the kernel cannot take these arguments.
+      dispatch.UnsupportedError: "pallas", and the kernel does not support these arguments.
       ValueError: an unknown implementation.
     """
     *lead, n, d = x.shape

@@ -1,4 +1,4 @@
-"""mHC's work in benchmarks: floors, and XLA's and our way to do it."""
+"""The benchmarks of mHC: lower bounds, and XLA's and our implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 from kernels_pallas.mhc.shapes import REAL, Shape, merge_arrays, pre_arrays
 
 OPTIONS = {"iterations": 20, "eps": 1e-6, "transpose": False}
-# What the tuner times; every block of tokens moves the same bytes, so that only time tells.
+# What the tuner times: every block of tokens moves the same bytes, so they differ only in time.
 TIMED_CANDIDATES = [
     {"tokens": tokens, "columns": columns} for tokens in (128, 256, 512) for columns in (256, 512)
 ]
@@ -34,10 +34,10 @@ def cases() -> list[Case]:
 
 
 def floor(s: Shape, dtype: Any = jnp.bfloat16) -> dict[str, tuple[int, int]]:
-    """(bytes, FLOPs) that no program can do without, of pre and merge, forward and step.
+    """The least (bytes, FLOPs) of any implementation, of pre and merge, forward and step.
 
     Bytes: streams and the sub-layer's arrays once a pass, coefficients and parameters in float32.
-    FLOPs: two for every multiply-add with a stream's number; Sinkhorn's are few beside them.
+    FLOPs: two for every multiply-add with a stream's number; Sinkhorn's are negligible.
     """
     t, n, d, c = s.tokens, s.streams, s.d, s.coefficients
     one, between = t * d * jnp.dtype(dtype).itemsize, 4 * t * (n + n * n)

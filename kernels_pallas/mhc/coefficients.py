@@ -1,7 +1,8 @@
-"""The coefficients of a block of tokens inside the TPU kernels, and their gradients.
+"""Computes the coefficients of a block of tokens, and their gradients, inside the TPU kernels.
 
-sinkhorn.py's arithmetic without its scans. A vector of n numbers per token is [n, G, 128], a matrix
-[n (target), n (source), G, 128], tokens being [G, 128]: sums over n are sums of whole registers.
+The arithmetic is sinkhorn.py's without its scans. Tokens are [G, 128]; a vector of n numbers per
+token is [n, G, 128], a matrix [n (target), n (source), G, 128]: sums over n are sums of whole
+registers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jax import lax
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + exp(-x)), from the exponential that cannot overflow."""
+    """1 / (1 + exp(-x)), computed with exp(-|x|), which cannot overflow."""
     small = jnp.exp(-jnp.abs(x))
     return jnp.where(x >= 0, 1.0, small) / (1 + small)
 
@@ -26,7 +27,7 @@ def group(c: int, n: int) -> int:
 
 
 def logits_of(h: jax.Array, base: Any, scale: Any, n: int) -> jax.Array:
-    """a h + b of every coefficient [c, G, 128], with the a of pre, post or res."""
+    """a h + b of every coefficient [c, G, 128], where a is that of pre, post or res."""
     return jnp.stack([scale[group(c, n)] * h[c] + base[c] for c in range(h.shape[0])])
 
 
@@ -38,7 +39,7 @@ def matrix_of(entries: jax.Array, n: int, transpose: bool) -> jax.Array:
 
 
 def entries_of(matrix: jax.Array, transpose: bool) -> jax.Array:
-    """The reverse of matrix_of."""
+    """The inverse of matrix_of."""
     n = matrix.shape[0]
     return matrix_of(matrix.reshape(n * n, *matrix.shape[2:]), n, transpose).reshape(
         n * n, *matrix.shape[2:]
@@ -96,7 +97,7 @@ def balance_backward(
     eps: float,
     kept: Callable[[Any], tuple[jax.Array, jax.Array]],
 ) -> jax.Array:
-    """Gradient of the kernel, from g, that of diag(u) kernel diag(v); kept(k): what `keep` got."""
+    """Gradient of the kernel from g, that of diag(u) kernel diag(v); kept(k): (u, v) of `keep`."""
     u, v = kept(iterations - 1)
     product = g * kernel
     start = times(product, v), transposed_times(product, u), u[:, None] * g * v[None]
@@ -124,7 +125,7 @@ def sinkhorn_backward(
 ) -> jax.Array:
     """Gradient of the logits from g, that of the balanced matrix.
 
-    factors: scratch [iterations, 2 n, G, 128]; computed again forwards, then read backwards.
+    factors: scratch [iterations, 2 n, G, 128]; recomputed forwards, then read backwards.
     """
     n = logits.shape[0]
     soft = softmax(logits)

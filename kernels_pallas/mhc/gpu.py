@@ -1,9 +1,10 @@
 """mHC on GPU, forward (Pallas' Triton backend).
 
-A program takes some tokens. In front of a sub-layer it walks over their streams twice, the second
-time from the L2 cache: for the logits (fn in three bfloat16 parts, which hold all of its bits) and
-the sum of squares, then for what the sub-layer reads. Between the walks Sinkhorn runs on a number
-per token and matrix entry (coefficients.py). Behind it, one elementwise walk.
+A program handles a block of tokens. Before a sub-layer it passes over their streams twice, the
+second time from the L2 cache: for the logits (fn in three bfloat16 parts, which hold all of its
+bits) and the sum of squares, then for the sub-layer's input. Between the passes Sinkhorn runs on
+one number per token and matrix entry (coefficients.py). After the sub-layer there is one
+elementwise pass.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def pre(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [P, n, d], fn [n d, c] with the gain in it -> collapsed [P, d], post [P, n], res [P, n n].
+    """x [P, n, d], fn [n d, c] times the gain -> collapsed [P, d], post [P, n], res [P, n n].
 
     fn, base, scale, post and res in float32, collapsed in x's dtype.
     """
@@ -124,7 +125,7 @@ def _call(
 
 
 class _Tokens:
-    """The tokens of a program, loading and storing what they have."""
+    """Loads and stores for the tokens of a program."""
 
     def __init__(self, p: int, d: int, blocks: Blocks):
         self.index = pl.program_id(0) * blocks.tokens + jnp.arange(blocks.tokens)
@@ -211,7 +212,7 @@ def _pre_kernel(
 
 
 def _sinkhorn(logits: list[list[jax.Array]], iterations: int, eps: float) -> list[list[jax.Array]]:
-    """coefficients.py's, with an array for every entry: Triton has no arrays of 3 or 5."""
+    """As in coefficients.py, with an array for every entry: Triton has no arrays of 3 or 5."""
     every = range(len(logits))
     kernel = [list(row) for row in logits]
     for j in every:

@@ -1,6 +1,6 @@
 """mHC's coefficients and products in plain jax.numpy (arXiv 2512.24880, section 4).
 
-The equations, with what the sources leave open: engram_jax/layers/hyper_connections.py.
+The equations, and where the sources differ: engram_jax/layers/hyper_connections.py.
 Coefficients are computed in float32 (float64 for float64 streams), streams keep their dtype.
 """
 
@@ -25,7 +25,7 @@ def pre(
     eps: float,
     transpose: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As api.mhc_pre with the gain already in fn; fn, base and scale in the compute dtype."""
+    """As api.mhc_pre, with fn already times the gain; fn, base and scale in the compute dtype."""
     n = x.shape[-2]
     tokens = x.reshape(-1, *x.shape[-2:])
     logits = _normalised_product(tokens.reshape(tokens.shape[0], -1), fn, eps)
@@ -56,8 +56,8 @@ def merge(x: jax.Array, y: jax.Array, post: jax.Array, res: jax.Array) -> jax.Ar
     return mixed.astype(x.dtype).reshape(x.shape)
 
 
-# The three products below are written for the memory they move: streams are by far the largest
-# arrays of a block, and JAX's own derivatives pass over them several times more (measured on CPU).
+# The three products below are written to move little memory: streams are by far the largest arrays
+# of a block, and JAX's own derivatives make several more passes over them (measured on CPU).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -65,7 +65,7 @@ def _normalised_product(x: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
     """(RMSNorm(x) fn)^T: x [P, k], fn [k, c] -> [c, P] in the dtype of fn.
 
     The norm divides by one number per token, so it may follow the product: no normalised copy of
-    the streams. Tokens come out innermost, as the tiny matrices made of this need them.
+    the streams. Tokens are innermost in the result, as sinkhorn.py needs them.
     """
     return _normalised_product_forward(x, fn, eps)[0]
 
@@ -73,7 +73,7 @@ def _normalised_product(x: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
 def _normalised_product_forward(x: jax.Array, fn: jax.Array, eps: float) -> tuple:
     wide = x.astype(fn.dtype)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
-    # At least the tfloat32 in which the mHC paper keeps fn.
+    # At least the precision of tfloat32, in which the mHC paper keeps fn.
     product = lax.dot_general(fn, wide, (((0,), (1,)), ((), ())), precision=lax.Precision.HIGH)
     out = product * scale
     return out, (x, fn, scale, out)
@@ -83,12 +83,12 @@ def _normalised_product_backward(eps: float, residuals: tuple, g: jax.Array) -> 
     x, fn, scale, out = residuals
     wide, scaled = x.astype(fn.dtype), g * scale
     high = lax.Precision.HIGH
-    # A product with ones: as a sum, XLA's CPU code makes it part of the pass over x and slow.
+    # A product with ones: as a sum, XLA on CPU fuses it into the pass over x and makes it slow.
     ones = jnp.ones((1, len(out)), out.dtype)
     along = jnp.matmul(ones, out * g, precision=high)[0] * scale**2 / x.shape[1]
     dx = lax.dot_general(scaled, fn, (((0,), (1,)), ((), ())), precision=high)
     dx = dx - along[:, None] * wide
-    # The barrier keeps XLA from computing the transpose itself, 5 times as slow a product on CPU.
+    # The barrier keeps XLA from fusing the transpose into the product, 5 times as slow on CPU.
     dfn = lax.dot_general(scaled, wide, (((1,), (0,)), ((), ())), precision=high)
     return dx.astype(x.dtype), lax.optimization_barrier(dfn).T
 
@@ -100,7 +100,7 @@ _normalised_product.defvjp(_normalised_product_forward, _normalised_product_back
 def _mix(weights: jax.Array, x: jax.Array) -> jax.Array:
     """weights [P, m, n], x [P, n, d] -> [P, m, d] in the weights' dtype.
 
-    A sum of n elementwise terms: one pass over x, where a batched product of tiny matrices is slow.
+    A sum of n elementwise terms: one pass over x; a batched product of tiny matrices is slow.
     """
     terms = [
         weights[:, :, j, None] * x[:, None, j].astype(weights.dtype) for j in range(x.shape[1])

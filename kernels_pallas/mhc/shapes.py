@@ -1,4 +1,4 @@
-"""Argument shapes that tests and benchmarks share."""
+"""The argument shapes of mHC that tests and benchmarks share."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Sinkhorn-Knopp normalisation of many tiny matrices, with an exact and cheap backward pass.
 
 mHC (arXiv 2512.24880, equation 9) makes exp(logits) doubly stochastic by dividing it by its column
-sums and by its row sums in turn. Matrices lie as [n, n, P], the P tokens innermost, so that every
-operation is a long vector operation. After any step the matrix is diag(u) K diag(v), and a step
-renews v (columns) or u (rows) alone, n numbers instead of n^2:
+sums and by its row sums in turn. Matrices are stored as [n, n, P], the P tokens innermost, so that
+every operation is a long vector operation. After any step the matrix is diag(u) K diag(v), and a
+step updates only v (columns) or u (rows), n numbers instead of n^2:
 
     v' = v / (v K^T u + eps),      u' = u / (u K v' + eps)
 
@@ -22,22 +22,22 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
-    """exp(logits) with its columns, then its rows normalised, `iterations` times.
+    """exp(logits) with its columns and then its rows normalised, `iterations` times.
 
-    The first division is a softmax over each column, to whose result eps is added; the later ones
-    divide by sum + eps: the released DeepSeek-V4 arithmetic, and for eps -> 0 the mHC paper's.
+    The first division is a softmax over each column, to whose result eps is added; later ones
+    divide by sum + eps: the arithmetic of the released DeepSeek-V4 and, for eps -> 0, the paper's.
 
     Args:
       logits: [n, n, P], float32 or float64: row (target), column (source), token.
 
     Returns:
-      [n, n, P]: rows sum to one up to eps, columns up to what the iterations leave.
+      [n, n, P]: rows sum to one up to eps, columns approximately.
     """
     kernel = jax.nn.softmax(logits, axis=0) + eps
     return _balance(kernel, iterations - 1, eps)
 
 
-# Sums of n terms, written out: as a reduction XLA's CPU code for them is 30 times slower.
+# Sums of n terms, written out: as a reduction they are 30 times slower on CPU.
 
 
 def _times(kernel: jax.Array, v: jax.Array) -> jax.Array:
@@ -74,8 +74,8 @@ def _backward(rounds: int, eps: float, residuals: tuple, g: jax.Array) -> tuple[
     all_u, all_v = jnp.concatenate([us, u[None]]), jnp.concatenate([vs, v[None]])
     us_after, vs_after = all_u[1:], all_v[1:]
     # u' = u / (u K v' + eps): du'/d(K v') = -u'^2 and du'/du = eps (u' / u)^2; the same for v.
-    # Kept as reciprocals to divide by: XLA never repeats a division, but would fuse a product into
-    # each of the sums below that use it and compute it n times (measured: 8 times slower).
+    # Reciprocals, to divide by: XLA never duplicates a division, but would fuse a product into each
+    # of the sums below that use it and compute it n times (measured: 8 times slower).
     u_per_sum, v_per_sum = -(us_after**-2), -(vs_after**-2)
     u_per_old, v_per_old = eps * (us_after / us) ** 2, eps * (vs_after / vs) ** 2
 

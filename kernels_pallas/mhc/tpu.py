@@ -1,16 +1,16 @@
-"""mHC in front of a sub-layer on TPU (Mosaic): coefficients and what the sub-layer reads.
+"""mHC before a sub-layer on TPU (Mosaic): the coefficients and the sub-layer's input.
 
-One block of tokens of all streams, [n, tokens, d], is read once. While it lies in VMEM:
+One block of tokens of all streams, [n, tokens, d], is read once. While it is in VMEM:
 
-    logits   x fn on the MXU, without a loss: fn is cut into three bfloat16 parts (8 bits each of
-             float32's 24), which lie side by side in the MXU's 128 columns, so all three cost one
-             pass; float32 streams are cut the same way. The sum of squares on the VPU.
-    between  tokens go from sublanes to lanes: [tokens, 128] -> 128 coefficients of [tokens / 128,
-             128], whole registers; sigmoids and Sinkhorn on those (coefficients.py)
-    mix      coefficients go back to sublanes; collapsed = sum of pre_j x_j
+    logits   x fn on the MXU, without loss: fn is split into three bfloat16 parts (8 bits each of
+             float32's 24), which are side by side in the MXU's 128 columns, so all three cost one
+             pass; float32 streams are split the same way. The sum of squares on the VPU.
+    between  tokens are transposed from sublanes to lanes: [tokens, 128] -> 128 coefficients of
+             [tokens / 128, 128], whole registers; sigmoids and Sinkhorn on those (coefficients.py)
+    mix      coefficients are transposed to sublanes again; collapsed = sum of pre_j x_j
 
-In HBM: streams are read, collapsed written, and per token post, res and what the backward pass
-keeps: the normalised logits h and r = 1 / rms(x), tokens in lanes.
+HBM traffic: streams are read, collapsed is written, and per token post, res and the residuals of
+the backward pass: the normalised logits h and r = 1 / rms(x), tokens in lanes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from kernels_pallas.mhc.tpu_blocks import (
 
 
 def vmem(tokens: int, n: int, d: int, size: int) -> int:
-    """Bytes that `forward` needs, about."""
+    """Approximate bytes of VMEM that `forward` needs."""
     width = Width(n)
     moving = 2 * tokens * ((n + 1) * d * size + 4 * (n + n * n + width.kept))
     scratch = 4 * tokens * (2 * width.stacked + 2 * LANES)
@@ -69,10 +69,10 @@ def forward(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The sub-layer's input, post and res, and what the backward pass keeps.
+    """The sub-layer's input, post and res, and the residuals of the backward pass.
 
     Args:
-      x: [n, P, d]; fn: [n d, c] with the gain in it, base [c], scale [3], float32.
+      x: [n, P, d]; fn: [n d, c] times the gain, base [c], scale [3], float32.
 
     Returns:
       (collapsed [P, d] in x's dtype; float32 post [n, P], res [n n, P] (rows: target, source),
@@ -164,7 +164,7 @@ def _kernel(
 
 
 def _products(refs: dict[str, Any], n: int, d: int, blocks: Blocks) -> None:
-    """product [tokens, stacked]: x times the parts of fn; in the last lane the sum of squares."""
+    """product [tokens, stacked]: x times the parts of fn; the last lane has the sum of squares."""
     product = refs["product"]
     # bfloat16 streams need no temporaries: a whole stream at once keeps the MXU filled.
     width = d if refs["x"].dtype == jnp.bfloat16 else blocks.columns

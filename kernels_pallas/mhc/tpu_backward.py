@@ -1,4 +1,4 @@
-"""Gradients of mHC in front of a sub-layer on TPU (Mosaic), in one pass over the streams.
+"""Gradients of mHC before a sub-layer on TPU (Mosaic), in one pass over the streams.
 
 From g, g_post and g_res, with the logits h and r = 1 / rms(x) that the forward pass kept:
 
@@ -53,7 +53,7 @@ from kernels_pallas.mhc.tpu_blocks import (
 
 
 def vmem(tokens: int, n: int, d: int, size: int) -> int:
-    """Bytes that `backward` needs, about (20 iterations)."""
+    """Approximate bytes of VMEM that `backward` needs (20 iterations)."""
     width = Width(n)
     moving = 2 * tokens * ((2 * n + 1) * d * size + 4 * (n + n * n + width.kept))
     across = 4 * max(8 * LANES, tokens)  # one number per token
@@ -82,7 +82,7 @@ def backward(
     """Gradients of x, fn, base and scale.
 
     Args:
-      x: [n, P, d]; fn, base, scale: as in tpu.forward, kept: its; g: [P, d];
+      x: [n, P, d]; fn, base, scale: as in tpu.forward; kept: from tpu.forward; g: [P, d];
       g_post: float32 [n, P]; g_res: float32 [n n, P].
 
     Returns:
@@ -183,7 +183,7 @@ def _kernel(
         refs["dfn"][...] = jnp.zeros_like(refs["dfn"])
         refs["sums"][...] = jnp.zeros_like(refs["sums"])
 
-    @pl.when(left > 0)  # else the last block again, where the halves differ: its dx stays
+    @pl.when(left > 0)  # else the halves differ, and this is the last block again: its dx is done
     def _block() -> None:
         for_each_rows(blocks.tokens, lambda tokens: _products(refs, tokens, n, d, blocks.columns))
         _coefficients(refs, n, d, left, iterations, eps, transpose, passes)
@@ -195,7 +195,7 @@ def _kernel(
 def _gradients(
     refs: dict[str, Any], columns: Any, n: int, left: jax.Array, ragged: bool, blocks: Blocks
 ) -> None:
-    """dx of some columns, and what they add to dfn."""
+    """dx of some columns, and their contribution to dfn."""
     part = Width(n).part
     for j in range(n):
         fn, out = refs["fn"][j, :, columns], refs["partial"].at[j]
@@ -203,7 +203,7 @@ def _gradients(
         for k in range(1, refs["e_columns"].shape[0]):
             out[...] += dot(refs["e_columns"][k], fn)
         x = refs["x"][j, :, columns]
-        if ragged:  # 0 times whatever lies behind the last token could be NaN
+        if ragged:  # 0 times the values after the last token could be NaN
             x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < left, x, 0)
         for x_part in split(x):
             products = dot(refs["e_tokens"][...], x_part)
@@ -214,7 +214,7 @@ def _gradients(
 
 
 def _products(refs: dict[str, Any], tokens: Any, n: int, d: int, width: int) -> None:
-    """<g, x_j> into lane j of `columns`."""
+    """Write <g, x_j> to lane j of `columns`."""
 
     def add(columns: Any, sums: tuple) -> tuple:
         for lanes in pieces(columns, width):
@@ -244,8 +244,8 @@ def _coefficients(
 ) -> None:
     """From gradients of the coefficients to those of the logits.
 
-    Leaves e in `e_tokens` and `e_columns`, pre and what x is multiplied by in `columns`, and adds
-    to `sums`.
+    Writes e to `e_tokens` and `e_columns`, pre and the factor of x to `columns`, and adds to
+    `sums`.
     """
     width, lanes, made = Width(n), refs["lanes"], refs["made"]
     count, (base, scale) = width.count, scalars(refs, width)
@@ -277,8 +277,8 @@ def _coefficients(
 
 
 def _stack_parts(refs: dict[str, Any], e: jax.Array, width: Width, passes: Passes) -> None:
-    """e_tokens [rows, tokens]: the three parts of e; e_columns[k] [tokens, stacked]: those of pass
-    k."""
+    """Write e_tokens [rows, tokens]: the three parts of e; e_columns[k] [tokens, stacked]: those of
+    pass k."""
     stack, parts = refs["stack"], tops(e)
     stack[...] = jnp.zeros_like(stack)
 

@@ -1,7 +1,7 @@
-"""What the TPU kernels share: block sizes, numbers in bfloat16 parts, and where numbers lie.
+"""Helpers of mHC's TPU kernels: block sizes, splitting into bfloat16 parts, and layouts.
 
-A number per token lies in lanes ([coefficient, tokens / 128, 128], whole registers, or in HBM
-[coefficient, tokens]) or in sublanes ([tokens, coefficient]).
+One number per token is stored either in lanes ([coefficient, tokens / 128, 128], whole registers,
+or in HBM [coefficient, tokens]) or in sublanes ([tokens, coefficient]).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS = 16  # tokens of an elementwise step: one register of bfloat16
 PARTS = 3
 MAX_STREAMS = 8
 MAX_COLUMNS = 512
-MAX_TOKENS = 256  # longer ones would leave too few steps to hide the first and last transfer in
+MAX_TOKENS = 256  # longer blocks would leave too few steps to hide the first and last transfer
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Width:
-    """Rows that the coefficients of n streams take: count = 2 n + n^2 of them.
+    """Numbers of rows for the coefficients of n streams; count: 2 n + n^2, the coefficients.
 
-    part: of one bfloat16 part of fn (a multiple of 8); stacked: of all three and a last row for
-    the sum of squares (a multiple of 128); kept: of h and, last, r.
+    part: rows of one bfloat16 part of fn (a multiple of 8); stacked: of all three and a last row
+    for the sum of squares (a multiple of 128); kept: of h and, last, r.
     """
 
     n: int
@@ -68,7 +68,7 @@ def _up(x: int, multiple: int) -> int:
 
 
 def limit(n: int, d: int, iterations: int, *dtypes: Any) -> str | None:
-    """Why the kernels cannot take such arguments, None if they can."""
+    """Why the kernels do not support such arguments, None if they do."""
     for dtype in dtypes:
         if dtype not in (jnp.float32, jnp.bfloat16):
             return f"{dtype} is not float32 or bfloat16"
@@ -116,7 +116,7 @@ def split(x: jax.Array, parts: int = PARTS) -> list[jax.Array]:
 def tops(x: jax.Array, parts: int = PARTS) -> list[jax.Array]:
     """float32 x as a sum of float32 arrays with at most 8 significant bits each.
 
-    By masking bits: the compiler may leave out a rounding to bfloat16 and back.
+    By masking bits: the compiler may remove a rounding to bfloat16 and back.
     """
     out = []
     for _ in range(parts):
@@ -127,7 +127,7 @@ def tops(x: jax.Array, parts: int = PARTS) -> list[jax.Array]:
 
 
 # Parts of fn in dx's product, and for each of its passes the parts of e they are multiplied with.
-# Rounded to bfloat16, dx needs the three largest products alone, so one pass.
+# A dx in bfloat16 needs only the three largest products, so one pass.
 Passes = tuple[tuple[int, int, int], ...]
 
 
@@ -139,8 +139,8 @@ def parts_for_dx(size: int) -> tuple[tuple[int, int, int], Passes]:
 
 
 def stacked_parts(fn: jax.Array, n: int, order: tuple[int, ...] = (0, 1, 2)) -> jax.Array:
-    """fn float32 [n d, c] -> bfloat16 [n, stacked, d]: its three parts, or those of `order`, each
-    in rows of its own."""
+    """fn float32 [n d, c] -> bfloat16 [n, stacked, d]: the parts that `order` lists, each in
+    separate rows."""
     width = Width(n)
     turned = jnp.moveaxis(fn.reshape(n, -1, width.count), -1, 1)
     turned = jnp.pad(turned, ((0, 0), (0, width.part - width.count), (0, 0)))
@@ -155,7 +155,7 @@ def total(terms: list[jax.Array]) -> jax.Array:
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
     """a b, or a b^T, of bfloat16 arrays, summed in float32."""
-    if dispatch.device()[0] == dispatch.CPU:  # interpreted: XLA lacks some of these products there
+    if dispatch.device()[0] == dispatch.CPU:  # interpreted: XLA on CPU lacks some of these products
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     contract = ((1,), (1,)) if transposed else ((1,), (0,))
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
@@ -177,14 +177,14 @@ def to_sublanes(lanes: Any, sublanes: Any) -> None:
 
 
 def from_lanes(lanes: Any, count: int, out: Any, first: int = 0) -> None:
-    """Coefficients first .. first + count to rows of a block [count, tokens]."""
+    """Write coefficients first .. first + count to the rows of a block [count, tokens]."""
     for k in range(lanes.shape[1]):
         rows = lanes[first : first + count, k, :]
         out[:, k * LANES : (k + 1) * LANES] = rows.astype(out.dtype)
 
 
 def into_lanes(block: Any, lanes: Any, first: int = 0) -> None:
-    """The reverse of from_lanes."""
+    """The inverse of from_lanes."""
     for k in range(lanes.shape[1]):
         lanes[first : first + block.shape[0], k, :] = block[:, k * LANES : (k + 1) * LANES]
 
@@ -205,7 +205,7 @@ def for_each_columns(d: int, width: int, body: Callable[..., Any], carry: Any = 
 
 
 def pieces(columns: Any, width: int) -> list[Any]:
-    """The 128-lane parts of such columns."""
+    """`width` columns in slices of 128 lanes."""
     return [
         pl.ds(pl.multiple_of(columns.start + k * LANES, LANES), LANES)
         for k in range(width // LANES)
@@ -213,5 +213,5 @@ def pieces(columns: Any, width: int) -> list[Any]:
 
 
 def spread(columns: jax.Array, which: Any) -> list[jax.Array]:
-    """Coefficients `which` of [rows, coefficient], each over all lanes."""
+    """Coefficients `which` of [rows, coefficient], each broadcast over all lanes."""
     return [jnp.broadcast_to(columns[:, c : c + 1], (columns.shape[0], LANES)) for c in which]

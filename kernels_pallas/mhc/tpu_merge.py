@@ -1,13 +1,13 @@
-"""mHC behind a sub-layer on TPU (Mosaic): out_i = sum_j res_ij x_j + post_i y, and its gradients.
+"""mHC after a sub-layer on TPU (Mosaic): out_i = sum_j res_ij x_j + post_i y, and its gradients.
 
-Both read a block of tokens of all arrays once. Coefficients come with tokens in lanes, are turned
-once per block, and spread over registers once per 16 tokens; what follows is elementwise.
+Both read a block of tokens of all arrays once. Coefficients have tokens in lanes, are transposed
+once per block, and broadcast over registers once per 16 tokens; the rest is elementwise.
 
 Backward, with g = d loss / d out:
 
     dx_j = sum_i res_ij g_i;  dy = sum_i post_i g_i;  dpost_i = <g_i, y>;  dres_ij = <g_i, x_j>
 
-in two walks over the block in VMEM: coefficients fill the registers in the first, sums in the
+in two passes over the block in VMEM: coefficients fill the registers in the first, sums in the
 second.
 """
 
@@ -38,16 +38,16 @@ from kernels_pallas.mhc.tpu_blocks import (
     total,
 )
 
-SUMS = 20  # products that a walk over columns sums at once: 2 registers each, of 64
+SUMS = 20  # products that a pass over columns sums at once: 2 registers each, of 64
 
 
 def vmem(tokens: int, n: int, d: int, size: int) -> int:
-    """Bytes that `forward` needs, about; y may be float32 where streams are not."""
+    """Approximate bytes of VMEM that `forward` needs; y may be float32 where streams are not."""
     return 2 * tokens * (d * (2 * n * size + 4) + 4 * (n + n * n)) + 8 * tokens * LANES
 
 
 def vmem_backward(tokens: int, n: int, d: int, size: int) -> int:
-    """Bytes that `backward` needs, about."""
+    """Approximate bytes of VMEM that `backward` needs."""
     return 2 * tokens * (d * (3 * n * size + 8) + 8 * (n + n * n)) + 8 * tokens * LANES
 
 
@@ -186,7 +186,7 @@ def _backward_kernel(refs: dict[str, Any], n: int, d: int, blocks: Blocks) -> No
         for_each_columns(d, blocks.columns, columns)
 
     for_each_rows(blocks.tokens, streams)
-    # The coefficients are spent: their place takes the sums.
+    # The coefficients are no longer needed: the sums reuse their buffers.
     together = max(1, min(n, SUMS // (n + 1)))
     for first in range(0, n, together):
         targets = range(first, min(n, first + together))
@@ -199,7 +199,7 @@ def _backward_kernel(refs: dict[str, Any], n: int, d: int, blocks: Blocks) -> No
 def _sums(
     refs: dict[str, Any], tokens: Any, targets: range, n: int, d: int, blocks: Blocks
 ) -> None:
-    """<g_i, x_j> and <g_i, y> of targets i into the lanes of their coefficients."""
+    """Write <g_i, x_j> and <g_i, y> of targets i to the lanes of their coefficients."""
 
     def columns(columns: Any, sums: tuple) -> tuple:
         for lanes in pieces(columns, blocks.columns):

@@ -1,4 +1,4 @@
-"""mHC's kernels with their gradients: on TPU kernels of their own, on GPU the reference's."""
+"""mHC's kernels with their gradients: by kernels on TPU, by the reference on GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Options:
 
 
 def _first(x: jax.Array) -> jax.Array:
-    """[P, n, ...] <-> [n, P, ...]: the order of memory on TPU, so only a name for XLA."""
+    """[P, n, ...] <-> [n, P, ...]: the order in a TPU's memory, so XLA moves no data."""
     return jnp.swapaxes(x, 0, 1)
 
 

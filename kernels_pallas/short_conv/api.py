@@ -11,7 +11,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.dispatch import AUTO, GPU, TPU
 from kernels_pallas.short_conv import gpu, reference, tpu, vjp
 
-SHORTEST_CHUNK = 8  # of a continued sequence; for fewer tokens XLA fuses the reference
+SHORTEST_CHUNK = 8  # of a continued sequence; for fewer tokens the reference, which XLA fuses
 
 
 def short_conv(
@@ -25,7 +25,7 @@ def short_conv(
     eps: float,
     implementation: str = AUTO,
 ) -> jax.Array:
-    """Whole sequences.
+    """The convolution of whole sequences.
 
     Args:
       u: [B, T, M, d], float32 or bfloat16 (the reference: any float).
@@ -42,7 +42,7 @@ def short_conv(
       [B, T, M, d] in the dtype of u, rounded to it once, at the end.
 
     Raises:
-      dispatch.UnsupportedError: "pallas", and the kernel cannot take these arguments.
+      dispatch.UnsupportedError: "pallas", and the kernel does not support these arguments.
       ValueError: an unknown implementation.
     """
     kernel, dtypes = taps.shape[0], (u.dtype, gain.dtype, taps.dtype)
@@ -69,7 +69,7 @@ def short_conv_cached(
     eps: float,
     implementation: str = AUTO,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sequences continued by S tokens, of which the first valid[b] of row b are real.
+    """The convolution of S more tokens of each sequence, of which the first valid[b] are real.
 
     Args:
       u: [B, S, M, d].

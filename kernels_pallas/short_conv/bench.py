@@ -1,4 +1,4 @@
-"""The short convolution's work in benchmarks: floors, and XLA's and our way to do it."""
+"""The benchmarks of the short convolution: lower bounds, and XLA's and our implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kernels_pallas.short_conv.api import short_conv
 from kernels_pallas.short_conv.shapes import REAL, Shape, arrays
 
 EPS = 1e-5
-# What the tuner times; every block of tokens moves the same bytes, so that only time tells.
+# What the tuner times: every block of tokens moves the same bytes, so they differ only in time.
 TIMED_CANDIDATES = [{"tokens": tokens} for tokens in (128, 256, 512)]
 GPU_CANDIDATES = [
     {"tokens": tokens, "columns": columns, "warps": warps, "stages": 2}
@@ -69,7 +69,7 @@ def _reference_backward(g: jax.Array, *args: Any, dilation: int) -> Any:
 
 
 def _backward(g: jax.Array, *args: Any, dilation: int) -> Any:
-    """The backward pass alone: it keeps nothing that only the forward pass computes."""
+    """The backward pass alone, which needs nothing computed by the forward pass."""
     choice = dispatch.choose("short_conv", PALLAS, {TPU: None, GPU: None})
     return vjp.gradients(*args, None, g, dilation, EPS, choice)
 

@@ -1,8 +1,9 @@
 """The short convolution on GPU, forward (Pallas' Triton backend).
 
-One program for each sequence, stream and block of tokens. It goes over its tokens' columns twice, a
-tile at a time: for the sums of squares of the rows that every tap reads, then for the convolution.
-The shifted rows and the second round come from the caches: a block of u is small.
+There is one program for each sequence, stream and block of tokens. It passes over its tokens'
+columns twice, a tile at a time: for the sums of squares of the rows that every tap reads, then for
+the convolution. The shifted rows and the second pass are read from the caches: a block of u is
+small.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Blocks:
 
 
 def limit(shape: tuple[int, ...], kernel: int, dtypes: tuple) -> str | None:
-    """Why the kernel cannot take u of `shape` [B, T, M, d], None if it can."""
+    """Why the kernel does not support u of `shape` [B, T, M, d], None if it does."""
     if 0 in shape:
         return "there are no tokens"
     for dtype in dtypes:
@@ -109,7 +110,7 @@ def _kernel(
         for k, scale in enumerate(scales):
             f = plgpu.load(filters.at[stream, k, columns])
             h += past(k, columns) * scale[:, None] * f[None]
-        # Tap K - 1 is the token itself: what it read is u, wherever there is a token.
+        # Tap K - 1 is the token itself, so it reads u wherever there is a token.
         result = past(kernel - 1, columns) + 2 * h * jax.nn.sigmoid(2 * h)
         live = (own & (1 << kernel)) != 0
         plgpu.store(

@@ -1,4 +1,4 @@
-"""Which taps of a token are open, as bits: the little that kernels need to know of documents."""
+"""Computes which taps of each token are open, as bits, so that kernels need not know documents."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def bits_of(
     dilation: int,
     history: bool = False,
 ) -> jax.Array:
-    """int32 [B, T]: bit j says that tap j is open, bit K that the output is not masked.
+    """int32 [B, T]: bit j is set if tap j is open, bit K if the output is not masked.
 
     Args:
       shape: (B, T).
-      segments: int32 [B, T] or None; a tap is open within one document.
+      segments: int32 [B, T] or None; a tap is closed if it reads another document.
       mask: bool [B, T] or None.
       kernel: K, taps; tap j reaches (K - 1 - j) * dilation positions back.
-      history: there are tokens before the first, which taps may reach; else they are closed there.
+      history: taps may reach tokens before the first; otherwise they are closed there.
     """
     live = jnp.ones(shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
     bits = live << kernel
@@ -41,7 +41,7 @@ def bits_of(
 
 
 def padded(bits: jax.Array, tokens: int) -> jax.Array:
-    """[B, T] -> [B, multiple of tokens]; what is added is closed and masked."""
+    """[B, T] -> [B, multiple of tokens]; the padding is closed and masked."""
     return jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % tokens)))
 
 

@@ -1,8 +1,8 @@
-"""The short convolution in plain jax.numpy: the meaning of the operation, and what a CPU runs.
+"""The short convolution in plain jax.numpy: the definition of the operation, also run on CPUs.
 
-Rounding is the kernels': everything is computed in float32 (float64 if u is float64), gradients
-too, and rounded once at the end. Only a continued sequence rounds what it normalised: to the dtype
-of its tail, in which later positions will read it.
+It rounds as the kernels do: everything is computed in float32 (float64 if u is float64), gradients
+too, and rounded once at the end. Only a continued sequence also rounds its normalised positions: to
+the dtype of its tail, from which later positions read them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def short_conv_cached(
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """In at least float32."""
+    """x in at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -62,7 +62,7 @@ def tail_length(taps: jax.Array, dilation: int) -> int:
 
 
 def normalised(u: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis of a wide u."""
+    """RMSNorm over the last axis, computed in u's dtype."""
     y = u * lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + eps)
     return y * gain.astype(y.dtype)
 
@@ -85,7 +85,7 @@ def convolved(
 
 
 def masked(out: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Zero where `mask` [B, T] is False: the convolution reaches a token from those before it."""
+    """Zero where `mask` [B, T] is False: the convolution would give such a token earlier ones'."""
     return out if mask is None else jnp.where(mask[..., None, None], out, 0)
 
 

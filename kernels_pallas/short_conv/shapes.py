@@ -1,4 +1,4 @@
-"""Argument shapes that tests and benchmarks share."""
+"""The argument shapes of the short convolution that tests and benchmarks share."""
 
 from __future__ import annotations
 

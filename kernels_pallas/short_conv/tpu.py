@@ -1,15 +1,15 @@
 """The short convolution on TPU, forward (Mosaic).
 
 The grid is (sequences, streams, blocks of tokens), the blocks in order. Of a block, u is read and
-the output written; the normalised rows stay in VMEM, and the last ones of the block before with
-them, for the taps that reach back. So every number passes HBM once.
+the output written; the normalised rows stay in VMEM, together with the last ones of the previous
+block, for the taps that reach back. So every number is moved through HBM once.
 
-Normalised rows lie as [d / 128, history + tokens, 128]: rows of one column of lanes are neighbours,
-so that reading them shifted by a few tokens costs no more than reading them. A block is worked
-through in chunks of tokens; one in which all taps are open (nearly all) takes no account of bits.
+Normalised rows are stored as [d / 128, history + tokens, 128]: rows of one column of lanes are
+adjacent, so that reading them shifted by a few tokens costs nothing extra. A block is processed in
+chunks of tokens; a chunk in which all taps are open (nearly all of them) ignores the bits.
 
 SiLU(2 h) = h (1 + tanh h): one instruction and three operations where 1 / (1 + exp) takes a dozen.
-The filters come halved for it.
+For this the filters are halved by the caller.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LANES, SUBLANES = 128, 8
 MAX_KERNEL, MAX_DILATION = 8, 8
 CHUNK = 64  # at least the longest reach, 7 * 8
 MAX_TOKENS = 256
-UNROLL = 4  # columns of lanes per round of a loop: one's latencies hide behind the other
-MAX_CHUNKS = 1 << 16  # a number of each lies in SMEM
+UNROLL = 4  # columns of lanes per iteration of a loop, to hide latencies
+MAX_CHUNKS = 1 << 16  # one number of each is in SMEM
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Blocks:
 
 
 def limit(shape: tuple[int, ...], kernel: int, dilation: int, dtypes: tuple) -> str | None:
-    """Why the kernels cannot take u of `shape` [B, T, M, d], None if they can; dtypes: u first."""
+    """Why the kernels do not support u of `shape` [B, T, M, d], None if they do. dtypes: u's first,
+    then the other arguments'."""
     b, t, _, d = shape
     if b * t == 0:
         return "there are no tokens"
@@ -64,9 +65,9 @@ def limit(shape: tuple[int, ...], kernel: int, dilation: int, dtypes: tuple) -> 
 
 
 def vmem(tokens: int, before: int, d: int, size: int, *, backward: bool = False) -> int:
-    """Bytes of VMEM for blocks of so many tokens; size: bytes of a number of u or the output.
+    """Bytes of VMEM for blocks of `tokens` tokens; size: bytes of a number of u or the output.
 
-    Two blocks of everything that comes or goes; in float32 the normalised rows with those before,
+    Two blocks of every operand and result; in float32 the normalised rows with those before, and
     backward also the gradients dh with those after.
     """
     if not backward:
@@ -77,7 +78,7 @@ def vmem(tokens: int, before: int, d: int, size: int, *, backward: bool = False)
 
 
 def blocks_for(tokens: int, before: int, d: int, size: int, *, backward: bool = False) -> Blocks:
-    """Tuned blocks, else the longest that leave a quarter of VMEM to the compiler."""
+    """Tuned blocks, else the longest that leave a quarter of VMEM for the compiler."""
     found = tuning.tuned("short_conv", f"d{d}_{size}_{'backward' if backward else 'forward'}")
     block = found["tokens"] if found else MAX_TOKENS
     while not found and block > LANES:
@@ -108,11 +109,11 @@ def forward(
     """u + SiLU(convolution), masked.
 
     Args:
-      u: [M, B, T, d]: streams outermost, as the other kernels have them.
+      u: [M, B, T, d]: streams outermost, as in the other kernels.
       filters: [M, K, d], half the taps times the gain; with a tail half the taps.
-      bits: int32 [B, T], openings.bits_of.
+      bits: int32 [B, T], from openings.bits_of.
       gain: [M, d], only with a tail.
-      tail: [M, B, L, d], normalised, the gain in it; None: nothing before the first token.
+      tail: [M, B, L, d], normalised, times the gain; None: nothing before the first token.
 
     Returns:
       [M, B, T, d] in out_dtype (None: that of u).
@@ -206,7 +207,7 @@ def _forward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, ch
                 own = u * r
                 if "gain" in refs:
                     own *= refs["gain"][:, lanes]
-                    # As the new tail will have it: a sequence does not depend on where it is cut.
+                    # Rounded as in the new tail: results do not depend on how a sequence is split.
                     own = own.astype(refs["tail"].dtype).astype(jnp.float32)
                 x[j, pl.ds(before + first, chunk)] = own
                 h = own * refs["filters"][kernel - 1 :, lanes]
@@ -226,11 +227,11 @@ def _forward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, ch
     lax.fori_loop(0, block // chunk, step, None)
 
 
-# ---- what the backward pass uses, too ------------------------------------------------------------
+# ---- shared with the backward pass ---------------------------------------------------------------
 
 
 def for_each_column(d: int, body: Any, carry: Any = None) -> Any:
-    """carry = body(j, lanes[, carry]) for every 128 of d, j-th in `x`."""
+    """carry = body(j, lanes[, carry]) for every column of 128 lanes of d, the j-th in `x`."""
 
     columns = d // LANES
     at_once = math.gcd(columns, UNROLL)
@@ -251,7 +252,7 @@ def down_the_rows(bits: jax.Array) -> jax.Array:
 
 
 def when_open(bits: jax.Array | None, k: int, x: jax.Array) -> jax.Array:
-    """x, 0 where bit k is not set; bits None: all are. Never a product: x may be NaN there."""
+    """x, or 0 where bit k is not set; bits None: all are set. Not a product: x may be NaN there."""
     return x if bits is None else jnp.where((bits & (1 << k)) != 0, x, 0)
 
 

@@ -1,7 +1,7 @@
 """The short convolution on TPU, backward (Mosaic): from u and the gradient g of the output.
 
 With x = u r the rows divided by their root mean square, f = taps * gain / 2 and h the convolution
-of x with f, so that out = u + h (1 + tanh h), the forward pass computed again:
+of x with f, so that out = u + h (1 + tanh h), which is recomputed:
 
     dh     = g (1 + t) (1 + h (1 - t)),  t = tanh h
     df_k   = sum over tokens i of dh[i] x[i - back_k]
@@ -9,8 +9,8 @@ of x with f, so that out = u + h (1 + tanh h), the forward pass computed again:
     du     = g + r (dx - x mean(dx x))
 
 each term only where the tap is open. The grid is the forward pass's with the blocks in reverse
-order: dh of the tokens that follow is still in VMEM, as are their bits; the rows that go before are
-a short second block of u. So u and g are read and du written once.
+order: dh of the following tokens is still in VMEM, as are their bits; the preceding rows are a
+short second block of u. So u and g are read and du is written once.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def backward(
     """Gradients of u and, in float32, of the filters.
 
     Args:
-      u: [M, B, T, d]; filters: [M, K, d], half the taps times the gain; bits: int32 [B, T]: those
-        of tpu.forward.
+      u: [M, B, T, d]; filters: [M, K, d], half the taps times the gain; bits: int32 [B, T]: as in
+        tpu.forward.
       g: [M, B, T, d], the gradient of the output.
 
     Returns:
@@ -180,7 +180,7 @@ def _backward(refs: dict[str, Any], *, before: int, dilation: int, eps: float, c
                 h = sum(p * refs["filters"][k : k + 1, lanes] for k, p in enumerate(past))
                 t = jnp.tanh(h)
                 g = refs["g"][rows, lanes].astype(jnp.float32)
-                # 0 of masked tokens, and of those past the end, whose g may be anything.
+                # 0 for masked tokens, and for those past the end, whose g is undefined.
                 own = when_open(bits, kernel, g * (1 + t) * (1 + h * (1 - t)))
                 dh[j, rows] = own
                 for k, p in enumerate(past):

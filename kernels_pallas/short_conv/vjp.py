@@ -1,4 +1,4 @@
-"""The kernels with their gradients. Kept for the backward pass: the arguments, nothing else."""
+"""The short convolution's kernels with their gradients; the residuals are only the arguments."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ short_conv.defvjp(_forward, _backward)
 
 
 def _filters(gain: jax.Array, taps: jax.Array) -> jax.Array:
-    """[M, K, d]: taps times gain, so that the kernels multiply once, halved as they want them."""
+    """[M, K, d]: taps times gain, so that the kernels multiply once, and halved as they need it."""
     return jnp.moveaxis(taps.astype(jnp.float32) * gain.astype(jnp.float32) / 2, 0, 1)
 
 
@@ -129,11 +129,11 @@ def short_conv_cached(
 def _new_tail(
     u: jax.Array, tail: jax.Array, valid: jax.Array, gain: jax.Array, eps: float
 ) -> jax.Array:
-    """The last L entries up to the valid[b]-th new one; only those of u are normalised again."""
+    """The last L entries up to the valid[b]-th new one; those of u are normalised again."""
     keep, (b, s, m, d) = tail.shape[1], u.shape
     index = valid[:, None] + jnp.arange(keep)  # into tail and u, one after the other
     old = jax.vmap(lambda x, i: x[i])(tail, jnp.minimum(index, keep - 1))
-    # Rows of [M B S, d], as they lie for the kernel: a gather by token would copy u to do it.
+    # Rows of [M B S, d], the kernel's layout: a gather by token would copy u.
     first = (jnp.arange(m) * b + jnp.arange(b)[:, None])[:, None] * s
     rows = jnp.moveaxis(u, 2, 0).reshape(m * b * s, d)
     new = rows[first + jnp.maximum(index - keep, 0)[..., None]]
@@ -146,7 +146,7 @@ def _cached_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple]:
 
 
 def _cached_backward(dilation: int, eps: float, choice: Choice, kept: tuple, g: tuple) -> tuple:
-    """JAX's gradient of the reference: nobody trains through a cache, but it is defined."""
+    """JAX's gradient of the reference; training does not use it, but it is defined."""
     u, tail, valid, gain, taps, mask = kept
 
     def plain(u: jax.Array, tail: jax.Array, gain: jax.Array, taps: jax.Array) -> tuple:
