@@ -3,8 +3,8 @@
 Pure functions of the text of an optimized, partitioned HLO module, in which every shape is one
 device's.
 
-Bytes are those that a device receives in one run of the module, computed from shapes; n devices
-form a group:
+Bytes are those that a device receives in one run of the module, computed from unpadded shapes; n
+devices form a group:
 
   all-gather            (n - 1) / n of the output
   reduce-scatter        (n - 1) times the output
@@ -106,7 +106,7 @@ def collectives(text: str | Module) -> list[Collective]:
 
 @dataclass(frozen=True)
 class _Place:
-    """A computation as it is reached from the entry."""
+    """A computation, and how it is reached from the entry."""
 
     count: int
     unknown_trips: bool

@@ -52,7 +52,8 @@ CONV_EPS = 1e-5  # the demo's conv norms
 
 @dataclass(frozen=True)
 class Form:
-    """What distinguishes the published forms. machine_eps: of the dtype, not the model's eps."""
+    """What distinguishes the published forms. machine_eps: the norms' eps is the dtype's machine
+    epsilon, not the model's `norm_eps`."""
 
     bias: bool
     conv: bool

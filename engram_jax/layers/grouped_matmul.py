@@ -10,7 +10,7 @@ slots of one expert) is contiguous and may have any size from none to all. Three
   tiled    a loop over tiles of slots of one expert: CPUs, where ragged_dot multiplies every
            token with every expert (measured 30 times slower at 16 experts)
 
-Ragged and tiled read tokens and return them by gathers alone, forward and backward: `slots` and
+Ragged and tiled read tokens and return them only by gathers, forward and backward: `slots` and
 `order` are inverses, so the transpose of a gather is a gather: faster than a scatter.
 
 Symbols beside config/schema.py's: N = T k assignments.

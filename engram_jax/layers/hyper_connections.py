@@ -35,9 +35,9 @@ from engram_jax.config import HyperConnectionConfig
 from kernels_pallas.dispatch import AUTO
 from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 
-# Logit of 1 at the identity start. A sub-layer moves e^-6 = 0.25 % between any two streams: the 60
-# sub-layers of the paper's models leave 55 % of a difference between streams (with logit 4: 1 %,
-# 8: 92 %), and Adam, whose steps have the same size at any slope, can still learn to mix.
+# Logit of an open gate at the identity start. A sub-layer moves e^-6 = 0.25 % between any two
+# streams: the 60 sub-layers of the paper's models leave 55 % of a difference between streams (logit
+# 4: 1 %, 8: 92 %), and Adam, whose steps have the same size at any slope, still learns to mix.
 IDENTITY_LOGIT = 6.0
 
 

@@ -47,9 +47,9 @@ def sample_rows(
 ) -> jax.Array:
     """`sample` with separate settings for every row: logits [B, V] -> int32 [B].
 
-    A row's draw depends on its logits, seed (uint32 [B]) and step (int32 [B], tokens drawn before)
-    alone: it is `sample`'s for that row, with `key_of_token`. Nothing is sorted or drawn while all
-    rows are greedy.
+    A row's draw depends only on its logits, seed (uint32 [B]) and step (int32 [B], tokens drawn
+    before): it is `sample`'s for that row, with `key_of_token`. Nothing is sorted or drawn while
+    all rows are greedy.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = temperature >= jnp.finfo(jnp.float32).tiny

@@ -156,7 +156,7 @@ class Run:
         )
 
     def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
-        """Write the workdir's records before the first step (process 0); returns the metrics'."""
+        """Write the workdir's records before the first step (on process 0)."""
         if self.fresh and jax.process_index() == 0:
             forget_unsaved(self.config, self.workdir)
         add_launch(

@@ -97,8 +97,8 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """tokens int32 [B]; logits float32 [B, V] they were drawn from; their log-probabilities, and
-    those of the prompt tokens that follow the input ones [B, S], if asked for."""
+    """tokens: int32 [B]. logits: float32 [B, V] they were drawn from. If asked for, logprobs: of
+    the tokens; prompt: of the prompt tokens that follow the input ones [B, S]."""
 
     tokens: jax.Array
     logits: jax.Array

@@ -85,7 +85,7 @@ def convolved(
 
 
 def masked(out: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Zero where `mask` [B, T] is False: the convolution would give such a token earlier ones'."""
+    """Zero where `mask` [B, T] is False: a masked token must not get earlier tokens' values."""
     return out if mask is None else jnp.where(mask[..., None, None], out, 0)
 
 

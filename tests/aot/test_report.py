@@ -1,4 +1,4 @@
-"""A table's step, compiled: rows gathered, added to and set, everything donated (DESIGN.md)."""
+"""A table's step, compiled: rows gathered, added to and set, everything donated."""
 
 from __future__ import annotations
 

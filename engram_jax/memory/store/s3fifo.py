@@ -22,7 +22,7 @@ from engram_jax.hardware.numba_jit import host_jit
 from engram_jax.memory.store.cpu_intrinsics import prefetch
 
 WAYS = 16  # a cache line of row numbers
-PROBATION = 2  # rows on probation in a full set from which the oldest must have been used again
+PROBATION = 2  # rows on probation in a full set from which on the oldest is evicted unless used
 _MOST_USES, _STAYS = 3, 4  # a slot's state: uses since its last turn, and whether it may stay
 _AHEAD = 12  # lookups
 
