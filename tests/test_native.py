@@ -8,13 +8,13 @@ import sys
 
 import numba
 
-from engram_jax.hardware.numba_jit import cache_folder
+from engram_jax.hardware.numba_internals import cache_folder
 
 MAIN = """
 from inner import add
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_internals import host_jit
 
-@native
+@host_jit
 def outer(x):
     return add(x) * 10
 """
@@ -22,9 +22,9 @@ def outer(x):
 
 def inner(amount):
     return f"""
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_internals import host_jit
 
-@native
+@host_jit
 def add(x):
     return x + {amount}
 """
@@ -64,7 +64,7 @@ def test_without_a_place_to_write_it_is_compiled_anyway(tmp_path, monkeypatch):
 
 def test_numbas_own_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", "/elsewhere")
-    from engram_jax.hardware.numba_jit import host_jit
+    from engram_jax.hardware.numba_internals import host_jit
 
     @host_jit
     def one():

@@ -13,7 +13,7 @@ import numpy as np
 from engram_jax.addressing.artifact import Addressing
 from engram_jax.addressing.hash_numpy import empty_history
 from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 
 
 @host_jit
