@@ -31,12 +31,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import Config, MeshConfig
 from engram_jax.config.errors import UserError
+from engram_jax.sharding.parameters import PARAMETERS, ROUTED_EXPERTS, is_routed
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
 P = PartitionSpec
 
-# Logical axis -> mesh axes that cut it. Weights not named below are repeated on every device.
+# Logical axis -> mesh axes that cut it. What has none is replicated.
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "embed": ("fsdp",),
@@ -50,28 +51,6 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "expert_inner": ("tensor",),
     "expert_piece": ("expert", "tensor"),
 }
-
-# Trailing dimensions of a parameter by its name; stacked layers add dimensions in front.
-MATRICES: dict[str, tuple[str | None, ...]] = {
-    "embedding": (None, "embed"),
-    "head": (None, "embed"),
-    "q_proj": ("embed", "heads"),
-    "kv_a_proj": ("embed", None),
-    "kv_b_proj": ("latent", "heads"),
-    "o_proj": ("heads", "embed"),
-    "gate": ("embed", "inner"),
-    "up": ("embed", "inner"),
-    "down": ("inner", "embed"),
-    "router": ("embed", None),
-    "fn": ("embed", None),
-    "projection": (None, None, "embed"),
-}
-EXPERTS: dict[str, tuple[str | None, ...]] = {
-    "gate": ("experts", "expert_embed", "expert_inner"),
-    "up": ("experts", "expert_embed", "expert_inner"),
-    "down": ("experts", "expert_inner", "expert_embed"),
-}
-EXPERT_NDIM = 4  # [layers, E, in, out]: one dimension more than the stacked dense layers
 
 
 @dataclass(frozen=True)
@@ -202,20 +181,21 @@ def logical(name: str, ndim: int, *, whole_experts: bool) -> tuple[str | None, .
 
     whole_experts: the number of experts is a multiple of the expert axis.
     """
-    if name in EXPERTS and ndim == EXPERT_NDIM:
-        found = EXPERTS[name]
+    if is_routed(name, ndim):
+        found = ROUTED_EXPERTS[name].axes
         if not whole_experts:
             pieces = {"experts": None, "expert_inner": "expert_piece"}
             found = tuple(pieces.get(str(axis), axis) for axis in found)
-    else:
-        found = MATRICES.get(name, ())
+    else:  # what is no parameter (a count of an optimizer) is replicated
+        found = PARAMETERS[name].axes if name in PARAMETERS else ()
     return (*(None,) * (ndim - len(found)), *found)[:ndim]
 
 
 def spec(path: Any, leaf: Any, axes: Axes) -> PartitionSpec:
     """Where a leaf of the parameters or of their optimizer's state lies."""
-    whole = len(leaf.shape) != EXPERT_NDIM or leaf.shape[1] % axes.expert == 0
-    found = logical(names(path)[-1], len(leaf.shape), whole_experts=whole)
+    name, ndim = names(path)[-1], len(leaf.shape)
+    whole = not is_routed(name, ndim) or leaf.shape[1] % axes.expert == 0
+    found = logical(name, ndim, whole_experts=whole)
     cut = [RULES[axis] for axis in found]
     return P(*(axis or None for axis in cut)) if any(cut) else P()
 

@@ -19,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from engram_jax.sharding import rules
+from engram_jax.sharding.parameters import find
 from engram_jax.sharding.rules import ONE_DEVICE, Axes
 
 GATHERED = "collected weights"  # what rematerialisation need not keep
-_IN_FLOAT32 = ("router", "fn")  # used in float32 whatever the network computes in
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class ShardView:
         return jax.tree_util.tree_map_with_path(functools.partial(self._leaf, layer), params)
 
     def _leaf(self, layer: bool, path: Any, x: jax.Array) -> jax.Array:
-        name, ndim = rules.names(path)[-1], x.ndim + layer
-        found = rules.logical(name, ndim, whole_experts=self.whole_experts)[layer:]
+        names, ndim = rules.names(path), x.ndim + layer
+        found = rules.logical(names[-1], ndim, whole_experts=self.whole_experts)[layer:]
         gathers = tuple(
             (dim, tuple(a for a in rules.RULES[axis] if getattr(self.axes, a) > 1))
             for dim, axis in enumerate(found)
@@ -70,7 +70,8 @@ class ShardView:
         pieces = found.index("expert_piece") if "expert_piece" in found else None
         if not gathers and pieces is None:
             return x
-        dtype = x.dtype if self.dtype is None or name in _IN_FLOAT32 else jnp.dtype(self.dtype)
+        keep = self.dtype is None or find(names, ndim).float32
+        dtype = x.dtype if keep else jnp.dtype(self.dtype)
         padding = self.local_experts * self.axes.expert - self.experts
         return checkpoint_name(_gathered(x, dtype.name, gathers, pieces, padding), GATHERED)
 

@@ -73,13 +73,13 @@ def engram_gate(
         or (gpu.UNMEASURED if implementation == AUTO else None),
     }
     choice = dispatch.choose("engram_gate", implementation, limits)
+    if not isinstance(rows, Quantised) and not isinstance(weights, Quantised):
+        weights = weights.astype(rows.dtype)
     if choice.kernel is None:
         return reference.engram_gate(
             rows, weights, streams, gain, bias, mask, eps=eps, recipe=recipe
         )
     rows = jax.tree.map(lambda x: x.reshape(tokens, x.shape[-1]), rows)
-    if not isinstance(weights, Quantised):
-        weights = weights.astype(values.dtype)
     out, gate = vjp.engram_gate(
         rows,
         weights,

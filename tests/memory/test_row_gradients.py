@@ -197,6 +197,14 @@ def test_lookup_is_the_exact_gather():
     assert abs(float(jnp.std(memory["1"].rows)) - 0.02) < 0.005
 
 
+def test_a_table_starts_as_itself_whatever_others_there_are():
+    alone = table.init_memory(jax.random.key(1), {"4": TableLayout(20)}, DIM, 0.02)
+    layouts = {"1": TableLayout(20), "4": TableLayout(20)}
+    memory = table.init_memory(jax.random.key(1), layouts, DIM, 0.02)
+    np.testing.assert_array_equal(memory["4"].rows, alone["4"].rows)
+    assert not np.array_equal(memory["1"].rows, memory["4"].rows)
+
+
 def test_a_large_table_is_drawn_in_pieces(monkeypatch):
     """Normal with the asked deviation, no column a copy of another, and no second table's worth of
     temporary memory."""

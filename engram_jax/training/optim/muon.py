@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from engram_jax.sharding import rules
-from engram_jax.training.optim import partition
+from engram_jax.sharding.parameters import find
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic, the slope at zero made large
 _MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -73,8 +73,7 @@ def _orthogonal(steps: int, mesh: Mesh, path: Any, x: jax.Array) -> jax.Array:
     axes = rules.axes_of(mesh)
     spec = rules.spec(path, x, axes)
     cut = [_cutting(axis, axes) for axis in (*spec, *(None,) * (x.ndim - len(spec)))]
-    dims = partition.MUON_MATRICES[rules.names(path)[-1]]
-    rows, columns = dims.reduction_axis % x.ndim, dims.output_axis % x.ndim
+    rows, columns = find(rules.names(path), x.ndim).fan_in % x.ndim, x.ndim - 1
     run = partial(_share_out, steps, rows, columns, (cut[rows], cut[columns]), axes)
     return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
