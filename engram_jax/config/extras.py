@@ -1,0 +1,57 @@
+"""Packages that only a part of the program needs: pyproject.toml installs them by an extra.
+
+Nothing of them is imported where a run that does without would import it, too. A part that cannot
+do without asks here first, so that the answer is one line before anything is read or written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from engram_jax.config.errors import UserError
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "serve": ("numba", "llvmlite", "starlette", "uvicorn", "h11"),
+    "report": ("matplotlib",),
+}
+
+
+def require(extra: str, what: str) -> None:
+    """Raise UserError, naming `what`, unless every package of an extra is installed."""
+    if missing := _missing(extra):
+        raise _error(missing[0], extra, what)
+
+
+def optional(package: str, *, extra: str, what: str) -> ModuleType:
+    """Import a package of an extra. Raises UserError, naming `what`, if that fails."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise _error(package, extra, what) from error
+
+
+def lacks(extra: str) -> str:
+    """Half a line for the user, "PACKAGE is not installed (COMMAND)"; "" if nothing is missing."""
+    return "".join(_line(package, extra) for package in _missing(extra)[:1])
+
+
+def _missing(extra: str) -> list[str]:
+    return [package for package in PACKAGES[extra] if not _found(package)]
+
+
+def _found(package: str) -> bool:
+    """Whether it could be imported; it is not, which may take a second."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _line(package: str, extra: str) -> str:
+    return f'{package} is not installed (pip install "engram_jax[{extra}]")'
+
+
+def _error(package: str, extra: str, what: str) -> UserError:
+    return UserError(f"{what}: needs the extra {extra!r}; {_line(package, extra)}")
