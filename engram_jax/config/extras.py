@@ -1,14 +1,13 @@
 """Packages that only a part of the program needs: pyproject.toml installs them by an extra.
 
-Nothing of them is imported where a run that does without would import it, too. A part that cannot
-do without asks here first, so that the answer is one line before anything is read or written.
+Training imports none of them. A part that cannot do without asks here before it imports its
+modules, so that the answer is one line, before anything is read or written.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from types import ModuleType
+from pathlib import Path
 
 from engram_jax.config.errors import UserError
 
@@ -24,25 +23,17 @@ def require(extra: str, what: str) -> None:
         raise _error(missing[0], extra, what)
 
 
-def optional(package: str, *, extra: str, what: str) -> ModuleType:
-    """Import a package of an extra. Raises UserError, naming `what`, if that fails."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise _error(package, extra, what) from error
-
-
 def lacks(extra: str) -> str:
     """Half a line for the user, "PACKAGE is not installed (COMMAND)"; "" if nothing is missing."""
     return "".join(_line(package, extra) for package in _missing(extra)[:1])
 
 
 def _missing(extra: str) -> list[str]:
-    return [package for package in PACKAGES[extra] if not _found(package)]
+    return [package for package in PACKAGES[extra] if not installed(package)]
 
 
-def _found(package: str) -> bool:
-    """Whether it could be imported; it is not, which may take a second."""
+def installed(package: str) -> bool:
+    """Whether a package could be imported; it is not, which may take a second."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
@@ -50,7 +41,13 @@ def _found(package: str) -> bool:
 
 
 def _line(package: str, extra: str) -> str:
-    return f'{package} is not installed (pip install "engram_jax[{extra}]")'
+    return f"{package} is not installed ({command(extra)})"
+
+
+def command(extra: str) -> str:
+    """What installs an extra, here in a checkout or where only the package is."""
+    checkout = (Path(__file__).parents[2] / "pyproject.toml").is_file()
+    return f'pip install -e ".[{extra}]"' if checkout else f'pip install "engram_jax[{extra}]"'
 
 
 def _error(package: str, extra: str, what: str) -> UserError:
