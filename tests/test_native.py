@@ -8,7 +8,7 @@ import sys
 
 import numba
 
-from engram_jax.hardware.numba_internals import cache_folder
+from engram_jax.hardware.numba_internals import machine_code_folder
 
 MAIN = """
 from inner import add
@@ -59,7 +59,7 @@ def test_without_a_place_to_write_it_is_compiled_anyway(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("alone", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert cache_folder(tmp_path) == "" and module.add(1) == 6
+    assert machine_code_folder(tmp_path) == "" and module.add(1) == 6
 
 
 def test_numbas_own_setting_is_left_alone(monkeypatch):

@@ -27,6 +27,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engram_jax.hardware import storage
+
 LINE = 64  # bytes of a cache line
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 
@@ -39,7 +41,7 @@ def host_jit(function: Callable) -> Any:
     """
     settings: Any = numba.config
     before = settings.CACHE_DIR
-    found = cache_folder(Path(function.__code__.co_filename).parent)
+    found = machine_code_folder(Path(function.__code__.co_filename).parent)
     try:
         if found:
             settings.CACHE_DIR = found  # read while the next line runs, and only then
@@ -49,14 +51,13 @@ def host_jit(function: Callable) -> Any:
 
 
 @lru_cache
-def cache_folder(sources: Path) -> str:
+def machine_code_folder(sources: Path) -> str:
     """Where machine code of a folder's functions is kept: below $ENGRAM_CACHE, else
     ~/.cache/engram_jax. "" = nothing can be written there; it is compiled anew by every process."""
     digest = hashlib.sha256()
     for path in sorted([*sources.glob("*.py"), Path(__file__)]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    root = Path(os.environ.get("ENGRAM_CACHE") or "~/.cache/engram_jax").expanduser().absolute()
-    folder = root / "native" / digest.hexdigest()[:32]
+    folder = storage.cache_folder() / "native" / digest.hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -121,8 +121,29 @@ class Exchange:
 
         Returns the table and the sum of the counts.
         """
+        n = self.layout.devices
+
+        def on_device(table: Any, plan: ExchangePlan, sent: Sent, *now: Any) -> tuple[Any, Any]:
+            factor, apply, scalars = now
+
+            def one(table: Any, arrived: RowGradients) -> tuple[Any, jax.Array]:
+                address = arrived.addresses
+                if n > 1:
+                    address = address * n + lax.axis_index(AXES)
+                return update(table, arrived.scaled(factor).only_if(apply), address, *scalars)
+
+            def further(index: jax.Array, carry: Any) -> Any:
+                table, seen = one(carry[0], self._arrive(sent.sums, plan, index))
+                return table, carry[1] + seen
+
+            first = one(table, sent.arrived)
+            if n == 1:
+                return first
+            table, seen = lax.fori_loop(1, plan.rounds, further, first)
+            return table, lax.psum(seen, AXES)
+
         specs = (ROW_SHARDED, _PLAN, _SENT, P(), P(), P())
-        run = self._each(partial(self._apply, update), specs, (ROW_SHARDED, P()))
+        run = self._each(on_device, specs, (ROW_SHARDED, P()))
         return run(table, plan, sent, factor, apply, scalars)
 
     def _each(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -250,34 +271,6 @@ class Exchange:
             found.values,
             jnp.sum(found.addresses < self.layout.rows_per_device, dtype=jnp.int32),
         )
-
-    def _apply(
-        self,
-        update: Callable,
-        table: Any,
-        plan: ExchangePlan,
-        sent: Sent,
-        factor: jax.Array,
-        apply: jax.Array,
-        scalars: tuple[jax.Array, ...],
-    ) -> tuple[Any, jax.Array]:
-        def one(table: Any, gradients: RowGradients) -> tuple[Any, jax.Array]:
-            address = gradients.addresses
-            if self.layout.devices > 1:
-                address = address * self.layout.devices + lax.axis_index(AXES)
-            return update(table, gradients.scaled(factor).only_if(apply), address, *scalars)
-
-        table, seen = one(table, sent.arrived)
-        if self.layout.devices == 1:
-            return table, seen
-
-        def further(index: jax.Array, carry: Any) -> Any:
-            table, total = carry
-            table, seen = one(table, self._arrive(sent.sums, plan, index))
-            return table, total + seen
-
-        table, seen = lax.fori_loop(1, plan.rounds, further, (table, seen))
-        return table, lax.psum(seen, AXES)
 
 
 def _swap(x: jax.Array) -> jax.Array:

@@ -1,4 +1,8 @@
-"""Text from a trained model: prefill the prompts, then decode token by token.
+"""Decoding as it is written down: prefill the prompts, then one token after the other.
+
+The samples of a training run come from here, on any number of processes, and the inference engine
+(serve/) is tested against it. Serving does not use it: there many sequences of any length share
+pages, and rows of the tables come from where they are kept.
 
 A sequence carries three things: MLA's latent cache, the last N - 1 canonical ids (its n-gram
 history) and the tail of the short convolution. With them, prefill + decode equals the full forward

@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engram_jax.config import Config, MeshConfig
+from engram_jax.config import DENSE_ADAM, Config, MeshConfig
 from engram_jax.config.errors import UserError
 from engram_jax.sharding.parameters import PARAMETERS, ROUTED_EXPERTS, is_routed
 
@@ -164,9 +164,9 @@ def check(config: Config, axes: Axes) -> None:
                 f"config.{key} = {value}: must be a multiple of {divisor} = {what} of the mesh"
                 f" {axes}"
             )
-    if config.optimizer.memory_optimizer == "dense_adam" and axes.devices > 1:
+    if config.optimizer.memory_optimizer == DENSE_ADAM and axes.devices > 1:
         raise UserError(
-            "config.optimizer.memory_optimizer = 'dense_adam': is for comparison on one device;"
+            f"config.optimizer.memory_optimizer = {DENSE_ADAM!r}: is for comparison on one device;"
             f" this mesh has {axes.devices}"
         )
 

@@ -18,10 +18,10 @@ import optax
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import hash_jax
+from engram_jax.config import DENSE_ADAM
 from engram_jax.config.random_streams import ROUNDING, number
 from engram_jax.layers.moe import updated_bias
 from engram_jax.memory.exchange import ExchangePlan, Sent
-from engram_jax.memory.row_gradients import RowGradients
 from engram_jax.memory.table import Table, Tables
 from engram_jax.model.block import MOE
 from engram_jax.model.program import Params, Program
@@ -155,29 +155,22 @@ def update_memory(
     step: jax.Array,
     apply: jax.Array,
 ) -> tuple[dict[str, Table], dict[str, jax.Array]]:
-    """Apply the summed row gradients (times the clipping factor) where the rows lie.
+    """Apply the summed row gradients (times the clipping factor) where the rows are stored.
 
     Returns the tables and, per layer, how many of the touched rows had been trained before.
     """
     config = program.config.optimizer
-    dense = config.memory_optimizer == "dense_adam"
-    adam = rowwise_adam.update_dense if dense else rowwise_adam.update
+    adam = rowwise_adam.RULES[config.memory_optimizer]
     rate = program.rate(step) * config.memory_lr_multiplier
     tables, seen = {}, {}
-
-    def rule(layer: str) -> Callable:
-        seed = number(program.config.train.seed, ROUNDING, int(layer))
-
-        def update(table: Table, gradients: RowGradients, addresses: Any, *now: Any) -> Any:
-            options = {"config": config, "identity": addresses, "seed": seed}
-            return adam(table, gradients, *now, **options)
-
-        return update
-
     for layer, exchange in program.exchanges().items():
+        seed = number(program.config.train.seed, ROUNDING, int(layer))
+        update = partial(adam, config=config, seed=seed)
         tables[layer], seen[layer] = exchange.apply(
-            rule(layer), memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
+            update, memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
         )
+    if config.memory_optimizer == DENSE_ADAM:  # its moments decay even without gradients
+        tables = jax.tree.map(lambda new, old: jnp.where(apply, new, old), tables, dict(memory))
     return tables, seen
 
 
@@ -226,8 +219,6 @@ def train_step(
     bias = update_router_bias(program, state.router_bias, stats["load"])
     keep = partial(jax.tree.map, lambda new, old: jnp.where(apply, new, old))
     memory, seen = update_memory(program, state.memory, plans, sent, factor, state.step, apply)
-    if program.config.optimizer.memory_optimizer == "dense_adam":
-        memory = keep(memory, state.memory)  # dense moments decay even without gradients
     new_state = TrainState(
         step=state.step + apply.astype(jnp.int32),
         params=keep(params, state.params),

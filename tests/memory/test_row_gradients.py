@@ -62,7 +62,7 @@ def test_rowwise_adam_over_steps_moves_only_the_rows_it_touches():
     rows, mu, nu = (np.array(x, np.float64) for x in (memory.rows, memory.mu, memory.nu))
     step_fn = jax.jit(
         lambda t, g, step: rowwise_adam.update(
-            t, g, rate=jnp.float32(0.01), step=step, config=config
+            t, g, g.addresses, rate=jnp.float32(0.01), step=step, config=config
         )
     )
     ever = set()
@@ -96,7 +96,12 @@ def test_dense_adam_is_the_textbook_and_moves_untouched_rows():
         np.add.at(dense, addresses, gradients)
         grads = deduplicate(jnp.asarray(addresses), jnp.asarray(gradients, jnp.float32))
         memory, _ = rowwise_adam.update_dense(
-            memory, grads, rate=jnp.float32(0.01), step=jnp.int32(step), config=config
+            memory,
+            grads,
+            grads.addresses,
+            rate=jnp.float32(0.01),
+            step=jnp.int32(step),
+            config=config,
         )
         numpy_sparse_adam(rows, mu, nu, dense, range(ROWS), 0.01, step, config)
     np.testing.assert_allclose(memory.rows, rows, rtol=1e-5, atol=1e-6)
@@ -109,6 +114,7 @@ def test_dropped_gradients_change_nothing():
     after, _ = rowwise_adam.update(
         memory,
         grads.only_if(jnp.asarray(False)),
+        grads.addresses,
         rate=jnp.float32(1),
         step=jnp.int32(0),
         config=config,
@@ -145,7 +151,10 @@ def test_bfloat16_rows_learn_steps_too_small_for_them():
     ones = jnp.ones((64, 32))
     memory = table.Table(ones.astype(jnp.bfloat16), 0 * ones, 0 * ones)
     grads = deduplicate(jnp.arange(64), ones)
-    step = jax.jit(lambda t, n: rowwise_adam.update(t, grads, jnp.float32(1e-4), n, config=config))
+    ids = grads.addresses
+    step = jax.jit(
+        lambda t, n: rowwise_adam.update(t, grads, ids, jnp.float32(1e-4), n, config=config)
+    )
     for number in range(100):
         memory, _ = step(memory, jnp.int32(number))
     assert memory.rows.dtype == jnp.bfloat16 and memory.mu.dtype == jnp.float32
@@ -165,6 +174,7 @@ def test_update_is_in_place():
         return rowwise_adam.update(
             memory,
             grads.scaled(jnp.sum(read)),
+            grads.addresses,
             rate=jnp.float32(1),
             step=jnp.int32(0),
             config=OptimizerConfig(),
