@@ -1,11 +1,7 @@
-"""The gate of Engram (paper section 2): rows of the memory, projected and gated by the streams.
+"""The gate of Engram (paper, equations 3, 4 and 6): rows of the memory, projected and gated.
 
-    key_m  = W_m e + b_m,  value = W_v e + b_v                                      (3)
-    s_m    = <RMSNorm(h_m), RMSNorm(key_m)> / sqrt(d)
-    gate_m = sigmoid(sign(s_m) sqrt(max(|s_m|, 1e-6)))              (4), per branch (6)
-    out_m  = gate_m value
-
-for the M streams h_m of a token; README.md has how the kernels do it.
+What is computed: reference.py, line by line; the equations: engram_jax/layers/engram.py; how the
+kernels do it: README.md.
 """
 
 from __future__ import annotations
