@@ -41,8 +41,8 @@ def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = (
     Raises UserError, also before anything is read if config.serve needs packages that are missing.
     """
     serve = config.serve
-    if _stored(serve):
-        require("serve", _said(serve))
+    if key := _stored(serve):
+        require("serve", key)
     if serve.memory != DEVICE and jax.process_count() > 1:
         raise UserError(
             f"config.serve.memory = {serve.memory!r}: must be 'device' with several processes"
@@ -81,17 +81,13 @@ def _memories(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Mapping[s
     return open_memories(program, serve, rows, check)
 
 
-def _said(serve: ServeConfig) -> str:
-    """The key that asks for stored rows."""
-    if serve.memory != DEVICE:
-        return f"config.serve.memory = {serve.memory!r}"
-    key = "memory_file" if serve.memory_file else "frequency_file"
-    return f"config.serve.{key} = {getattr(serve, key)!r}"
-
-
-def _stored(serve: ServeConfig) -> bool:
-    """Whether stored rows are read, by what the extra `serve` installs."""
-    return serve.memory != DEVICE or bool(serve.memory_file or serve.frequency_file)
+def _stored(serve: ServeConfig) -> str:
+    """The key by which stored rows are asked for, with its value; "" = none, tables of a checkpoint
+    on the device. The extra `serve` reads them."""
+    keys = {"memory": serve.memory, "memory_file": serve.memory_file}
+    keys |= {"frequency_file": serve.frequency_file}
+    asked = [f"config.serve.{k} = {v!r}" for k, v in keys.items() if v not in ("", DEVICE)]
+    return "".join(asked[:1])
 
 
 def print_continuation(
