@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import subprocess
 import sys
@@ -59,21 +60,20 @@ def fresh(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.fixture
-def hidden(monkeypatch):
-    """hidden("numba"): as if these were not installed, until the test ends."""
+@contextlib.contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """As if these were not installed."""
 
-    def hide(*packages: str) -> None:
-        class Finder:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in packages:
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in packages:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+    with pytest.MonkeyPatch.context() as patch:
         for package in packages:
-            monkeypatch.delitem(sys.modules, package, raising=False)
-        monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-
-    return hide
+            patch.delitem(sys.modules, package, raising=False)
+        patch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+        yield
 
 
 def test_training_imports_no_extra():
@@ -107,10 +107,10 @@ for name in {names}:
 
 @pytest.mark.parametrize("package", PACKAGES["serve"])
 @pytest.mark.parametrize("mode", ["serve", "export-memory", "count-memory"])
-def test_a_mode_without_its_extra_is_one_line(tmp_path, hidden, mode, package):
-    hidden(package)
+def test_a_mode_without_its_extra_is_one_line(tmp_path, mode, package):
     arguments = [TINY, f"--workdir={tmp_path / 'run'}", f"--mode={mode}"]
-    ended = launched(*arguments, f"--output={tmp_path / 'file'}")
+    with hidden(package):
+        ended = launched(*arguments, f"--output={tmp_path / 'file'}")
     refused(ended, f"--mode={mode}", "the extra 'serve'", f"{package} is not", '-e ".[serve]"')
     assert not list(tmp_path.iterdir())
 
@@ -123,7 +123,7 @@ def test_a_mode_without_its_extra_is_one_line(tmp_path, hidden, mode, package):
         ({"memory_file": "x"}, "config.serve.memory_file = 'x'"),
     ],
 )
-def test_stored_rows_without_the_extra_are_one_line(tmp_path, hidden, keys, words):
+def test_stored_rows_without_the_extra_are_one_line(tmp_path, keys, words):
     hidden("numba")
     given = [f"--config.serve.{key}={value}" for key, value in keys.items()]
     ended = launched(TINY, f"--workdir={tmp_path / 'run'}", "--mode=generate", "--prompt=a", *given)
@@ -131,13 +131,12 @@ def test_stored_rows_without_the_extra_are_one_line(tmp_path, hidden, keys, word
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_any_extra(tmp_path, hidden):
+def test_a_run_without_any_extra(tmp_path):
     """It trains, reports without pictures, is evaluated, and continues a text in the same way."""
     corpus, workdir = write_corpus(tmp_path / "text"), tmp_path / "run"
     run = small_run(corpus, workdir, train__steps=6, train__eval_every=6)
     prompt = ["--mode=generate", "--prompt=document", "--config.generate.max_tokens=8"]
-    with pytest.MonkeyPatch.context():
-        hidden(*OPTIONAL)
+    with hidden(*OPTIONAL):
         done = launched(*run)
         assert done.code == 0, done.err
         line = "the report will have no pictures: matplotlib is not installed (pip install"
@@ -148,7 +147,6 @@ def test_a_run_without_any_extra(tmp_path, hidden):
         assert launched(*run, "--mode=evaluate").code == 0
         without = launched(*run, *prompt)
         assert without.code == 0, without.err
-    sys.meta_path.pop(0)  # found again
     with_numba = launched(*run, *prompt)
     assert without.out == with_numba.out
     done = launched(*run)  # finished: it reports again
