@@ -75,15 +75,15 @@ def extend(
 
 
 def session_shardings(program: Program, weights: Weights, batch: int) -> Session:
-    """Where a session lies: every device keeps its sequences, or all of them if they do not divide.
+    """How a session is sharded: by sequences, or replicated if they do not divide over the devices.
 
     weights: arrays or shapes.
     """
-    cut = BATCH if batch % program.axes.batch == 0 else None
+    shards = BATCH if batch % program.axes.batch == 0 else None
 
     def sharding(path: Any, x: Any) -> NamedSharding:
         stacked = "caches" in names(path)  # over the layers of a stage
-        return NamedSharding(program.mesh, P(None, cut) if stacked else P(cut))
+        return NamedSharding(program.mesh, P(None, shards) if stacked else P(shards))
 
     shapes = jax.eval_shape(lambda w: start(program, w, 1, 1), weights)
     return jax.tree_util.tree_map_with_path(sharding, shapes)

@@ -68,13 +68,13 @@ def forward(
 ) -> tuple[jax.Array, Metrics]:
     """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`).
 
-    One shard_map: every device runs the network on its sequences, with weights that it collects
-    when they are needed. Differentiating it returns each device its own pieces of the gradients.
+    One shard_map: every device runs the network on its sequences, with weights all-gathered when
+    they are needed. Differentiating it leaves each device its own shards of the gradients.
     """
     shard = program.shard_view
 
     def on_device(params: Params, rows: Any, bias: Params, batch: Batch) -> tuple[jax.Array, Any]:
-        stacks = {"blocks": params["blocks"]}  # a layer's weights are collected when it runs
+        stacks = {"blocks": params["blocks"]}  # a layer's weights are gathered when it runs
         rest = shard.all_gather({k: v for k, v in params.items() if k != "blocks"})
         model = program.model({**rest, **stacks}, bias)
         mask = program.memory_mask(batch["tokens"])
@@ -96,7 +96,7 @@ def forward(
 
 
 def statistics(output: Output, segments: jax.Array) -> Metrics:
-    """Sums over real tokens, so that pieces of a batch add up: gates per branch, expert loads."""
+    """Sums over real tokens, so that parts of a batch add up: gates per branch, expert loads."""
     real = (segments > 0)[..., None]
     gates = {k: jnp.sum(jnp.where(real, g, 0), axis=(0, 1)) for k, g in output.gates.items()}
     return {"gate": gates, "load": output.loads, "tokens": jnp.sum(real)}
@@ -107,9 +107,9 @@ def gradients(
 ) -> tuple[jax.Array, Params, dict[str, jax.Array], Metrics]:
     """Loss (nats per target), its gradients for parameters and for every looked-up row, statistics.
 
-    With accumulation every device's sequences are cut along B and scanned; parameter gradients are
-    summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch but
-    the order of sums.
+    With accumulation every device's sequences are split along B and scanned; parameter gradients
+    are summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch
+    but the order of sums.
     """
     parts = program.config.train.accumulation
     targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
@@ -128,7 +128,7 @@ def gradients(
         (loss, grad_params, stats), grad_rows = part(rows, inputs)
         return loss, grad_params, grad_rows, stats
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         # Part p is every device's sequences p, p + parts, ...: no sequence changes devices.
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
@@ -139,7 +139,7 @@ def gradients(
         sums, grad_rows = part(*xs)
         return jax.tree.map(jnp.add, total, sums), grad_rows
 
-    xs = jax.tree.map(cut, (dict(rows), inputs))
+    xs = jax.tree.map(split, (dict(rows), inputs))
     shapes = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], xs))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (loss, grad_params, stats), grad_rows = jax.lax.scan(body, zeros, xs)
