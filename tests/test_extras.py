@@ -124,9 +124,10 @@ def test_a_mode_without_its_extra_is_one_line(tmp_path, mode, package):
     ],
 )
 def test_stored_rows_without_the_extra_are_one_line(tmp_path, keys, words):
-    hidden("numba")
     given = [f"--config.serve.{key}={value}" for key, value in keys.items()]
-    ended = launched(TINY, f"--workdir={tmp_path / 'run'}", "--mode=generate", "--prompt=a", *given)
+    arguments = [TINY, f"--workdir={tmp_path / 'run'}", "--mode=generate", "--prompt=a"]
+    with hidden("numba"):
+        ended = launched(*arguments, *given)
     refused(ended, words, "the extra 'serve'", "numba is not installed")
     assert not (tmp_path / "run").exists()
 
