@@ -106,7 +106,7 @@ def model(chosen: argparse.Namespace) -> tuple[Any, Any, Any]:
     )
     config = config_lib.parse_config(settings)
     data = prepare(config)
-    program = build_program(config, artifact.build(config, data.tokenizer))
+    program = build_program(config, artifact.build_addressing(config, data.tokenizer))
 
     def create() -> Any:
         _, params, bias = split_model(Transformer(config, rngs=nnx.Rngs(0)))

@@ -134,11 +134,11 @@ def _join(config: Config, workdir: Path) -> None:
     from engram_jax.distributed import processes, same_launch
 
     shared = _shared_flags() | {"workdir": str(workdir.absolute())}
-    processes.start(
+    processes.join(
         _COORDINATOR.value,
         _PROCESSES.value,
         _PROCESS.value,
-        lambda: same_launch.describe(config, shared),
+        lambda: same_launch.describe_launch(config, shared),
         _JOIN_SECONDS.value,
     )
 

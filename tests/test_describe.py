@@ -11,7 +11,7 @@ import pytest
 
 from configs import engram_tiny
 from engram_jax import config as config_lib
-from engram_jax.addressing import build
+from engram_jax.addressing import build_addressing
 from engram_jax.training.state import abstract_state, build_training
 from tests.runs import CONFIGS, ROOT, configuration, launched
 
@@ -175,7 +175,7 @@ def test_what_is_stored_is_counted():
     values = engram_tiny.get_config()
     values.update_from_flattened_dict(qwen)
     config = config_lib.parse_config(values)
-    stored = abstract_state(build_training(config, build(config))).memory
+    stored = abstract_state(build_training(config, build_addressing(config))).memory
     assert counted == sum(table.rows.size for table in stored.values())
     text = launched(f"--config={ROOT}/configs/engram_tiny.py", "--mode=describe", *arguments).out
     assert all(f"({memory['stored_rows']:,} rows stored)" in text for memory in memories)

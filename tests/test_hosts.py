@@ -224,7 +224,7 @@ def test_an_earlier_launch_at_the_port_is_waited_for():
 
 
 def test_a_launch_is_all_that_decides_a_result():
-    launch = same_launch.describe(Config(), {"mode": "train"})
+    launch = same_launch.describe_launch(Config(), {"mode": "train"})
     assert launch["--mode"] == "train"
     for key in ("config.mesh.headroom", "config.train.seed", "config.model.engram.layers"):
         assert key in launch
@@ -290,14 +290,14 @@ def test_a_slice_whose_other_host_never_starts(rank, monkeypatch):
         1 - rank
     ]
     with pytest.raises(UserError, match=missing):
-        distributed.start(None, None, None, seconds=0.5)
+        distributed.join(None, None, None, seconds=0.5)
 
 
 def test_two_join_past_a_proxy(tmp_path):
     """To the end: JAX's own joining, which http_proxy alone would make a wait in vain."""
     program = (
         "import sys, jax; from engram_jax.distributed import processes;"
-        "processes.start(sys.argv[1], 2, int(sys.argv[2]), lambda: {'a': 1}, 60);"
+        "processes.join(sys.argv[1], 2, int(sys.argv[2]), lambda: {'a': 1}, 60);"
         "print(jax.process_index(), jax.process_count())"
     )
     at = f"127.0.0.1:{free_port()}"

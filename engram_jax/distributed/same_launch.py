@@ -47,7 +47,7 @@ _SHOWN = 4  # keys, and as many values of each
 _LONGEST = 100  # characters of a value
 
 
-def describe(config: Config, command: Mapping[str, Any]) -> dict[str, Any]:
+def describe_launch(config: Config, command: Mapping[str, Any]) -> dict[str, Any]:
     """This process's launch: name -> value, as JSON values. Does not ask JAX for its devices.
 
     command: the other flags, by name.

@@ -45,7 +45,7 @@ from engram_jax.training.state import (
     TrainState,
     abstract_state,
     build_training,
-    check_memory,
+    check_fits,
     create_state,
 )
 from engram_jax.training.step import jit_train_step, jit_utilisation
@@ -106,7 +106,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     agree(lambda: check_samples(config, data.prepared.tokenizer))
     agree(lambda: check_held_out(data, config.train.eval_batches))
     program = build_training(config, data.addressing)
-    agree(lambda: check_memory(program))
+    agree(lambda: check_fits(program))
     program = with_planned_exchange(program, data, log)
     if without := no_pictures():
         log(without)

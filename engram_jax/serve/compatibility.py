@@ -20,7 +20,7 @@ _SHOWN = 12  # digits of a digest
 Warn = Callable[[str], None]
 
 
-def describe(trained: LoadedModel) -> dict[str, str]:
+def origin(trained: LoadedModel) -> dict[str, str]:
     """What a memory file says of the checkpoint that its rows are of."""
     return {
         "name": trained.program.config.name,
@@ -30,7 +30,9 @@ def describe(trained: LoadedModel) -> dict[str, str]:
     }
 
 
-def check_memory(file: MemoryFile, trained: LoadedModel, serve: ServeConfig, warn: Warn) -> None:
+def check_memory_file(
+    file: MemoryFile, trained: LoadedModel, serve: ServeConfig, warn: Warn
+) -> None:
     """Raises UserError for rows of another checkpoint than the weights, or warns, if
     serve.accept_other_memory says so. Rows in any format belong to their checkpoint."""
     said = file.metadata

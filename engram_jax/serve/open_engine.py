@@ -14,7 +14,7 @@ from engram_jax.config import DEVICE, HOST, Config, ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
 from engram_jax.distributed import processes
-from engram_jax.serve.compatibility import Warn, check_memory, for_one, with_capacity
+from engram_jax.serve.compatibility import Warn, check_memory_file, for_one, with_capacity
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.request import Delta, SamplingParams
@@ -76,7 +76,7 @@ def _memories(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Mapping[s
     from engram_jax.serve.open_memories import open_memories
 
     def check(file: MemoryFile) -> None:
-        check_memory(file, trained, serve, warn)
+        check_memory_file(file, trained, serve, warn)
 
     return open_memories(program, serve, rows, check)
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from engram_jax.addressing import Addressing, build, check_same, tokenizer_fingerprint
+from engram_jax.addressing import Addressing, build_addressing, check_same, tokenizer_fingerprint
 from engram_jax.config import Config, EngramConfig, ModelConfig, TokenizerConfig
 from engram_jax.config.errors import UserError
 from tests.address.cases import DEMO
@@ -26,7 +26,7 @@ def config() -> Config:
 
 @pytest.fixture
 def addressing(config, small_tokenizer) -> Addressing:
-    return build(config, small_tokenizer)
+    return build_addressing(config, small_tokenizer)
 
 
 def one_line(raised: pytest.ExceptionInfo) -> str:
@@ -51,7 +51,7 @@ def test_build_from_a_tokenizer(addressing, small_tokenizer):
 
 def test_build_without_a_tokenizer_plans_the_same_layers(config, addressing):
     tokens = dataclasses.replace(config.tokenizer, canonical_vocab_size=6, pad_id=0)
-    described = build(dataclasses.replace(config, tokenizer=tokens))
+    described = build_addressing(dataclasses.replace(config, tokenizer=tokens))
     assert described.layers == addressing.layers
     assert described.compression is None
 
@@ -60,21 +60,21 @@ def test_build_gives_the_golden_demo(golden, published_tokenizer):
     tokens = TokenizerConfig(vocab_size=129_280, canonical_vocab_size=98_627, pad_id=2)
     config = Config(tokenizer=tokens, model=ModelConfig(engram=DEMO))
     expected = golden("addressing_demo")
-    for found in (build(config), build(config, published_tokenizer("0.2.0"))):
+    for found in (build_addressing(config), build_addressing(config, published_tokenizer("0.2.0"))):
         for layer_id, layer in found.layers.items():
             np.testing.assert_array_equal(layer.multipliers, expected[f"multipliers_{layer_id}"])
             np.testing.assert_array_equal(layer.head_sizes, expected[f"primes_{layer_id}"].ravel())
     with pytest.raises(UserError, match=r"98627.* 99092 "):
-        build(config, published_tokenizer("0.3.0"))
+        build_addressing(config, published_tokenizer("0.3.0"))
 
 
 def test_build_qwen_hashes_raw_ids(config, small_tokenizer):
     qwen = configuration(config.tokenizer, hash_dialect="qwen")
-    found = build(qwen, small_tokenizer)
+    found = build_addressing(qwen, small_tokenizer)
     assert found.compression is None
     assert found.canonical_vocab_size == 12
     assert {(layer.fill_id, layer.restart_id) for layer in found.layers.values()} == {(8, 8)}
-    assert build(qwen).layers == found.layers
+    assert build_addressing(qwen).layers == found.layers
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_build_qwen_hashes_raw_ids(config, small_tokenizer):
 def test_build_refuses_sizes_that_disagree(config, small_tokenizer, changes, with_tokenizer, told):
     tokens = dataclasses.replace(config.tokenizer, **changes)
     with pytest.raises(UserError, match=r"config\.tokenizer\." + told) as raised:
-        build(
+        build_addressing(
             dataclasses.replace(config, tokenizer=tokens),
             small_tokenizer if with_tokenizer else None,
         )
@@ -101,11 +101,11 @@ def test_build_qwen_refuses_a_compressed_size(config):
     with pytest.raises(
         UserError, match=r"canonical_vocab_size = 6: must be 0 or .*vocab_size = 12"
     ):
-        build(configuration(tokens, hash_dialect="qwen"))
+        build_addressing(configuration(tokens, hash_dialect="qwen"))
 
 
 def test_build_without_memory_needs_no_sizes():
-    assert build(Config()).layers == {}
+    assert build_addressing(Config()).layers == {}
 
 
 # ---- fingerprint ---------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_fingerprint_sees_everything_that_decides_an_address(addressing):
 
 
 def test_equal_addressings_are_the_same(config, small_tokenizer, addressing):
-    again = build(config, small_tokenizer)
+    again = build_addressing(config, small_tokenizer)
     assert again.fingerprint == addressing.fingerprint
     check_same(addressing, again)
     # The paper's dialect reads no end-of-sequence id, so another one changes no address.
@@ -160,7 +160,7 @@ def test_fingerprint_of_the_stored_form_does_not_drift():
     """A different number here means that every stored checkpoint would be refused."""
     config = configuration(TokenizerConfig(canonical_vocab_size=100, pad_id=2))
     compression = np.arange(5, dtype=np.int32)
-    found = dataclasses.replace(build(config), compression=compression).fingerprint
+    found = dataclasses.replace(build_addressing(config), compression=compression).fingerprint
     assert found == "1a21c1c991ad72c54c449d2f441d030b24c4111741a3438560c50bc16f0f9da0"
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from engram_jax.addressing import build
+from engram_jax.addressing import build_addressing
 from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.addressing.hash_tokens import Hasher
 from engram_jax.config import default_config_dict, parse_config
@@ -32,7 +32,7 @@ def addressing(dialect):
             "model.engram.hash_dialect": dialect,
         }
     )
-    found = build(parse_config(values), None)
+    found = build_addressing(parse_config(values), None)
     if dialect == "qwen":
         return found
     compression = np.random.default_rng(0).integers(0, 700, VOCAB).astype(np.int32)

@@ -18,7 +18,7 @@ from tokenizers import (
 
 from engram_jax.addressing import (
     as_stored,
-    build,
+    build_addressing,
     check_same,
     load_tokenizer,
     tokenizer_fingerprint,
@@ -161,7 +161,7 @@ def test_runs_from_when_the_post_processor_counted(name, tmp_path):
     path = saved(raw, tmp_path)
     engram = EngramConfig(layers=(1,), rows_per_head=(50,), d_mem=64, heads_per_order=2)
     tokens, network = TokenizerConfig(vocab_size=400), ModelConfig(engram=engram)
-    mine = build(Config(tokenizer=tokens, model=network), load_tokenizer(path))
+    mine = build_addressing(Config(tokenizer=tokens, model=network), load_tokenizer(path))
     before = dataclasses.replace(mine, tokenizer_fingerprint=FORMER[name])
     assert as_stored(mine, tmp_path) is mine  # nothing is stored yet
     before.save(tmp_path / "addressing")

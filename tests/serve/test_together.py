@@ -10,7 +10,7 @@ from engram_jax.checkpoint.load_model import LoadedModel
 from engram_jax.config import ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.memory.store.memory_file import MemoryFile, open_memory, write_memory
-from engram_jax.serve.compatibility import check_memory, describe, for_one, with_capacity
+from engram_jax.serve.compatibility import check_memory_file, for_one, origin, with_capacity
 from engram_jax.serve.engine_steps import EngineSteps
 from tests.memory.store.tables import FORMATS, numbers
 from tests.serve.served import model, prompts, served
@@ -36,19 +36,19 @@ def file_that_says(tmp_path, about: dict[str, str]) -> MemoryFile:
 
 def test_rows_of_the_same_checkpoint(trained, warned, tmp_path):
     """Wherever it lies and whatever its configuration is called now."""
-    file = file_that_says(tmp_path, describe(trained))
+    file = file_that_says(tmp_path, origin(trained))
     for other in (trained, dataclasses.replace(trained, run="moved")):
-        check_memory(file, other, ServeConfig(memory_file="F"), warned.append)
+        check_memory_file(file, other, ServeConfig(memory_file="F"), warned.append)
     assert warned == []
 
 
 @pytest.mark.parametrize("change", [{"step": 200, "digest": "c" * 64}, {"digest": "c" * 64}])
 def test_rows_of_another_checkpoint(trained, warned, tmp_path, change):
     """Of another step, or of another run's same step; the key turns the error into a warning."""
-    file = file_that_says(tmp_path, describe(dataclasses.replace(trained, **change)))
+    file = file_that_says(tmp_path, origin(dataclasses.replace(trained, **change)))
     step = change.get("step", 400)
     with pytest.raises(UserError) as caught:
-        check_memory(file, trained, ServeConfig(memory_file="F"), warned.append)
+        check_memory_file(file, trained, ServeConfig(memory_file="F"), warned.append)
     line = (
         f"F: holds the rows of unnamed, run seed1, step {step}, checkpoint cccccccccccc; the"
         " weights are those of unnamed, run seed1, step 400, checkpoint 0123456789ab"
@@ -56,7 +56,7 @@ def test_rows_of_another_checkpoint(trained, warned, tmp_path, change):
     assert str(caught.value).startswith(line + "; export it again")
     assert "config.serve.accept_other_memory=True" in str(caught.value) and warned == []
     accepting = ServeConfig(memory_file="F", accept_other_memory=True)
-    check_memory(file, trained, accepting, warned.append)
+    check_memory_file(file, trained, accepting, warned.append)
     assert warned == [line]
 
 
@@ -64,7 +64,7 @@ def test_rows_of_another_checkpoint(trained, warned, tmp_path, change):
 def test_a_file_that_does_not_say(trained, warned, tmp_path, about):
     """As all were before there were digests."""
     file = file_that_says(tmp_path, about)
-    check_memory(file, trained, ServeConfig(memory_file="F"), warned.append)
+    check_memory_file(file, trained, ServeConfig(memory_file="F"), warned.append)
     (line,) = warned
     assert "F " in line and "was not checked" in line and "unnamed, run seed1, step 400" in line
 
@@ -72,7 +72,7 @@ def test_a_file_that_does_not_say(trained, warned, tmp_path, about):
 def test_a_file_that_does_not_say_but_is_of_another_step(trained, warned, tmp_path):
     file = file_that_says(tmp_path, {"name": "unnamed", "step": "200"})
     with pytest.raises(UserError, match=r"rows of unnamed, step 200; the weights .* step 400"):
-        check_memory(file, trained, ServeConfig(memory_file="F"), warned.append)
+        check_memory_file(file, trained, ServeConfig(memory_file="F"), warned.append)
 
 
 def test_the_capacity_is_what_was_trained(trained, warned):
