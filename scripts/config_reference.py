@@ -2,9 +2,9 @@
 
     python -m scripts.config_reference
 
-Types, defaults and meanings are those of config/schema.py: a docstring line `key: meaning`, one for
-every key. What is allowed is asked of config/validate.py and parse.py: they are given values that
-are wrong, and their answers say what would have been right.
+Types, defaults and meanings are those of config/schema.py: a line `key: meaning` of a docstring,
+one for every key. What is allowed is asked of config/validate.py: it is given wrong values, and its
+answers say what would have been right.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.checkpoint.run_settings import FREE, covers
-from engram_jax.config import Config, parse_config, section_types, to_dict, type_name
+from engram_jax.config import Config, section_types, type_name
 from engram_jax.config.errors import UserError
+from engram_jax.config.validate import validate
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 _KEYS = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)*): ")
@@ -94,17 +95,21 @@ def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, ty
             yield from sections(hint, f"{prefix}{key}.")
 
 
+def replaced(section: Any, item: tuple[str, Any]) -> Any:
+    """A section with another value at a key of it, or of a section in it."""
+    (name, _, rest), value = item[0].partition("."), item[1]
+    value = replaced(getattr(section, name), (rest, value)) if rest else value
+    return dataclasses.replace(section, **{name: value})
+
+
 def allowed(key: str, hint: Any) -> str:
     """What a key's value must be, in the words in which other values are refused."""
     told: list[str] = []
     for beside in ({}, BESIDE):
+        config = functools.reduce(replaced, beside.items(), Config())
         for value in WRONG[hint]:
-            values = to_dict(Config())
-            for name, other in {**beside, key: value}.items():
-                *path, last = name.split(".")
-                functools.reduce(lambda section, part: section[part], path, values)[last] = other
             try:
-                parse_config(values)
+                validate(replaced(config, (key, value)))
             except UserError as error:
                 where, _, what = str(error).partition(": must be ")
                 if where.split(" = ")[0] == f"config.{key}" and what not in told:
