@@ -49,7 +49,7 @@ format: $(TEST_STAMP)
 docs: $(DOCS_STAMP)
 	@rm -rf $(SITE)
 	$(DOCS_VENV)/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
-	  --builder html --doctree-dir build/doctrees docs $(SITE)
+	  --builder html --conf-dir docs --doctree-dir build/doctrees . $(SITE)
 	@echo 'The site: $(SITE)/index.html'
 
 reference: $(TEST_STAMP)

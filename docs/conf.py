@@ -1,5 +1,7 @@
-"""How `make docs` builds the site: the pages of this folder, and every public docstring.
+"""How `make docs` builds the site: the pages of the repository, and every public docstring.
 
+The sources are those of the repository's root, so that links between README, this folder and the
+kernels' pages lead somewhere on the site, as they do where the files are read.
 The docstrings are read without importing anything (autoapi). They are written for people who read
 the source, as plain text: `rst` below turns that into what Sphinx parses, so that none of them
 needs a markup of its own. Every warning is an error: a broken link, a missing page, a wrong anchor.
@@ -16,8 +18,17 @@ ROOT = HERE.parent
 project = "engram_jax"
 author = "the engram_jax maintainers"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "autoapi.extension"]
-exclude_patterns = ["_build"]
+root_doc = "docs/index"
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "docs/api/**",
+    "kernels_pallas/*/README.md",
+    "tests/golden/README.md",
+]
+exclude_patterns = [".*", "build", "dist", "runs", "*.egg-info"]
 html_theme = "furo"
+html_extra_path = ["_root"]  # index.html leads to the root document
 html_title = "engram_jax"
 html_show_copyright = False
 html_show_sourcelink = False
@@ -30,13 +41,16 @@ myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
 autoapi_dirs = [str(ROOT / "engram_jax"), str(ROOT / "kernels_pallas")]
-autoapi_root = "api"
+autoapi_root = "docs/api"
 autoapi_options = ["members", "undoc-members", "show-module-summary"]
 autoapi_add_toctree_entry = False
 autoapi_member_order = "bysource"
 autoapi_python_class_content = "class"
 autoapi_keep_files = False
-suppress_warnings = ["ref.python"]  # an annotation such as `Shape` that names several classes
+suppress_warnings = [
+    "ref.python",  # an annotation such as `Shape` that names several classes
+    "autoapi.python_import_resolution",  # constants that are assigned several at a time
+]
 
 _ITEM = re.compile(r"(?:[*-]|\d+\.) +|(?=[\w.*]+(?:, [\w.*]+)*(?: \([^)]*\))?: )")
 _CODE = re.compile(r"(``.+?``|`.+?`)", re.DOTALL)
