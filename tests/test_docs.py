@@ -28,7 +28,16 @@ ROOTS = ("", "engram_jax", "docs", "kernels_pallas")
 PATH = re.compile(r"[\w.*-]+(?:/[\w.*-]+)*/?")
 METHOD = re.compile(r"[A-Z]\w+\.[a-z_]\w+")  # `MLA.paged`, without the file
 KINDS = (".py", ".md", ".sh", ".toml", ".lock", ".svg", ".cff", ".yml")
-MADE = ("runs/", "profile/", "tensorboard/", "checkpoints/", "docs/api/", "build/", ".venv")
+MADE = (
+    "runs/",
+    "report.md",
+    "profile/",
+    "tensorboard/",
+    "checkpoints/",
+    "docs/api/",
+    "build/",
+    ".venv",
+)
 
 
 @functools.cache
@@ -168,6 +177,19 @@ def test_commands_name_files_and_flags_that_exist(page):
         for key in section_types(section)
     }
     assert {f".{key}" if "." not in key else key for key in keys} <= known
+
+
+def test_paths_in_the_code_exist():
+    """What comments and docstrings call folder/file.py or page.md."""
+    named = re.compile(r"(?<![\w./{-])((?:\w+/)+\w+\.(?:py|md))\b")
+    wrong = []
+    for folder in ("engram_jax", "kernels_pallas", "benchmarks", "configs", "scripts"):
+        for file in (ROOT / folder).rglob("*.py"):
+            page = str(file.relative_to(ROOT))
+            wrong += [
+                f"{page}: {path}" for path in named.findall(text_of(page)) if not places(page, path)
+            ]
+    assert wrong == ["engram_jax/data/tfds_text.py: text/c4.py"]  # of tensorflow-datasets
 
 
 def test_the_citation_is_of_this_version():

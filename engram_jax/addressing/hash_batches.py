@@ -45,7 +45,7 @@ def _window(layer: LayerAddressing) -> tuple[int, int, int | None]:
 
 
 def _addresses(ids: list[np.ndarray], layer: LayerAddressing) -> np.ndarray:
-    """`hashing.addresses` from `lookback`'s ids, as int32."""
+    """`hash_numpy.addresses` from `lookback`'s ids, as int32."""
     hashed = [h.reshape(-1) for h in mixes(ids, layer)]
     size = ids[0].size
     out = np.empty((size, layer.heads), np.int32)

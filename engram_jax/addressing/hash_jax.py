@@ -49,7 +49,7 @@ def lookback(
     segments: jax.Array | None = None,
     history: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """[x_t, x_{t-1}, .., x_{t-N+1}], each int32 [..., T]; arguments as in `hashing.lookback`."""
+    """[x_t, x_{t-1}, .., x_{t-N+1}], each int32 [..., T]; arguments as in `hash_numpy.lookback`."""
     canonical = canonical.astype(jnp.int32)
     length, past = canonical.shape[-1], layer.max_ngram - 1
     if history is None:
@@ -83,7 +83,7 @@ def addresses(
     """Flat rows of the layer's table: int32 [..., T, H].
 
     canonical: integer ids [..., T]; segments [..., T]; history [..., N - 1], oldest first; see
-    `hashing.lookback`. `layer` is static: its constants are compiled in.
+    `hash_numpy.lookback`. `layer` is static: its constants are compiled in.
     """
     high, low = mixes(lookback(canonical, layer, segments, history), layer)
     negative = high >> 31 != 0
