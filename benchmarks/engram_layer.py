@@ -82,7 +82,7 @@ def build(variant: str, rows_per_head: int) -> Callable[[], None]:
         rows = lookup(table.rows, ids)
         grads = jax.grad(loss, argnums=(0, 1, 2))(params, rows, streams)
         unique = deduplicate(ids, grads[1])
-        table, _ = rowwise_adam.update(table, unique, rate=rate, step=step, config=options)
+        table, _ = rowwise_adam.update(table, unique, unique.addresses, rate, step, config=options)
         return table, *weights_step(params, state, grads[0]), jnp.sum(grads[2])
 
     def dense(table: Any, params: Any, state: Any, ids: jax.Array, step: jax.Array) -> Any:

@@ -68,7 +68,10 @@ def parts(config: Any) -> dict[str, Any]:
 
     def update(memory: Any, gradients: Any) -> Any:
         options = {"rate": jnp.float32(1e-3), "step": jnp.int32(0), "config": config.optimizer}
-        return {k: rowwise_adam.update(memory[k], g, **options)[0] for k, g in gradients.items()}
+        return {
+            k: rowwise_adam.update(memory[k], g, g.addresses, **options)[0]
+            for k, g in gradients.items()
+        }
 
     updating = jax.jit(update, donate_argnums=0)
     carried = [jax.tree.map(jnp.copy, memory)]

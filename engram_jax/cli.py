@@ -32,7 +32,7 @@ NAMES = (
 )
 OPENS_A_RUN = NAMES[:5]
 WITHOUT_PROCESSES = ("describe", "compile")  # they look at no device and read no data
-PROGRAMS = ("train", "decode")
+PROGRAMS = ("train", "decode", "prefill")
 ROW_FORMATS = ("float32", "bfloat16", "fp8")
 Accepted = tuple[str, ...]
 
@@ -48,7 +48,9 @@ _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: the TPU slice, for example v5p:4x4x8; none needs to be there."
 )
-_PROGRAM = flags.DEFINE_string("program", "train", "compile: the train or the decode step.")
+_PROGRAM = flags.DEFINE_string(
+    "program", "train", "compile: the step of training, or of serving: decode or prefill."
+)
 _PROFILE = flags.DEFINE_string(
     "profile", None, "train: START:STOP, the steps to record a trace of."
 )

@@ -24,8 +24,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import launch
 from configs import engram_tiny
+from engram_jax import cli
 from engram_jax import config as config_lib
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +131,7 @@ def launched(*arguments: str) -> Outcome:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
-            launch.main(launch.parse_flags(argv))
+            cli.main(cli.parse_flags(argv))
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)

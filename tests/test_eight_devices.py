@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# The exchange promises bits, so XLA optimises there as for a user (tests/conftest.py).
+OPTIMISED = ("test_exchange.py",)
 FILES = sorted(path.name for path in (ROOT / "tests" / "eight").glob("test_*.py"))
 
 
 def run(file: str, marker: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", marker]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    if file in OPTIMISED:
+        flags += " --xla_backend_optimization_level=3"
     done = subprocess.run(
         [*command, f"tests/eight/{file}"],
         capture_output=True,

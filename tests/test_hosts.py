@@ -296,8 +296,8 @@ def test_a_slice_whose_other_host_never_starts(rank, monkeypatch):
 def test_two_join_past_a_proxy(tmp_path):
     """To the end: JAX's own joining, which http_proxy alone would make a wait in vain."""
     program = (
-        "import sys, jax; from engram_jax import distributed;"
-        "distributed.start(sys.argv[1], 2, int(sys.argv[2]), lambda: {'a': 1}, 60);"
+        "import sys, jax; from engram_jax.distributed import processes;"
+        "processes.start(sys.argv[1], 2, int(sys.argv[2]), lambda: {'a': 1}, 60);"
         "print(jax.process_index(), jax.process_count())"
     )
     at = f"127.0.0.1:{free_port()}"

@@ -25,8 +25,8 @@ FLOORS: tuple[str, ...] = (
     "memory layers distributed",
     "model data training/optim",
     "training checkpoint",
-    "evaluation analysis report serve aot",
-    "run serve/http",
+    "evaluation analysis report serve",
+    "run serve/http aot",
 )
 FLOOR_OF = {folder: n for n, folders in enumerate(FLOORS) for folder in folders.split()}
 LOOSE = ("__init__", "__main__", "cli")  # all that may stand outside a folder, above all of them

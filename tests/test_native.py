@@ -8,13 +8,13 @@ import sys
 
 import numba
 
-from engram_jax.hardware.numba_jit import cache_folder
+from engram_jax.hardware.numba_jit import machine_code_folder
 
 MAIN = """
 from inner import add
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 
-@native
+@host_jit
 def outer(x):
     return add(x) * 10
 """
@@ -22,9 +22,9 @@ def outer(x):
 
 def inner(amount):
     return f"""
-from engram_jax.hardware.numba_jit import native
+from engram_jax.hardware.numba_jit import host_jit
 
-@native
+@host_jit
 def add(x):
     return x + {amount}
 """
@@ -59,7 +59,7 @@ def test_without_a_place_to_write_it_is_compiled_anyway(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("alone", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert cache_folder(tmp_path) == "" and module.add(1) == 6
+    assert machine_code_folder(tmp_path) == "" and module.add(1) == 6
 
 
 def test_numbas_own_setting_is_left_alone(monkeypatch):

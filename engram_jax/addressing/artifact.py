@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,7 @@ from engram_jax.addressing.tokenizer import (
 )
 from engram_jax.config import QWEN, Config, TokenizerConfig
 from engram_jax.config.errors import UserError
+from engram_jax.hardware.storage import write_text
 
 _JSON, _NPZ = "addressing.json", "addressing.npz"
 _FORMAT = 1
@@ -83,9 +83,7 @@ class Addressing:
         if self.compression is not None:
             np.savez_compressed(folder / _NPZ, compression=self.compression)
         state = {"format": _FORMAT, "fingerprint": self.fingerprint, **self._numbers()}
-        partial = folder / (_JSON + ".partial")
-        partial.write_text(json.dumps(state, indent=1) + "\n")
-        os.replace(partial, folder / _JSON)
+        write_text(folder / _JSON, json.dumps(state, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> Addressing:

@@ -1,4 +1,4 @@
-"""--mode=compile: a configuration's training or decode step compiled for a TPU slice, none at hand.
+"""--mode=compile: the step of training, or of serving, compiled for a TPU slice that is not there.
 
 What is compiled is what runs: the same functions, meshes, shardings and donations, with shapes in
 place of arrays. Only the values of the tokenizer's compression are made up, where no tokenizer is
@@ -20,51 +20,68 @@ from jax.sharding import NamedSharding
 from engram_jax.addressing import Addressing, build, load_tokenizer
 from engram_jax.aot import step_cost
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
-from engram_jax.aot.topology import parse_topology, slice_topology, slices_of
+from engram_jax.aot.topology import Topology, parse_topology, slice_topology, slices_of
 from engram_jax.config import PAPER, Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
-from engram_jax.model.decode import jit_extend, session_shardings, start
-from engram_jax.model.program import PLANNED_DISTINCT, Program, Weights
+from engram_jax.model.program import PLANNED_DISTINCT, Program, build_program
+from engram_jax.serve.lower_steps import LoweredSteps, lower_steps
 from engram_jax.sharding.rules import BATCH, P, make_mesh
 from engram_jax.training.state import TrainingProgram, TrainState, abstract_state, build_training
 from engram_jax.training.step import jit_train_step
 
+TRAIN, DECODE, PREFILL = PROGRAMS = ("train", "decode", "prefill")
 SHARE_OF_CANONICAL = 0.766  # of a tokenizer's ids, where neither is known (DeepSeek-V3's)
 
 
-def compile_step(config: Config, topology_name: str, program_name: str = "train") -> dict[str, Any]:
-    """`aot.report.examine` of the compiled step, with the mesh and what the exchange needs.
+def compile_step(config: Config, topology_name: str, program_name: str = TRAIN) -> dict[str, Any]:
+    """`aot.step_cost.examine` of the compiled step, with the mesh and what the exchange needs.
 
-    topology_name: "v5p:4x4x8". program_name: "train": one update of the whole batch; "decode": one
-    more token for data.batch_size sequences whose caches hold data.seq_len tokens.
+    topology_name: "v5p:4x4x8". program_name: "train": one update of the whole batch; "decode" or
+      "prefill": what the inference engine runs for one more token of serve.sequences sequences, or
+      for serve.prefill_chunk tokens of serve.prefill_sequences prompts.
 
     Raises UserError for an unknown slice and for a mesh that does not fit it or the model.
     """
     topology = slice_topology(topology_name)
-    program = build_training(config, _addressing(config), make_mesh(config.mesh, topology.devices))
-    lowered, state = {"train": _train, "decode": _decode}[program_name](program)
-    tables = [
-        (layout.rows_per_device, config.model.engram.dim) for layout in program.layouts.values()
-    ]
-    options = options_of(program.mesh)
-    try:
-        compiled, text, seconds = compile_with_text(lowered, options)
-        found = step_cost.examine(compiled, text, topology, state, tables, seconds)
-    except DoesNotFitError as error:
-        found = step_cost.does_not_fit(error, topology, state, tables)
-    about = {
+    mesh = make_mesh(config.mesh, topology.devices)
+    about: dict[str, Any] = {
         "name": config.name,
         "program": program_name,
-        "mesh": {name: program.mesh.shape[name] for name in program.mesh.axis_names},
+        "mesh": {name: mesh.shape[name] for name in mesh.axis_names},
         "accumulation": config.train.accumulation,
-        "global_batch_tokens": config.data.batch_size * config.data.seq_len,
-        "state_bytes": _parts(abstract_state(program), program_name),
-        "xla_options": options,
+        "xla_options": options_of(mesh),
     }
-    if program_name == "train" and program.layouts:
-        about["exchange"] = exchange_of(program)
-    return {**about, **found}
+    if program_name == TRAIN:
+        program = build_training(config, _addressing(config), mesh)
+        about["global_batch_tokens"] = config.data.batch_size * config.data.seq_len
+        about["state_bytes"] = _state_bytes(abstract_state(program))
+        if program.layouts:
+            about["exchange"] = exchange_of(program)
+        return about | _examined(program, *_train(program), topology)
+    serving = build_program(config, _addressing(config), mesh)
+    steps = _lowered(serving, program_name)
+    prompts = config.serve.prefill_sequences * config.serve.prefill_chunk
+    about["global_batch_tokens"] = prompts if program_name == PREFILL else config.serve.sequences
+    about["state_bytes"] = _kept_bytes(steps)
+    parts = {
+        name: _examined(serving, lowered, (steps.cache if "rows" not in name else ()), topology)
+        for name, lowered in steps.programs.items()
+    }
+    return about | step_cost.together(parts, sum(about["state_bytes"].values()))
+
+
+def _examined(
+    program: Program, lowered: jax.stages.Lowered, state: Any, topology: Topology
+) -> dict[str, Any]:
+    """One program compiled. state: what is donated to it."""
+    dim = program.config.model.engram.dim
+    tables = [(layout.rows_per_device, dim) for layout in program.layouts.values()]
+    try:
+        compiled, text, seconds = compile_with_text(lowered, options_of(program.mesh))
+    except DoesNotFitError as error:
+        return step_cost.does_not_fit(error, topology, state, tables)
+    return step_cost.examine(compiled, text, topology, state, tables, seconds)
 
 
 def smallest_slice(
@@ -76,7 +93,7 @@ def smallest_slice(
     As many microbatches as leave a device the sequences it has now.
     """
     generation, size = parse_topology(topology_name)
-    here = math.prod(size)
+    here, addressing = math.prod(size), _addressing(config)
     for name in slices_of(generation.name):
         chips = math.prod(parse_topology(name)[1])
         parts, factor = config.train.accumulation, chips / here
@@ -89,8 +106,12 @@ def smallest_slice(
         try:
             topology = slice_topology(name)
             mesh = make_mesh(config.mesh, topology.devices)
-            state = abstract_state(build_training(larger, _addressing(config), mesh))
-            if sum(_parts(state, program_name).values()) > topology.hbm_capacity_bytes:
+            if program_name == TRAIN:
+                state = _state_bytes(abstract_state(build_training(larger, addressing, mesh)))
+            else:
+                serving = build_program(larger, addressing, mesh)
+                state = _kept_bytes(_lowered(serving, program_name))
+            if sum(state.values()) > topology.hbm_capacity_bytes:
                 continue
             log(f"does not fit {topology_name}; compiling for {name}")
             if compile_step(larger, name, program_name)["fits"]:
@@ -100,18 +121,28 @@ def smallest_slice(
     return None
 
 
-def _parts(state: TrainState, program_name: str) -> dict[str, int]:
-    """Bytes on one device, without padding, of what the program has of a training state."""
+def _state_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes on one device, without padding, of a training state."""
     memory = state.memory.values()
-    weights = {
+    return {
         "parameters": step_cost.shard_bytes((state.params, state.router_bias)),
         "tables": step_cost.shard_bytes([table.rows for table in memory]),
-    }
-    if program_name == "decode":
-        return weights
-    return weights | {
         "optimizer": step_cost.shard_bytes(state.opt_state),
         "table_moments": step_cost.shard_bytes([(table.mu, table.nu) for table in memory]),
+    }
+
+
+def _lowered(program: Program, program_name: str) -> LoweredSteps:
+    return lower_steps(program, program.config.serve, prefill=program_name == PREFILL)
+
+
+def _kept_bytes(steps: LoweredSteps) -> dict[str, int]:
+    """Bytes on one device, without padding, of what the engine keeps there."""
+    weights = steps.weights
+    return {
+        "parameters": step_cost.shard_bytes((weights.params, weights.router_bias)),
+        "tables": step_cost.shard_bytes(weights.rows),
+        "caches": step_cost.shard_bytes(steps.cache),
     }
 
 
@@ -168,22 +199,12 @@ def _batch(program: Program) -> dict[str, Any]:
     return batch
 
 
-def _decode(program: TrainingProgram) -> tuple[jax.stages.Lowered, Any]:
-    data = program.config.data
-    state = abstract_state(program)
-    weights = Weights(
-        state.params, state.router_bias, {k: table.rows for k, table in state.memory.items()}
-    )
-    shardings = session_shardings(program, weights, data.batch_size)
-    session = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda w: start(program, w, data.batch_size, data.seq_len), weights),
-        shardings,
-    )
-    replicated = NamedSharding(program.mesh, P())
-    tokens = jax.ShapeDtypeStruct((data.batch_size, 1), jnp.int32, sharding=replicated)
-    valid = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32, sharding=replicated)
-    return jit_extend(program, shardings).lower(weights, tokens, valid, session), session
+def _gib(size: int | None) -> str:
+    return "?" if size is None else f"{size / step_cost.GIB:.2f} GiB"
+
+
+def _received(part: dict[str, Any]) -> str:
+    return f"{sum(c['bytes'] for c in part['collectives']) / 2**20:.1f} MiB"
 
 
 def as_table(found: dict[str, Any]) -> str:
@@ -194,9 +215,12 @@ def as_table(found: dict[str, Any]) -> str:
         f" mesh {mesh or 'of one device'}, accumulation {found['accumulation']}",
         "state of a device: "
         + ", ".join(
-            f"{name.replace('_', ' ')} {size / step_cost.GIB:.2f} GiB"
-            for name, size in found["state_bytes"].items()
+            f"{name.replace('_', ' ')} {_gib(size)}" for name, size in found["state_bytes"].items()
         ),
+    ]
+    lines += [
+        f"  {name:<10} temporaries {_gib(part['temp_bytes'])}, {_received(part)} received"
+        for name, part in found.get("programs", {}).items()
     ]
     if "exchange" in found:
         e = found["exchange"]

@@ -71,6 +71,36 @@ def does_not_fit(
     return report
 
 
+def together(programs: dict[str, dict[str, Any]], resident: int) -> dict[str, Any]:
+    """One dict of programs that run one after the other, from theirs by name (`programs`).
+
+    resident: bytes that stay on the device between them, without padding. peak_hbm_bytes is that,
+      or the largest program's arguments if they are more, and what the hungriest program adds.
+    """
+    reports = list(programs.values())
+    known = [r for r in reports if r["argument_bytes"] is not None]
+    arguments = max([resident, *(r["argument_bytes"] for r in known)])
+    added = max((r["peak_hbm_bytes"] - r["argument_bytes"] for r in known), default=0)
+    peak = max([arguments + added, *(r["peak_hbm_bytes"] for r in reports)])
+    aliased = [r["aliased_fraction"] for r in reports if r["aliased_fraction"] is not None]
+    capacity = reports[0]["hbm_capacity_bytes"]
+    same = {key: reports[0][key] for key in ("topology", "chips", "devices", "hbm_capacity_bytes")}
+    lists = ("table_copies", "not_aliased", "collectives", "largest_buffers")
+    sums = ("table_sized_copies", "tables_in_vmem", "compile_seconds")
+    return {
+        **same,
+        "argument_bytes": arguments,
+        "output_bytes": max((r["output_bytes"] for r in known), default=None),
+        "temp_bytes": max((r["temp_bytes"] for r in known), default=None),
+        "peak_hbm_bytes": peak,
+        "fits": peak <= capacity and all(r["fits"] for r in reports),
+        "aliased_fraction": min(aliased, default=None),
+        **{key: sum(r[key] or 0 for r in reports) for key in sums},
+        **{key: [x for r in reports for x in r.get(key, [])] for key in lists},
+        "programs": programs,
+    }
+
+
 def _common(
     memory: MemoryUse,
     text: str,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from engram_jax.checkpoint.workdir import (
 )
 from engram_jax.config import Config, config_from_dict, section_types, to_dict
 from engram_jax.config.errors import UserError
+from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring import provenance
 
 # serve.capacity's default in records from before serve.accept_longer, whatever had been trained.
@@ -96,9 +96,7 @@ def add_launch(
         launch["changed_settings"] = dict(changed_settings)
     launches.append(launch)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps({"launches": launches}, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps({"launches": launches}, indent=1) + "\n")
     return path
 
 

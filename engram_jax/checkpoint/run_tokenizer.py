@@ -7,7 +7,6 @@ workdir/tokenizer_config.json  how other tools (transformers' AutoTokenizer) are
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from engram_jax.addressing import load_tokenizer, tokenizer_fingerprint
 from engram_jax.checkpoint.workdir import TEXT, TOKENIZER
 from engram_jax.config import Config
 from engram_jax.data import PreparedData
+from engram_jax.hardware.storage import write_text
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -32,12 +32,10 @@ def save_text_side(workdir: Path, prepared: PreparedData, config: Config) -> Non
     tokenizer, file = prepared.tokenizer, workdir / TOKENIZER
     mine = tokenizer_fingerprint(tokenizer)
     if not file.is_file() or tokenizer_fingerprint(load_tokenizer(file)) != mine:
-        partial = file.with_suffix(".json.partial")  # a killed launch leaves no half of it
-        tokenizer.save(str(partial))
-        os.replace(partial, file)
-    (workdir / TEXT).write_text(json.dumps({"eos_id": prepared.eos_id}) + "\n")
+        write_text(file, tokenizer.to_str(pretty=True))
+    write_text(workdir / TEXT, json.dumps({"eos_id": prepared.eos_id}) + "\n")
     text = json.dumps(tokenizer_config(prepared, config), indent=1, ensure_ascii=False)
-    (workdir / _TOKENIZER_CONFIG).write_text(text + "\n")
+    write_text(workdir / _TOKENIZER_CONFIG, text + "\n")
 
 
 def tokenizer_config(prepared: PreparedData, config: Config) -> dict[str, Any]:

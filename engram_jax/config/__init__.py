@@ -15,6 +15,7 @@ from engram_jax.config.parse import (
 from engram_jax.config.schema import (
     ALL_LAYERS,
     BF16,
+    DENSE_ADAM,
     DEVICE,
     DISK,
     FP8,
@@ -26,6 +27,7 @@ from engram_jax.config.schema import (
     MODEL,
     PAPER,
     QWEN,
+    ROWWISE_ADAM,
     V41,
     AttentionConfig,
     Config,
@@ -45,6 +47,7 @@ from engram_jax.config.schema import (
 __all__ = [
     "ALL_LAYERS",
     "BF16",
+    "DENSE_ADAM",
     "DEVICE",
     "DISK",
     "FP8",
@@ -56,6 +59,7 @@ __all__ = [
     "MODEL",
     "PAPER",
     "QWEN",
+    "ROWWISE_ADAM",
     "V41",
     "AttentionConfig",
     "Config",

@@ -24,6 +24,7 @@ MODEL, BF16, FP8 = "model", "bf16", "fp8"
 DEVICE, HOST, DISK = "device", "host", "disk"
 ALL_LAYERS = -1
 LOCAL_BPE = "local-bpe"
+ROWWISE_ADAM, DENSE_ADAM = "rowwise_adam", "dense_adam"
 
 # An address is an int32, and the 32-bit hash (addressing/hash_jax.py) needs 4 * head size <= 2**32.
 # The highest addresses belong to no row: memory/row_gradients.py fills its unused entries, as many
@@ -308,7 +309,7 @@ class OptimizerConfig:
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
     memory_lr_multiplier: float = 5.0
-    memory_optimizer: str = "rowwise_adam"
+    memory_optimizer: str = ROWWISE_ADAM
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from engram_jax.config.errors import UserError
 from engram_jax.config.schema import (
     ALL_LAYERS,
     BF16,
+    DENSE_ADAM,
     DEVICE,
     DISK,
     FP8,
@@ -26,6 +27,7 @@ from engram_jax.config.schema import (
     MODEL,
     PAPER,
     QWEN,
+    ROWWISE_ADAM,
     V41,
     Config,
     DataConfig,
@@ -82,7 +84,7 @@ _CHOICES = {
     "model.kernels": IMPLEMENTATIONS,
     "serve.memory": (DEVICE, HOST, DISK),
     "data.source": ("local", "folder", "tfds"),
-    "optimizer.memory_optimizer": ("rowwise_adam", "dense_adam"),
+    "optimizer.memory_optimizer": (ROWWISE_ADAM, DENSE_ADAM),
 }
 _SEEDS = ("data.seed", "train.seed", "generate.seed")
 _MAY_BE_INFINITE = ("optimizer.clip_norm",)  # no clipping
@@ -129,9 +131,11 @@ def validate(config: Config) -> None:
     if model.engram.layers:
         _lookups(config.data, model.engram.heads)
     _optimizer(config.optimizer)
-    if config.optimizer.memory_optimizer == "dense_adam":
+    if config.optimizer.memory_optimizer == DENSE_ADAM:
         dtype = model.engram.table_dtype
-        _require(dtype == "float32", "model.engram.table_dtype", dtype, "'float32' for dense_adam")
+        _require(
+            dtype == "float32", "model.engram.table_dtype", dtype, f"'float32' for {DENSE_ADAM}"
+        )
     _train(config.train, config.data.batch_size)
     _generate(config.generate, config.tokenizer.vocab_size)
     _serve(config.serve, config.model.engram)

@@ -23,13 +23,13 @@ from typing import Any
 
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
+from engram_jax.hardware.storage import cache_folder, replacing
 
 
 def cache_root(config: DataConfig) -> Path:
     """config.data.cache_dir, else $ENGRAM_CACHE, else ~/.cache/engram_jax; made if it is not
     there."""
-    given = config.cache_dir or os.environ.get("ENGRAM_CACHE") or "~/.cache/engram_jax"
-    root = Path(given).expanduser().absolute()
+    root = cache_folder(config.cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -80,11 +80,10 @@ def build_once(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as JSON, in one step."""
+    """Replace `path` by `value` as JSON, in one step. Several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump(value, file, indent=1)
-    os.replace(file.name, path)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ from engram_jax.data import text_store
 from engram_jax.data.cache import build_once, key_of, read_json, write_json
 from engram_jax.data.documents import Spool, cut
 from engram_jax.data.folder_text import FolderText
-from engram_jax.data.local_text import LocalText
+from engram_jax.data.local_text import LIBRARY, LocalText
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import hold_out
 
@@ -36,10 +36,6 @@ class Corpus:
     report: SourceReport
     _read: Callable[[str], Iterator[str]]
 
-    @property
-    def fingerprint(self) -> str:
-        return self.report.digest
-
     def documents(self, split: str) -> Iterator[str]:
         """The texts of a split in their fixed order, one at a time."""
         return self._read(split)
@@ -53,8 +49,12 @@ def open_corpus(config: DataConfig, cache: Path, log: Callable[[str], Any] = pri
     """
     if config.source == "tfds":
         return _open_tfds(config, cache, log)
-    report = SourceReport(source=config.path)
-    source = (LocalText if config.source == "local" else FolderText)(config, report)
+    source: LocalText | FolderText
+    if config.source == "local":
+        source, report = LocalText(config), SourceReport(source=LIBRARY)
+    else:
+        report = SourceReport(source=config.path)
+        source = FolderText(config, report)
     entry = cache / "sources" / key_of(FORMAT, source.manifest(), _settings(config))
 
     def make(folder: Path) -> None:

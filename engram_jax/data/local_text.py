@@ -21,7 +21,8 @@ from engram_jax.config.errors import UserError
 from engram_jax.data import source_report as why
 from engram_jax.data.documents import Spool, add_text
 from engram_jax.data.folder_text import File, in_hash_order
-from engram_jax.data.source_report import SourceReport
+
+LIBRARY = f"standard library of Python {platform.python_version()}"  # what a report calls it
 
 # What is not the same, or not there, in every installation of one version: Linux distributors make
 # packages of their own of some modules, leave out tests and what macOS alone needs; two modules
@@ -42,9 +43,8 @@ class LocalText:
     Raises UserError where there are no sources (a Python whose library is in a zip file, say).
     """
 
-    def __init__(self, config: DataConfig, report: SourceReport) -> None:
+    def __init__(self, config: DataConfig) -> None:
         self._config = config
-        report.source = f"standard library of Python {platform.python_version()}"
         root = Path(sysconfig.get_path("stdlib"))
         self.files = in_hash_order(list_library(root))
         if not self.files:

@@ -69,7 +69,7 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
     corpus.report.log(log)
     tokenizer, path = open_tokenizer(config.tokenizer, corpus, cache, log)
     eos_id = find_eos(tokenizer, config.tokenizer)
-    key = key_of(corpus.fingerprint, tokenizer_fingerprint(tokenizer), eos_id)
+    key = key_of(corpus.report.digest, tokenizer_fingerprint(tokenizer), eos_id)
 
     def make(folder: Path) -> None:
         log("data: tokenising")

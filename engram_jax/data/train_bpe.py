@@ -113,7 +113,7 @@ def _trained(
         log(f"data: training a tokenizer of {config.vocab_size:,} ids")
         train_bpe(_sample(corpus), config.vocab_size).save(str(folder / "tokenizer.json"))
 
-    key = key_of(corpus.fingerprint, config.vocab_size, SPECIAL_TOKENS, SAMPLE_BYTES, LONGEST_RUN)
+    key = key_of(corpus.report.digest, config.vocab_size, SPECIAL_TOKENS, SAMPLE_BYTES, LONGEST_RUN)
     return build_once(cache / "tokenizers" / key, make) / "tokenizer.json"
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numba
 
+from engram_jax.hardware import storage
+
 
 def host_jit(function: Callable) -> Any:
     """Compile a function without the interpreter's lock, so that threads run at once.
@@ -25,7 +27,7 @@ def host_jit(function: Callable) -> Any:
     """
     settings: Any = numba.config
     before = settings.CACHE_DIR
-    found = cache_folder(Path(function.__code__.co_filename).parent)
+    found = machine_code_folder(Path(function.__code__.co_filename).parent)
     try:
         if found:
             settings.CACHE_DIR = found  # read while the next line runs, and only then
@@ -35,14 +37,13 @@ def host_jit(function: Callable) -> Any:
 
 
 @lru_cache
-def cache_folder(sources: Path) -> str:
+def machine_code_folder(sources: Path) -> str:
     """Where machine code of a folder's functions is kept: below $ENGRAM_CACHE, else
     ~/.cache/engram_jax. "" = nothing can be written there; it is compiled anew by every process."""
     digest = hashlib.sha256()
     for path in sorted([*sources.glob("*.py"), Path(__file__)]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    root = Path(os.environ.get("ENGRAM_CACHE") or "~/.cache/engram_jax").expanduser().absolute()
-    folder = root / "native" / digest.hexdigest()[:32]
+    folder = storage.cache_folder() / "native" / digest.hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

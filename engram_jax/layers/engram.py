@@ -1,13 +1,22 @@
 """The Engram module: rows of the memory, gated by the hidden state, added to the residual streams.
 
-Section 2 of the paper, for every branch m of M (the streams of mHC) and hidden width d:
+Section 2 of the paper. For a token t, its n-gram orders n and hash heads k, every branch m of M
+(the streams of mHC) and hidden width d:
 
+    z_n,k   = hash_k of canonical ids t - n + 1 .. t,  row = E_n,k[z_n,k]          (1)
+    e       = the rows of all orders and heads, concatenated                       (2)
     key_m   = W_K^m e,  value = W_V e                                              (3)
     s_m     = <RMSNorm(h_m), RMSNorm(key_m)> / sqrt(d)
     gate_m  = sigmoid(sign(s_m) sqrt(max(|s_m|, 1e-6)))             (4), per branch (6)
     u_m     = gate_m * value
     out_m   = u_m + SiLU(Conv1d(RMSNorm(u_m)))                                     (5)
     h_m    <- h_m + out_m, before attention
+
+    (1)            addressing/hash_numpy.py: addresses; memory/table.py: lookup
+    (2)            `Engram.gated_value`, its reshape
+    (3), (4), (6)  kernels_pallas/engram_gate/reference.py: keys_and_value, gates, gate_of_score
+    (5)            layers/short_conv.py: ShortConv; kernels_pallas/short_conv/reference.py
+    h <- h + out   model/transformer.py: Transformer.__call__
 
 The signed square root is in the official demo, not in the paper's text. Three published forms:
 
@@ -102,10 +111,10 @@ class Engram(nnx.Module):
             else None
         )
 
-    def _gated_value(
+    def gated_value(
         self, rows: jax.Array, streams: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Equations 3, 4, 6: (gated value [B, T, M, d] in the streams' dtype, gate [B, T, M])."""
+        """Equations 2, 3, 4, 6: u [B, T, M, d] in the streams' dtype, and the gates [B, T, M]."""
         e = rows.reshape(*rows.shape[:2], -1).astype(self.projection_dtype)
         eps = self.norm_eps
         if eps is None:
@@ -141,7 +150,7 @@ class Engram(nnx.Module):
         Returns:
           (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32).
         """
-        u, gate = self._gated_value(rows, streams, mask)
+        u, gate = self.gated_value(rows, streams, mask)
         return (u if self.conv is None else self.conv(u, segments, mask)), gate
 
     def init_tail(self, batch: int, dtype: DTypeLike) -> jax.Array | None:
@@ -157,7 +166,7 @@ class Engram(nnx.Module):
         mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Prefill or decode: as `__call__` for S new positions of which valid[b] are real."""
-        u, _ = self._gated_value(rows, streams, mask)
+        u, _ = self.gated_value(rows, streams, mask)
         if self.conv is None or tail is None:
             return u, tail
         return self.conv.cached(u, tail, valid, mask)

@@ -51,7 +51,8 @@ def ragged_backward(
 
 def _product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
     """rows [N, a] times each group's matrix [a, b]: [N, b], zero behind the last group."""
-    return _grouped(lax.ragged_dot(rows, matrices, sizes), sizes)
+    inside = jnp.arange(len(rows)) < jnp.sum(sizes)
+    return jnp.where(inside[:, None], lax.ragged_dot(rows, matrices, sizes), 0)
 
 
 def _transposed(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -60,16 +61,11 @@ def _transposed(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.A
 
 
 def _outer(rows: jax.Array, drows: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The sum of outer products of each group: [N, a], [N, b] -> [E, a, b]."""
+    """The sum of outer products of each group: [N, a], [N, b] -> [E, a, b]. Rows behind the last
+    group are in none; they are tokens or zeros: finite where the loss is."""
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    rows, drows = _grouped(rows, sizes), _grouped(drows, sizes)
     sums = lax.ragged_dot_general(rows, drows, sizes, dimensions)
     return jnp.where(sizes[:, None, None] > 0, sums, 0)
-
-
-def _grouped(rows: jax.Array, sizes: jax.Array) -> jax.Array:
-    """rows [N, a], zero behind the last group."""
-    return jnp.where((jnp.arange(len(rows)) < jnp.sum(sizes))[:, None], rows, 0)
 
 
 # ---- chunked ---------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class MoE(nnx.Module):
         Args:
           x: [B, T, d].
           segments: int32 [B, T]; 0 marks padding, which is computed like any token but not counted.
-          shard: the mesh; the routed experts' weights are then those of `ShardView.collect`.
+          shard: the mesh; the routed experts' weights are then those of `ShardView.all_gather`.
 
         Returns:
           y [B, T, d] in `dtype`; load float32 [E], how many (token, choice) pairs of real tokens

@@ -1,16 +1,16 @@
-"""Tables cut by rows over every device of a mesh: rows travel to the lookups, gradients back.
+"""Tables sharded by rows over every device of a mesh: rows go to the lookups, gradients back.
 
-Row a of a table of R rows lies on device a mod n (n devices), so every head, whatever its order, is
+Row a of a table of R rows is on device a mod n (n devices), so every head, whatever its order, is
 spread evenly. A step
 
     plan   sort this device's lookups by (owner, row) and drop duplicates         no communication
     fetch  ask the owners for the distinct rows, and get them                     2 all-to-all
     send   sum the gradients of equal rows here, send the sums to the owners      1 all-to-all
-    apply  owners add up what arrived for a row, and update it where it lies      (training/optim/)
+    apply  owners add up what arrived for a row, and update it in place           (optim/)
 
 costs a device what its own lookups need, however many devices there are. An all-to-all moves a
 fixed number of rows (`capacity`) between any two devices. Where some device wants more rows of one
-owner than that, the owners' rows are cut into ranges until no range is asked for more than
+owner than that, the owners' rows are split into ranges until no range is asked for more than
 `capacity` rows by anyone, and every range gets a round of its own: nothing is dropped, and all
 gradients of a row arrive in the same round, so what is exact for one round is exact for many.
 
@@ -42,7 +42,7 @@ from engram_jax.memory.row_gradients import (
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding.rules import AXES, BATCH, P
 
-ROW_SHARDED = P(AXES)  # one piece per device
+ROW_SHARDED = P(AXES)  # one shard per device
 LOOKUPS = P(BATCH, "tensor")  # addresses and rows [B, T, ...]: a tensor group shares the tokens
 
 
@@ -121,8 +121,29 @@ class Exchange:
 
         Returns the table and the sum of the counts.
         """
+        n = self.layout.devices
+
+        def on_device(table: Any, plan: ExchangePlan, sent: Sent, *now: Any) -> tuple[Any, Any]:
+            factor, apply, scalars = now
+
+            def one(table: Any, arrived: RowGradients) -> tuple[Any, jax.Array]:
+                address = arrived.addresses
+                if n > 1:
+                    address = address * n + lax.axis_index(AXES)
+                return update(table, arrived.scaled(factor).only_if(apply), address, *scalars)
+
+            def further(index: jax.Array, carry: Any) -> Any:
+                table, seen = one(carry[0], self._arrive(sent.sums, plan, index))
+                return table, carry[1] + seen
+
+            first = one(table, sent.arrived)
+            if n == 1:
+                return first
+            table, seen = lax.fori_loop(1, plan.rounds, further, first)
+            return table, lax.psum(seen, AXES)
+
         specs = (ROW_SHARDED, _PLAN, _SENT, P(), P(), P())
-        run = self._each(partial(self._apply, update), specs, (ROW_SHARDED, P()))
+        run = self._each(on_device, specs, (ROW_SHARDED, P()))
         return run(table, plan, sent, factor, apply, scalars)
 
     def _each(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -146,8 +167,8 @@ class Exchange:
 
         def most(rounds: jax.Array) -> jax.Array:
             """Most rows that one device wants of one range of one owner."""
-            piece = row // self._range(rounds)
-            new = (owner[1:] != owner[:-1]) | (piece[1:] != piece[:-1])
+            part = row // self._range(rounds)
+            new = (owner[1:] != owner[:-1]) | (part[1:] != part[:-1])
             start = lax.cummax(jnp.where(jnp.concatenate([jnp.ones(1, bool), new]), position, 0))
             wanted = jnp.where(owner < self.layout.devices, position - start + 1, 0)
             return lax.pmax(jnp.max(wanted), AXES)
@@ -251,34 +272,6 @@ class Exchange:
             jnp.sum(found.addresses < self.layout.rows_per_device, dtype=jnp.int32),
         )
 
-    def _apply(
-        self,
-        update: Callable,
-        table: Any,
-        plan: ExchangePlan,
-        sent: Sent,
-        factor: jax.Array,
-        apply: jax.Array,
-        scalars: tuple[jax.Array, ...],
-    ) -> tuple[Any, jax.Array]:
-        def one(table: Any, gradients: RowGradients) -> tuple[Any, jax.Array]:
-            address = gradients.addresses
-            if self.layout.devices > 1:
-                address = address * self.layout.devices + lax.axis_index(AXES)
-            return update(table, gradients.scaled(factor).only_if(apply), address, *scalars)
-
-        table, seen = one(table, sent.arrived)
-        if self.layout.devices == 1:
-            return table, seen
-
-        def further(index: jax.Array, carry: Any) -> Any:
-            table, total = carry
-            table, seen = one(table, self._arrive(sent.sums, plan, index))
-            return table, total + seen
-
-        table, seen = lax.fori_loop(1, plan.rounds, further, (table, seen))
-        return table, lax.psum(seen, AXES)
-
 
 def _swap(x: jax.Array) -> jax.Array:
     """x [n, ...], one part per device -> the parts that the devices have for this one."""
@@ -313,7 +306,7 @@ _SENT = Sent(_PER_DEVICE, _ARRIVED, _SAME, _SAME)
 
 
 def natural_order(mesh: Mesh, layout: TableLayout, x: jax.Array) -> jax.Array:
-    """[n L, ...] as stored -> [n L, ...] by address, cut evenly over the devices."""
+    """[n L, ...] as stored -> [n L, ...] by address, sharded evenly over the devices."""
     if layout.devices == 1:
         return x
 

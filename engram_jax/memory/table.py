@@ -20,7 +20,7 @@ ONE_DRAW = 1 << 26  # numbers of a table that is drawn in one piece
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Where the rows of one table lie; static.
+    """How the rows of one table are sharded; static.
 
     rows: R. devices: n.
     """

@@ -135,7 +135,7 @@ class Stack(nnx.Module):
         elif self.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, policy=policy)
-        elif shard.axes.devices > 1:  # a layer's weights are collected again, not kept
+        elif shard.axes.devices > 1:  # a layer's weights are gathered again, not kept
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             body = jax.checkpoint(body, policy=policy)
         return jax.lax.scan(body, x, state)

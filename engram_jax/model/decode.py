@@ -1,4 +1,8 @@
-"""Text from a trained model: prefill the prompts, then decode token by token.
+"""Decoding as it is written down: prefill the prompts, then one token after the other.
+
+The samples of a training run come from here, on any number of processes, and the inference engine
+(serve/) is tested against it. Serving does not use it: there many sequences of any length share
+pages, and rows of the tables come from where they are kept.
 
 A sequence carries three things: MLA's latent cache, the last N - 1 canonical ids (its n-gram
 history) and the tail of the short convolution. With them, prefill + decode equals the full forward
@@ -71,15 +75,15 @@ def extend(
 
 
 def session_shardings(program: Program, weights: Weights, batch: int) -> Session:
-    """Where a session lies: every device keeps its sequences, or all of them if they do not divide.
+    """How a session is sharded: by sequences, or replicated if they do not divide over the devices.
 
     weights: arrays or shapes.
     """
-    cut = BATCH if batch % program.axes.batch == 0 else None
+    shards = BATCH if batch % program.axes.batch == 0 else None
 
     def sharding(path: Any, x: Any) -> NamedSharding:
         stacked = "caches" in names(path)  # over the layers of a stage
-        return NamedSharding(program.mesh, P(None, cut) if stacked else P(cut))
+        return NamedSharding(program.mesh, P(None, shards) if stacked else P(shards))
 
     shapes = jax.eval_shape(lambda w: start(program, w, 1, 1), weights)
     return jax.tree_util.tree_map_with_path(sharding, shapes)

@@ -12,6 +12,7 @@ from engram_jax.addressing import artifact, load_tokenizer, plan_layer
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.config import QWEN, Config
 from engram_jax.model.transformer import Transformer
+from engram_jax.sharding.parameters import part_of
 from engram_jax.sharding.rules import names
 
 
@@ -21,31 +22,12 @@ def abstract_parameters(config: Config) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def part_of(path: tuple[str, ...], shape: tuple[int, ...]) -> str:
-    """Which part of the model a parameter belongs to."""
-    if path[0] in ("embedding", "head"):
-        return {"embedding": "token embedding", "head": "output head"}[path[0]]
-    if path[0] == "engrams":
-        return "engram projections, gates, conv"
-    if any(name.endswith("_hyper") for name in path):
-        return "hyper-connections"
-    if "attention" in path:
-        return "attention (MLA)"
-    if "shared" in path:
-        return "shared experts"
-    if "router" in path:
-        return "routers"
-    if "ffn" in path:  # [layers, E, in, out] or [layers, in, out]
-        return "routed experts" if len(shape) == 4 else "dense feed-forward"
-    return "norms"
-
-
 def parts(config: Config) -> dict[str, int]:
     """Parameters by part of the model, tables included."""
     counts: dict[str, int] = {}
 
     def add(path: Any, leaf: Any) -> None:
-        part = part_of(names(path), leaf.shape)
+        part = part_of(names(path), len(leaf.shape))
         counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
 
     jax.tree_util.tree_map_with_path(add, abstract_parameters(config))

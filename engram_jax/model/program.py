@@ -57,7 +57,7 @@ class Program:
 
     @property
     def layouts(self) -> dict[str, TableLayout]:
-        """Where the rows lie, by Engram layer id."""
+        """How the rows are sharded, by Engram layer id."""
         devices = self.axes.devices
         return {k: TableLayout(rows, devices) for k, rows in self.table_rows.items()}
 

@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
           rows: Engram layer id -> [B, T, H, dim] from the memory.
           mask: bool [B, T] or None; False = a token that gets no memory.
           shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
-            this device's pieces, all others whole.
+            this device's shards, all others whole.
         """
         x = self.embed(tokens)
         gates, loads = {}, []

@@ -18,7 +18,6 @@ by a thread every few seconds too, so that a kill loses no more than those. One 
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from typing import Any
 import jax
 
 from engram_jax.config.errors import UserError
+from engram_jax.hardware.storage import write_text
 
 FILE = "goodput.json"
 _EVERY = 5.0
@@ -77,9 +77,8 @@ class Goodput:
         if not self._writes:
             return
         with self._lock:
-            partial = self._path.with_suffix(".json.partial")
-            partial.write_text(json.dumps({"launches": [*self._before, self._own()]}) + "\n")
-            os.replace(partial, self._path)
+            launches = [*self._before, self._own()]
+            write_text(self._path, json.dumps({"launches": launches}) + "\n")
 
     def __enter__(self) -> Goodput:
         self.write()

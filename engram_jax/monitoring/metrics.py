@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from engram_jax.hardware.storage import write_text
 
 _FILE = "metrics.jsonl"
 _FEW = 16  # arrays of at most so many values are curves in TensorBoard, larger ones histograms
@@ -111,9 +112,7 @@ def _forget_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if (r := _parse(line)) is not None and r["step"] <= step]
     if kept != lines:
-        partial = path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(kept))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

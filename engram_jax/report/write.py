@@ -17,6 +17,7 @@ import numpy as np
 
 from engram_jax.checkpoint.run_record import read_launches
 from engram_jax.checkpoint.workdir import LOSSES, RUN
+from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring.metrics import read_metrics
 from engram_jax.report.figures import (
     Curve,
@@ -94,8 +95,8 @@ def write_report(
         sections.append(Section("Launch", "run.json has all of it.", rows=launch_rows(launches)))
         sections.append(configuration_section(launch["config"]))
     head = title, subtitle(losses, model or {}, launch)
-    (root / "report.md").write_text(as_markdown(*head, sections, root), encoding="utf-8")
-    (root / "report.html").write_text(as_html(*head, sections), encoding="utf-8")
+    write_text(root / "report.md", as_markdown(*head, sections, root))
+    write_text(root / "report.html", as_html(*head, sections))
     return root / "report.html"
 
 

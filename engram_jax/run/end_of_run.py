@@ -19,6 +19,7 @@ from engram_jax.config.errors import UserError
 from engram_jax.data.run_data import RunData
 from engram_jax.evaluation.count_models import fit_and_score
 from engram_jax.evaluation.held_out import Evaluator, Score
+from engram_jax.hardware.storage import write_text
 from engram_jax.model.decode import Generator
 from engram_jax.model.describe import describe
 from engram_jax.model.program import Weights
@@ -65,7 +66,7 @@ def end_run(
     if jax.process_index() == 0:
         write_held_out(workdir, int(state.step), held_out)
         text = json.dumps(json_value(losses), indent=1, allow_nan=False)
-        (workdir / LOSSES).write_text(text + "\n")
+        write_text(workdir / LOSSES, text + "\n")
         model = describe(config)
         report = write_report(workdir, title=config.name, model=model, gates=gates, samples=samples)
         log(f"report: {report}")

@@ -79,21 +79,27 @@ def train(
     in `workdir`, a foreign checkpoint, a loss that is no longer finite (the state before that step
     is then a checkpoint, and the batch a file).
     """
-    watched = {"started": time.monotonic(), "profile": profile}
+    launch = Launch(config, workdir, log, tuple(accept), profile, time.monotonic())
     with Preemption(log) as preemption:
-        return _train(config, workdir, log, accept, preemption, watched)
+        return _train(launch, preemption)
 
 
-def _train(
-    config: Config,
-    workdir: Path,
-    log: Callable[[str], None],
-    accept: Sequence[str],
-    preemption: Preemption,
-    watched: dict[str, Any],
-) -> TrainState:
+@dataclass(frozen=True)
+class Launch:
+    """What one call of `train` was given. started: time.monotonic() at its beginning, None: now."""
+
+    config: Config
+    workdir: Path
+    log: Callable[[str], None] = processes.log
+    accept: tuple[str, ...] = ()
+    profile: tuple[int, int] | None = None
+    started: float | None = None
+
+
+def _train(launch: Launch, preemption: Preemption) -> TrainState:
+    config, workdir, log = launch.config, launch.workdir, launch.log
     agree(lambda: check_writable(workdir))
-    changes = agree(lambda: check_resumed(config, workdir, accept, log))
+    changes = agree(lambda: check_resumed(config, workdir, launch.accept, log))
     data = open_on_all_processes(config, log)
     agree(lambda: check_resumed_text(workdir, data.prepared.summary()))
     agree(lambda: check_samples(config, data.prepared.tokenizer))
@@ -111,9 +117,7 @@ def _train(
                 keep_best=config.train.keep_best,
             ) as checkpointer,
         ):
-            run = Run(
-                config, workdir, data, program, checkpointer, log, preemption, watched, changes
-            )
+            run = Run(launch, data, program, checkpointer, preemption, changes)
             state = run.loop()
         if preemption.stopped:
             return state
@@ -122,25 +126,19 @@ def _train(
 
 
 class Run:
-    """One launch of a training run.
-
-    watched: arguments of its Instruments. changes: of the settings, against the run so far.
-    """
+    """One launch of a training run. changes: of the settings, against the run so far."""
 
     def __init__(
         self,
-        config: Config,
-        workdir: Path,
+        launch: Launch,
         data: RunData,
         program: TrainingProgram,
         checkpointer: Checkpointer,
-        log: Callable[[str], None],
         preemption: Preemption | None = None,
-        watched: dict[str, Any] | None = None,
         changes: Changes | None = None,
     ):
-        self.preemption = preemption or Preemption(log)  # this one listens to no signal
-        self.config, self.workdir, self.log = config, workdir, log
+        self.config, self.workdir, self.log = launch.config, launch.workdir, launch.log
+        self.preemption = preemption or Preemption(self.log)  # this one listens to no signal
         self.program, self.checkpointer = program, checkpointer
         self.iterator = data.train_iterator(program.mesh)
         self.state = self._start()
@@ -148,8 +146,13 @@ class Run:
         self.writer = agree(lambda: self._records(data, changes or {}))
         self.evaluator = Evaluator(program, data)
         self.utilisation = jit_utilisation(program)
-        self.instruments = Monitors(
-            config, workdir, first_step=self.first_step, log=log, **watched or {}
+        self.monitors = Monitors(
+            self.config,
+            self.workdir,
+            first_step=self.first_step,
+            started=launch.started,
+            profile=launch.profile,
+            log=self.log,
         )
 
     def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
@@ -181,9 +184,9 @@ class Run:
 
     def loop(self) -> TrainState:
         """Train to the last step, or until SIGTERM; returns the state, which is a checkpoint."""
-        total, rates = self.config.train.steps, self.instruments.rates
+        total, rates = self.config.train.steps, self.monitors.rates
         progress = Progress(total, start=self.first_step, rates=rates)
-        with self.writer, closing(progress), self.instruments:
+        with self.writer, closing(progress), self.monitors:
             self._steps(progress)
         return self.state
 
@@ -195,7 +198,7 @@ class Run:
             if self.preemption.agreed():
                 self._preempted(step, pending, progress)
                 return
-            self.instruments.begin(step)
+            self.monitors.begin(step)
             before = copy.deepcopy(self.iterator.get_state())
             host_batch = next(self.iterator)
             batch = place_batch(self.program.mesh, host_batch, self.config.data.batch_size)
@@ -208,12 +211,12 @@ class Run:
             done = step + 1
             evaluate = done % train.eval_every == 0 or done == total
             save = evaluate or done % train.checkpoint_every == 0
-            if save or self.instruments.at_edge(done):
+            if save or self.monitors.at_edge(done):
                 self._read(pending, progress)
                 pending = None
-                self.instruments.end(done)
+                self.monitors.end(done)
             if save:
-                with self.instruments.pause(done):
+                with self.monitors.pause(done):
                     self._pause(done, evaluate, progress)
         if self.preemption.agreed(wait=True):  # asked during the last step
             self._preempted(total, None, progress)
@@ -224,10 +227,10 @@ class Run:
         if not values["finite"]:
             self._halt(pending, values)
         step = pending.step + 1
-        self.instruments.finished(step)
+        self.monitors.finished(step)
         progress.update(step, loss=float(values["loss"]))
         if step % self.config.train.log_every == 0 or step == 1:
-            self.writer.write(step, {**self._named(values), **self.instruments.rates()})
+            self.writer.write(step, {**self._named(values), **self.monitors.rates()})
 
     def _pause(self, step: int, evaluate: bool, progress: Progress) -> None:
         """Evaluate and save between two steps."""
@@ -260,7 +263,7 @@ class Run:
         if pending is not None:
             self._read(pending, progress)
         if step > self.first_step:
-            with self.instruments.pause(step):
+            with self.monitors.pause(step):
                 self._pause(step, False, progress)
                 self.checkpointer.wait()
         saved = "checkpoint" if step > self.first_step else "nothing new to save; step"
@@ -274,7 +277,7 @@ class Run:
         np.savez_compressed(path, **arrays)
         going = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
         state = dataclasses.replace(self.state, halted=going)
-        with self.instruments.pause(pending.step):
+        with self.monitors.pause(pending.step):
             table_order.save(
                 self.program,
                 self.checkpointer,

@@ -127,6 +127,14 @@ class EngineSteps:
         self.swap_in = program.jit(self._swap_in, donate_argnums=0, out_shardings=cache)
 
     @property
+    def programs(self) -> dict[str, jax.stages.Wrapped]:
+        """What is compiled, in the order a step runs it: "first", "span LAYER" from each Engram
+        layer on, "sample"."""
+        spans = zip(self.layers, self._middle, strict=True)
+        named = {f"span {layer}": function for layer, function in spans}
+        return {"first": self._first, **named, "sample": self._sample}
+
+    @property
     def page_count(self) -> int:
         """Pages of the pool."""
         return self.serve.pages or self.serve.sequences * self.pages_each

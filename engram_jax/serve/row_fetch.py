@@ -55,6 +55,7 @@ class DeviceMemory:
     """The whole table on the device.
 
     table: rows [R, dim] in natural order, or stored parts, uint8 [R, bytes_i], of `stored`.
+    read: the compiled gather, (table, addresses) -> rows.
     """
 
     def __init__(self, program: Program, table: Any, stored: RowFormat | None = None):
@@ -64,12 +65,12 @@ class DeviceMemory:
             return stored.decode(tuple(lookup(part, addresses) for part in table))
 
         replicated = NamedSharding(program.mesh, P())
-        self._table, self._read = table, program.jit(read, out_shardings=replicated)
+        self._table, self.read = table, program.jit(read, out_shardings=replicated)
         self._lookups, self._seconds = 0, 0.0
 
     def fetch(self, addresses: np.ndarray) -> jax.Array:
         began = time.perf_counter()
-        rows = self._read(self._table, addresses)
+        rows = self.read(self._table, addresses)
         self._lookups += addresses.size
         self._seconds += time.perf_counter() - began
         return rows

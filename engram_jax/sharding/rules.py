@@ -1,18 +1,18 @@
-"""The one place for sharding: mesh axes, and which of them cuts which dimension of what.
+"""Sharding: the mesh axes, and which of them shards which dimension of what.
 
-    axis     cuts
-    data     the batch; every weight is repeated (its gradients are summed over the axis)
-    fsdp     the batch and every weight; a layer's weights are collected when the layer runs
+    axis     shards
+    data     the batch; every weight is replicated (its gradients are summed over the axis)
+    fsdp     the batch and every weight; a layer's weights are all-gathered when the layer runs
     expert   the batch, and the routed experts by whole experts
-    tensor   attention heads and the inner widths of feed-forward layers; tokens are repeated
+    tensor   attention heads and the inner widths of feed-forward layers; tokens are replicated
 
-The tables are cut by rows over every device of the mesh, whatever its axes (memory/exchange.py).
-There is no sequence axis: 4,096 tokens of the paper's models fit a device at a time, and n-grams,
-convolution and attention would all have to reach across it.
+The tables are sharded by rows over every device of the mesh, whatever its axes
+(memory/exchange.py). There is no sequence axis: 4,096 tokens of the paper's models fit a device at
+a time, and n-grams, convolution and attention would all have to reach across it.
 
-Weights other than experts are not cut by `expert`, too: 2,560 columns in 128 pieces are 20 columns
-each, which no tile of a TPU holds, and XLA then collects them by an all-reduce of zero-padded
-copies, twice the bytes (docs/log.md).
+Weights other than experts are not sharded by `expert`, too: 2,560 columns in 128 shards are 20
+columns each, which no tile of a TPU holds, and XLA then gathers them by an all-reduce of
+zero-padded copies, twice the bytes (docs/log.md).
 
 A parameter is recognised by its name, so the same rule serves it, its gradient and its moments.
 """
@@ -29,14 +29,15 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engram_jax.config import Config, MeshConfig
+from engram_jax.config import DENSE_ADAM, Config, MeshConfig
 from engram_jax.config.errors import UserError
+from engram_jax.sharding.parameters import PARAMETERS, ROUTED_EXPERTS, is_routed
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
 P = PartitionSpec
 
-# Logical axis -> mesh axes that cut it. Weights not named below are repeated on every device.
+# Logical axis -> mesh axes that shard it. What has none is replicated.
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "embed": ("fsdp",),
@@ -46,32 +47,10 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "experts": ("expert",),
     "expert_embed": ("fsdp",),
     # Where the number of experts is no multiple of the expert axis (the paper's 55), each expert is
-    # stored in pieces of its inner width and put together when its layer runs (shard_view.py).
+    # sharded by its inner width and exchanged for whole ones when its layer runs (shard_view.py).
     "expert_inner": ("tensor",),
-    "expert_piece": ("expert", "tensor"),
+    "expert_shard": ("expert", "tensor"),
 }
-
-# Trailing dimensions of a parameter by its name; stacked layers add dimensions in front.
-MATRICES: dict[str, tuple[str | None, ...]] = {
-    "embedding": (None, "embed"),
-    "head": (None, "embed"),
-    "q_proj": ("embed", "heads"),
-    "kv_a_proj": ("embed", None),
-    "kv_b_proj": ("latent", "heads"),
-    "o_proj": ("heads", "embed"),
-    "gate": ("embed", "inner"),
-    "up": ("embed", "inner"),
-    "down": ("inner", "embed"),
-    "router": ("embed", None),
-    "fn": ("embed", None),
-    "projection": (None, None, "embed"),
-}
-EXPERTS: dict[str, tuple[str | None, ...]] = {
-    "gate": ("experts", "expert_embed", "expert_inner"),
-    "up": ("experts", "expert_embed", "expert_inner"),
-    "down": ("experts", "expert_inner", "expert_embed"),
-}
-EXPERT_NDIM = 4  # [layers, E, in, out]: one dimension more than the stacked dense layers
 
 
 @dataclass(frozen=True)
@@ -89,7 +68,7 @@ class Axes:
 
     @property
     def batch(self) -> int:
-        """Pieces of the batch."""
+        """Shards of the batch."""
         return self.data * self.fsdp * self.expert
 
     def size(self, names: Sequence[str]) -> int:
@@ -162,7 +141,7 @@ def row_major(mesh: Mesh, spec: PartitionSpec, ndim: int) -> Any:
 
 
 def check(config: Config, axes: Axes) -> None:
-    """Raises UserError, with the numbers, where an axis does not divide what it cuts."""
+    """Raises UserError, with the numbers, where an axis does not divide what it shards."""
     model, data = config.model, config.data
     attention, ffn = model.attention, model.ffn
     weights, rows = axes.size(RULES["embed"]), axes.batch * config.train.accumulation
@@ -176,18 +155,18 @@ def check(config: Config, axes: Axes) -> None:
     if not ffn.routed_experts or ffn.dense_layers:
         demands.append(("model.ffn.dense_dim", ffn.dense_dim, axes.tensor, "tensor"))
     if ffn.routed_experts:
-        pieces = axes.tensor * (1 if ffn.routed_experts % axes.expert == 0 else axes.expert)
-        name = "tensor" if pieces == axes.tensor else "expert x tensor (the experts do not divide)"
-        demands.append(("model.ffn.expert_dim", ffn.expert_dim, pieces, name))
+        shards = axes.tensor * (1 if ffn.routed_experts % axes.expert == 0 else axes.expert)
+        name = "tensor" if shards == axes.tensor else "expert x tensor (the experts do not divide)"
+        demands.append(("model.ffn.expert_dim", ffn.expert_dim, shards, name))
     for key, value, divisor, what in demands:
         if value % divisor:
             raise UserError(
                 f"config.{key} = {value}: must be a multiple of {divisor} = {what} of the mesh"
                 f" {axes}"
             )
-    if config.optimizer.memory_optimizer == "dense_adam" and axes.devices > 1:
+    if config.optimizer.memory_optimizer == DENSE_ADAM and axes.devices > 1:
         raise UserError(
-            "config.optimizer.memory_optimizer = 'dense_adam': is for comparison on one device;"
+            f"config.optimizer.memory_optimizer = {DENSE_ADAM!r}: is for comparison on one device;"
             f" this mesh has {axes.devices}"
         )
 
@@ -202,22 +181,23 @@ def logical(name: str, ndim: int, *, whole_experts: bool) -> tuple[str | None, .
 
     whole_experts: the number of experts is a multiple of the expert axis.
     """
-    if name in EXPERTS and ndim == EXPERT_NDIM:
-        found = EXPERTS[name]
+    if is_routed(name, ndim):
+        found = ROUTED_EXPERTS[name].axes
         if not whole_experts:
-            pieces = {"experts": None, "expert_inner": "expert_piece"}
-            found = tuple(pieces.get(str(axis), axis) for axis in found)
-    else:
-        found = MATRICES.get(name, ())
+            sharded = {"experts": None, "expert_inner": "expert_shard"}
+            found = tuple(sharded.get(str(axis), axis) for axis in found)
+    else:  # what is no parameter (a count of an optimizer) is replicated
+        found = PARAMETERS[name].axes if name in PARAMETERS else ()
     return (*(None,) * (ndim - len(found)), *found)[:ndim]
 
 
 def spec(path: Any, leaf: Any, axes: Axes) -> PartitionSpec:
-    """Where a leaf of the parameters or of their optimizer's state lies."""
-    whole = len(leaf.shape) != EXPERT_NDIM or leaf.shape[1] % axes.expert == 0
-    found = logical(names(path)[-1], len(leaf.shape), whole_experts=whole)
-    cut = [RULES[axis] for axis in found]
-    return P(*(axis or None for axis in cut)) if any(cut) else P()
+    """How a leaf of the parameters, or of their optimizer's state, is sharded."""
+    name, ndim = names(path)[-1], len(leaf.shape)
+    whole = not is_routed(name, ndim) or leaf.shape[1] % axes.expert == 0
+    found = logical(name, ndim, whole_experts=whole)
+    axes_of_each = [RULES[axis] for axis in found]
+    return P(*(names or None for names in axes_of_each)) if any(axes_of_each) else P()
 
 
 def specs(tree: Any, axes: Axes) -> Any:

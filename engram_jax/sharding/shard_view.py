@@ -1,9 +1,9 @@
 """What code that runs on one device of the mesh (inside shard_map) needs to know of the others.
 
 The differentiated part of a training step is one shard_map: every device has its own sequences and
-its pieces of the weights. `ShardView.collect` puts the pieces together where they are needed; its
-transpose sums the gradients and leaves each device its own piece. On a mesh of one device, and
-outside of shard_map (`UNSHARDED`), everything here is the identity.
+its shards of the weights. `ShardView.all_gather` makes whole weights of the shards where they are
+needed; its transpose reduce-scatters the gradients. On a mesh of one device, and outside of
+shard_map (`UNSHARDED`), everything here is the identity.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from engram_jax.sharding import rules
+from engram_jax.sharding.parameters import find
 from engram_jax.sharding.rules import ONE_DEVICE, Axes
 
-GATHERED = "collected weights"  # what rematerialisation need not keep
-_IN_FLOAT32 = ("router", "fn")  # used in float32 whatever the network computes in
+GATHERED = "gathered weights"  # what rematerialisation need not keep
 
 
 @dataclass(frozen=True)
 class ShardView:
     """The mesh seen from one device; static.
 
-    dtype: what matrices are collected in, being used in it; None = their own.
+    dtype: what matrices are gathered in, being used in it; None = their own.
     experts: E, all routed experts of a layer.
     on_tpu: the devices are TPUs, be they described ones (--mode=compile).
     """
@@ -49,7 +49,7 @@ class ShardView:
         return -(-self.experts // self.axes.expert)
 
     def all_gather(self, params: Any, *, layer: bool = False) -> Any:
-        """Weights from their pieces: whole, but for heads and inner widths cut by `tensor` and for
+        """Weights from their shards: whole, but for heads and inner widths (of `tensor`) and for
         experts, of which a device gets its own [local_experts, in, out].
 
         layer: the tree is one layer of a stack.
@@ -59,23 +59,24 @@ class ShardView:
         return jax.tree_util.tree_map_with_path(functools.partial(self._leaf, layer), params)
 
     def _leaf(self, layer: bool, path: Any, x: jax.Array) -> jax.Array:
-        name, ndim = rules.names(path)[-1], x.ndim + layer
-        found = rules.logical(name, ndim, whole_experts=self.whole_experts)[layer:]
+        names, ndim = rules.names(path), x.ndim + layer
+        found = rules.logical(names[-1], ndim, whole_experts=self.whole_experts)[layer:]
         gathers = tuple(
             (dim, tuple(a for a in rules.RULES[axis] if getattr(self.axes, a) > 1))
             for dim, axis in enumerate(found)
             if axis in ("embed", "latent", "expert_embed")
         )
         gathers = tuple(g for g in gathers if g[1])
-        pieces = found.index("expert_piece") if "expert_piece" in found else None
-        if not gathers and pieces is None:
+        inner = found.index("expert_shard") if "expert_shard" in found else None
+        if not gathers and inner is None:
             return x
-        dtype = x.dtype if self.dtype is None or name in _IN_FLOAT32 else jnp.dtype(self.dtype)
+        keep = self.dtype is None or find(names, ndim).float32
+        dtype = x.dtype if keep else jnp.dtype(self.dtype)
         padding = self.local_experts * self.axes.expert - self.experts
-        return checkpoint_name(_gathered(x, dtype.name, gathers, pieces, padding), GATHERED)
+        return checkpoint_name(_gathered(x, dtype.name, gathers, inner, padding), GATHERED)
 
     def psum_batch(self, x: Any) -> Any:
-        """The sum over all pieces of the batch."""
+        """The sum over all shards of the batch."""
         return lax.psum(x, rules.BATCH) if self.axes.batch > 1 else x
 
     def psum_tensor(self, x: jax.Array) -> jax.Array:
@@ -88,17 +89,17 @@ UNSHARDED = ShardView()
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gathered(
-    x: jax.Array, dtype: str, gathers: tuple, pieces: int | None, padding: int
+    x: jax.Array, dtype: str, gathers: tuple, inner: int | None, padding: int
 ) -> jax.Array:
-    """A weight from its pieces, in `dtype`.
+    """A weight from its shards, in `dtype`.
 
-    gathers: (dimension, mesh axes that cut it). pieces: the inner dimension that the expert axis
-    cuts of all E experts [E, ...] here; exchanged for whole experts (E + padding) / axis.
+    gathers: (dimension, mesh axes that shard it). inner: the dimension that the expert axis shards
+    of all E experts [E, ...] here; exchanged for whole experts (E + padding) / axis.
     """
     x = x.astype(dtype)
-    if pieces is not None:
+    if inner is not None:
         x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
-        x = lax.all_to_all(x, "expert", split_axis=0, concat_axis=pieces, tiled=True)
+        x = lax.all_to_all(x, "expert", split_axis=0, concat_axis=inner, tiled=True)
     for dim, axes in gathers:
         x = lax.all_gather(x, axes, axis=dim, tiled=True)
     return x
@@ -109,14 +110,14 @@ def _forward(x: jax.Array, *static: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _backward(
-    dtype: str, gathers: tuple, pieces: int | None, padding: int, like: jax.Array, g: jax.Array
+    dtype: str, gathers: tuple, inner: int | None, padding: int, like: jax.Array, g: jax.Array
 ) -> tuple[jax.Array]:
     """Sums over devices are taken in at least float32: there may be hundreds of terms."""
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
     for dim, axes in reversed(gathers):
         g = lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-    if pieces is not None:
-        g = lax.all_to_all(g, "expert", split_axis=pieces, concat_axis=0, tiled=True)
+    if inner is not None:
+        g = lax.all_to_all(g, "expert", split_axis=inner, concat_axis=0, tiled=True)
         g = g[: g.shape[0] - padding]
     return (g.astype(like.dtype),)
 

@@ -1,6 +1,6 @@
 """Next-token cross-entropy with the head's matrix product inside, so that [B, T, V] never exists.
 
-The tokens are cut into chunks; only one chunk's logits exist at a time. The gradient of a mean of
+The tokens are split into chunks; only one chunk's logits exist at a time. The gradient of a mean of
 token losses is known as soon as the logits are, so the forward pass takes it along: three matrix
 products per chunk in all, nothing recomputed, and the backward pass is a scaling.
 """
@@ -41,14 +41,14 @@ def cross_entropy(
     chunk = min(chunk, tokens)
     pad = -tokens % chunk
 
-    def cut(x: jax.Array) -> jax.Array:
+    def chunks(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
 
     return _summed(
-        cut(hidden.reshape(tokens, width)),
+        chunks(hidden.reshape(tokens, width)),
         unembedding.astype(hidden.dtype),
-        cut(targets.reshape(tokens)),
-        cut(mask.reshape(tokens)),
+        chunks(targets.reshape(tokens)),
+        chunks(mask.reshape(tokens)),
     )
 
 

@@ -92,7 +92,7 @@ def init_state(program: TrainingProgram) -> TrainState:
 
 
 def state_shardings(program: TrainingProgram) -> TrainState:
-    """Where every array of the state lies: NamedShardings in the state's structure."""
+    """How every array of the state is sharded: NamedShardings in the state's structure."""
     mesh = program.mesh
     shapes = jax.eval_shape(lambda: init_state(program))
     found = shardings(shapes, mesh)
@@ -116,7 +116,7 @@ def create_state(program: TrainingProgram) -> TrainState:
 
 
 def check_memory(program: TrainingProgram) -> None:
-    """Raises UserError if the state cannot lie in memory: a machine that tries may stand still."""
+    """Raises UserError if the state does not fit in memory: a machine that tries may hang."""
     needed = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(abstract_state(program))

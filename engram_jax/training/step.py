@@ -18,10 +18,10 @@ import optax
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import hash_jax
+from engram_jax.config import DENSE_ADAM
 from engram_jax.config.random_streams import ROUNDING, number
 from engram_jax.layers.moe import updated_bias
 from engram_jax.memory.exchange import ExchangePlan, Sent
-from engram_jax.memory.row_gradients import RowGradients
 from engram_jax.memory.table import Table, Tables
 from engram_jax.model.block import MOE
 from engram_jax.model.program import Params, Program
@@ -68,13 +68,13 @@ def forward(
 ) -> tuple[jax.Array, Metrics]:
     """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`).
 
-    One shard_map: every device runs the network on its sequences, with weights that it collects
-    when they are needed. Differentiating it returns each device its own pieces of the gradients.
+    One shard_map: every device runs the network on its sequences, with weights all-gathered when
+    they are needed. Differentiating it leaves each device its own shards of the gradients.
     """
     shard = program.shard_view
 
     def on_device(params: Params, rows: Any, bias: Params, batch: Batch) -> tuple[jax.Array, Any]:
-        stacks = {"blocks": params["blocks"]}  # a layer's weights are collected when it runs
+        stacks = {"blocks": params["blocks"]}  # a layer's weights are gathered when it runs
         rest = shard.all_gather({k: v for k, v in params.items() if k != "blocks"})
         model = program.model({**rest, **stacks}, bias)
         mask = program.memory_mask(batch["tokens"])
@@ -96,7 +96,7 @@ def forward(
 
 
 def statistics(output: Output, segments: jax.Array) -> Metrics:
-    """Sums over real tokens, so that pieces of a batch add up: gates per branch, expert loads."""
+    """Sums over real tokens, so that parts of a batch add up: gates per branch, expert loads."""
     real = (segments > 0)[..., None]
     gates = {k: jnp.sum(jnp.where(real, g, 0), axis=(0, 1)) for k, g in output.gates.items()}
     return {"gate": gates, "load": output.loads, "tokens": jnp.sum(real)}
@@ -107,9 +107,9 @@ def gradients(
 ) -> tuple[jax.Array, Params, dict[str, jax.Array], Metrics]:
     """Loss (nats per target), its gradients for parameters and for every looked-up row, statistics.
 
-    With accumulation every device's sequences are cut along B and scanned; parameter gradients are
-    summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch but
-    the order of sums.
+    With accumulation every device's sequences are split along B and scanned; parameter gradients
+    are summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch
+    but the order of sums.
     """
     parts = program.config.train.accumulation
     targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
@@ -128,7 +128,7 @@ def gradients(
         (loss, grad_params, stats), grad_rows = part(rows, inputs)
         return loss, grad_params, grad_rows, stats
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         # Part p is every device's sequences p, p + parts, ...: no sequence changes devices.
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
@@ -139,7 +139,7 @@ def gradients(
         sums, grad_rows = part(*xs)
         return jax.tree.map(jnp.add, total, sums), grad_rows
 
-    xs = jax.tree.map(cut, (dict(rows), inputs))
+    xs = jax.tree.map(split, (dict(rows), inputs))
     shapes = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], xs))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (loss, grad_params, stats), grad_rows = jax.lax.scan(body, zeros, xs)
@@ -155,29 +155,22 @@ def update_memory(
     step: jax.Array,
     apply: jax.Array,
 ) -> tuple[dict[str, Table], dict[str, jax.Array]]:
-    """Apply the summed row gradients (times the clipping factor) where the rows lie.
+    """Apply the summed row gradients (times the clipping factor) where the rows are stored.
 
     Returns the tables and, per layer, how many of the touched rows had been trained before.
     """
     config = program.config.optimizer
-    dense = config.memory_optimizer == "dense_adam"
-    adam = rowwise_adam.update_dense if dense else rowwise_adam.update
+    adam = rowwise_adam.RULES[config.memory_optimizer]
     rate = program.rate(step) * config.memory_lr_multiplier
     tables, seen = {}, {}
-
-    def rule(layer: str) -> Callable:
-        seed = number(program.config.train.seed, ROUNDING, int(layer))
-
-        def update(table: Table, gradients: RowGradients, addresses: Any, *now: Any) -> Any:
-            options = {"config": config, "identity": addresses, "seed": seed}
-            return adam(table, gradients, *now, **options)
-
-        return update
-
     for layer, exchange in program.exchanges().items():
+        seed = number(program.config.train.seed, ROUNDING, int(layer))
+        update = partial(adam, config=config, seed=seed)
         tables[layer], seen[layer] = exchange.apply(
-            rule(layer), memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
+            update, memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
         )
+    if config.memory_optimizer == DENSE_ADAM:  # its moments decay even without gradients
+        tables = jax.tree.map(lambda new, old: jnp.where(apply, new, old), tables, dict(memory))
     return tables, seen
 
 
@@ -226,8 +219,6 @@ def train_step(
     bias = update_router_bias(program, state.router_bias, stats["load"])
     keep = partial(jax.tree.map, lambda new, old: jnp.where(apply, new, old))
     memory, seen = update_memory(program, state.memory, plans, sent, factor, state.step, apply)
-    if program.config.optimizer.memory_optimizer == "dense_adam":
-        memory = keep(memory, state.memory)  # dense moments decay even without gradients
     new_state = TrainState(
         step=state.step + apply.astype(jnp.int32),
         params=keep(params, state.params),

@@ -1,11 +1,7 @@
-"""The gate of Engram (paper section 2): rows of the memory, projected and gated by the streams.
+"""The gate of Engram (paper, equations 3, 4 and 6): rows of the memory, projected and gated.
 
-    key_m  = W_m e + b_m,  value = W_v e + b_v                                      (3)
-    s_m    = <RMSNorm(h_m), RMSNorm(key_m)> / sqrt(d)
-    gate_m = sigmoid(sign(s_m) sqrt(max(|s_m|, 1e-6)))              (4), per branch (6)
-    out_m  = gate_m value
-
-for the M streams h_m of a token; README.md has how the kernels do it.
+What is computed: reference.py, line by line; the equations: engram_jax/layers/engram.py; how the
+kernels do it: README.md.
 """
 
 from __future__ import annotations
@@ -73,13 +69,13 @@ def engram_gate(
         or (gpu.UNMEASURED if implementation == AUTO else None),
     }
     choice = dispatch.choose("engram_gate", implementation, limits)
+    if not isinstance(rows, Quantised) and not isinstance(weights, Quantised):
+        weights = weights.astype(rows.dtype)
     if choice.kernel is None:
         return reference.engram_gate(
             rows, weights, streams, gain, bias, mask, eps=eps, recipe=recipe
         )
     rows = jax.tree.map(lambda x: x.reshape(tokens, x.shape[-1]), rows)
-    if not isinstance(weights, Quantised):
-        weights = weights.astype(values.dtype)
     out, gate = vjp.engram_gate(
         rows,
         weights,

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import e8m0
+
 CHANNEL, BLOCK, MX = "channel", "block", "mx"
 RECIPES = (CHANNEL, BLOCK, MX)
 WIDTH = {BLOCK: 128, MX: 32}  # columns, and rows, of a group
@@ -119,13 +121,9 @@ def _spread_weights(scale: jax.Array, recipe: str) -> jax.Array:
 
 
 def _stored(scale: jax.Array, recipe: str) -> jax.Array:
-    if recipe != MX:
-        return scale
-    return (lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
+    return e8m0.encode(scale) if recipe == MX else scale
 
 
 def _read(scales: jax.Array) -> jax.Array:
-    """float32; an E8M0 byte is float32's exponent (byte 0, 2^-127, is subnormal there)."""
-    if scales.dtype != jnp.uint8:
-        return scales.astype(jnp.float32)
-    return jnp.ldexp(jnp.float32(1), scales.astype(jnp.int32) - 127)
+    """float32."""
+    return e8m0.decode(scales) if scales.dtype == jnp.uint8 else scales.astype(jnp.float32)

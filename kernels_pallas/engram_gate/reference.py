@@ -3,9 +3,9 @@
 Rounding is the kernels': rows and weights are multiplied in the rows' dtype, but the products are
 summed and kept in float32, and so is all that follows, up to the gated value, which is rounded once
 to the streams' dtype. (Keys in bfloat16 would move a score near 0 across it, where the gate is
-steepest: gradients were off by 8 to 78 %.) Backward, the gradients of keys and value are rounded to
-the rows' dtype for the two products behind them, which are summed in float32 again. FP8 is taken
-back to float32 and multiplied so; backward in the dtype of what was rounded to it.
+steepest: README.md.) Backward, the gradients of keys and value are rounded to the rows' dtype for
+the two products behind them, which are summed in float32 again. FP8 is taken back to float32 and
+multiplied so; backward in the dtype of what was rounded to it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _product(a: jax.Array, b: jax.Array, contracted: tuple[list[int], list[int]]
 def _projected_forward(
     rows: jax.Array, weights: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, tuple]:
-    kept = rows.astype(dtype), weights.astype(dtype), jnp.zeros((), rows.dtype)
+    like = jnp.zeros((), rows.dtype)  # rows' dtype, which is the weights', too
+    kept = rows.astype(dtype), weights.astype(dtype), like
     return _projected(rows, weights, dtype), kept
 
 

@@ -1,13 +1,7 @@
 """mHC, manifold-constrained hyper-connections (arXiv 2512.24880, section 4), around a sub-layer F.
 
-With v = RMSNorm(vec(x)) of a token's n streams x in R^{n x d} and (h_pre, h_post, h_res) = v fn:
-
-    pre  = sigmoid(a_pre h_pre + b_pre) + eps                  R^n      what F reads of each stream
-    post = 2 sigmoid(a_post h_post + b_post)                   R^n      what each stream gets of F
-    res  = Sinkhorn(exp(a_res mat(h_res) + b_res))             R^{n x n}, doubly stochastic
-    x   <- res x + post^T F(pre x)                             (equations 3, 7 - 9)
-
-eps: where the released DeepSeek-V4 adds it (sinkhorn.py); the paper's equations have none.
+Equations 3 and 7 to 9 of the paper, as engram_jax/layers/hyper_connections.py has them, with an eps
+where the released DeepSeek-V4 adds it (to pre, and in sinkhorn.py); the paper's have none.
 """
 
 from __future__ import annotations

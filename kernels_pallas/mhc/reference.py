@@ -1,12 +1,6 @@
 """mHC's coefficients and products in plain jax.numpy (arXiv 2512.24880, section 4).
 
-n streams x in R^{n x d} of a token, v = RMSNorm(vec(x)), (h_pre, h_post, h_res) = v fn:
-
-    pre  = sigmoid(a_pre h_pre + b_pre) + eps                  R^n      what F reads of each stream
-    post = 2 sigmoid(a_post h_post + b_post)                   R^n      what each stream gets of F
-    res  = Sinkhorn(exp(a_res mat(h_res) + b_res))             R^{n x n}, doubly stochastic
-    x   <- res x + post^T F(pre x)
-
+The equations, with what the sources leave open: engram_jax/layers/hyper_connections.py.
 Coefficients are computed in float32 (float64 for float64 streams), streams keep their dtype.
 """
 

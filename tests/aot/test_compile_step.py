@@ -88,11 +88,17 @@ def test_bfloat16_tables_and_network():
         assert_no_table_is_copied(report)
 
 
-def test_a_decode_step():
-    code, report, err = compiled("engram_tiny", "v5e:2x2", "--program=decode", **TINY)
+@pytest.mark.parametrize("program", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
+def test_the_engine_s_step(program):
+    """The engine's own programs: the page pool is updated in place, the table is not copied."""
+    code, report, err = compiled("engram_tiny", "v5e:2x2", f"--program={program}", **TINY)
     assert code == 0, err
-    assert report["program"] == "decode" and report["fits"]
+    assert report["program"] == program and report["fits"]
+    assert list(report["programs"]) == ["first", "rows 1", "span 1", "sample"]
     assert_no_table_is_copied(report)
+    kept = sum(report["state_bytes"].values())
+    assert report["peak_hbm_bytes"] > report["argument_bytes"] >= kept
+    assert report["global_batch_tokens"] == {"decode": 8, "prefill": 2 * 128}[program]
 
 
 def test_what_does_not_fit_is_named_with_the_slice_that_holds_it():
@@ -122,7 +128,10 @@ def test_restored_tables_lie_as_the_step_wants_them(tpu_slice):
     [
         (["--mode=compile"], "--topology: missing"),
         (["--mode=compile", "--topology=v5p:4x4"], "a v5p slice is v5p:AxBxC"),
-        (["--mode=compile", "--topology=v5e:2x2", "--program=serve"], "must be train or decode"),
+        (
+            ["--mode=compile", "--topology=v5e:2x2", "--program=serve"],
+            "must be train, decode or prefill",
+        ),
         (["--mode=compile", "--topology=v5e:2x2", "--config.mesh.expert=3"], "must make 4"),
     ],
 )

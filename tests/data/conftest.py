@@ -53,7 +53,7 @@ def make_config(tmp_path):
             },
             "tokenizer": {"vocab_size": 300, **(tokenizer or {})},
         }
-        return configs.parse(values)
+        return configs.parse_config(values)
 
     return make
 

@@ -53,11 +53,11 @@ def test_content_decides_not_names_or_positions(tmp_path, make_config, helpers):
         (tmp_path / "b" / "deep" / f"other{i}.md").write_text(text)
     a = open_folder(make_config(tmp_path / "a"))
     b = open_folder(make_config(tmp_path / "b"))
-    assert a.fingerprint == b.fingerprint
+    assert a.report.digest == b.report.digest
     assert list(a.documents("train")) == list(b.documents("train"))
     (tmp_path / "b" / "one_more.txt").write_text("a new document")
     c = open_folder(make_config(tmp_path / "b"))
-    assert c.fingerprint != b.fingerprint
+    assert c.report.digest != b.report.digest
     assert both(b)[0] <= both(c)[0]
     assert both(b)[1] <= both(c)[1]
 
@@ -196,12 +196,12 @@ def test_prepared_once_and_again_when_a_file_changes(tmp_path, make_config, help
         patch.setattr(text_store, "write", fail)
         patch.setattr(corpora, "Spool", fail)
         second = open_folder(config)
-    assert second.fingerprint == first.fingerprint
+    assert second.report.digest == first.report.digest
     assert second.report == first.report
 
     (tmp_path / "text" / "d000.txt").write_text("changed")
     third = open_folder(config)
-    assert third.fingerprint != first.fingerprint
+    assert third.report.digest != first.report.digest
     assert "changed" in both(third)[0] | both(third)[1]
 
 

@@ -55,8 +55,8 @@ def trained(mesh: tuple, steps: int, **overrides):
 
 
 def compare(mesh: tuple, steps: int, tolerance: float, **overrides) -> None:
-    """tolerance: relative, of the losses; ten times that for norms of gradients, which are sums of
-    many float32 terms of both signs. Devices change nothing but the order of sums."""
+    """tolerance: relative, of the losses; ten times that for norms of gradients, a hundred times
+    for parameters and tables. Devices change nothing but the order of sums."""
     ours, tables, params = trained(mesh, steps, **overrides)
     theirs, tables_of_one, params_of_one = trained(ONE, steps, **overrides)
     for one, other in zip(theirs, ours, strict=True):
@@ -81,18 +81,15 @@ def test_the_start_is_the_same_on_any_mesh():
     jax.tree.map(np.testing.assert_array_equal, (tables, params), (tables_of_one, params_of_one))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [*MESHES, *(pytest.param(m, marks=pytest.mark.slow) for m in MORE_MESHES)]
+)
 def test_steps_equal_those_of_one_device(mesh):
-    """In float64: Adam makes a whole step of a gradient that is nothing but rounding."""
+    """In float64: Adam makes a whole step of a gradient that is nothing but rounding. The tables
+    are float32: 1e-7, a last bit of theirs, is what the bound allows them."""
     with jax.enable_x64(True):
         types = {"model.dtype": "float64", "model.param_dtype": "float64"}
-        compare((MESHES | MORE_MESHES)[mesh], 3, 2e-6, **types)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", MORE_MESHES)
-def test_other_meshes(mesh):
-    test_steps_equal_those_of_one_device(mesh)
+        compare((MESHES | MORE_MESHES)[mesh], 3, 1e-9, **types)
 
 
 @pytest.mark.slow

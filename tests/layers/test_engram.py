@@ -10,10 +10,10 @@ from flax import nnx
 
 from engram_jax.config import PAPER, QWEN, V41, EngramConfig
 from engram_jax.layers.engram import Engram
-from engram_jax.memory.fp8_rows import dequantise_blocks, dequantise_rows
 from engram_jax.memory.row_gradients import deduplicate
 from tests.oracle import engram_gate as gate_oracle
 from tests.oracle import fp8
+from tests.oracle.released_fp8 import dequantise_blocks, dequantise_rows
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

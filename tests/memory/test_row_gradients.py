@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from engram_jax.config import MAX_LOOKUPS, MAX_TABLE_ROWS, OptimizerConfig
-from engram_jax.memory import fp8_rows, table
+from engram_jax.memory import table
 from engram_jax.memory.row_gradients import deduplicate, out_of_range, squared_norm
 from engram_jax.memory.table import TableLayout
 from engram_jax.training.optim import rowwise_adam
+from tests.oracle import released_fp8
 
 ROWS, DIM = 50, 4
 
@@ -62,7 +63,7 @@ def test_rowwise_adam_over_steps_moves_only_the_rows_it_touches():
     rows, mu, nu = (np.array(x, np.float64) for x in (memory.rows, memory.mu, memory.nu))
     step_fn = jax.jit(
         lambda t, g, step: rowwise_adam.update(
-            t, g, rate=jnp.float32(0.01), step=step, config=config
+            t, g, g.addresses, rate=jnp.float32(0.01), step=step, config=config
         )
     )
     ever = set()
@@ -96,7 +97,12 @@ def test_dense_adam_is_the_textbook_and_moves_untouched_rows():
         np.add.at(dense, addresses, gradients)
         grads = deduplicate(jnp.asarray(addresses), jnp.asarray(gradients, jnp.float32))
         memory, _ = rowwise_adam.update_dense(
-            memory, grads, rate=jnp.float32(0.01), step=jnp.int32(step), config=config
+            memory,
+            grads,
+            grads.addresses,
+            rate=jnp.float32(0.01),
+            step=jnp.int32(step),
+            config=config,
         )
         numpy_sparse_adam(rows, mu, nu, dense, range(ROWS), 0.01, step, config)
     np.testing.assert_allclose(memory.rows, rows, rtol=1e-5, atol=1e-6)
@@ -109,6 +115,7 @@ def test_dropped_gradients_change_nothing():
     after, _ = rowwise_adam.update(
         memory,
         grads.only_if(jnp.asarray(False)),
+        grads.addresses,
         rate=jnp.float32(1),
         step=jnp.int32(0),
         config=config,
@@ -145,7 +152,10 @@ def test_bfloat16_rows_learn_steps_too_small_for_them():
     ones = jnp.ones((64, 32))
     memory = table.Table(ones.astype(jnp.bfloat16), 0 * ones, 0 * ones)
     grads = deduplicate(jnp.arange(64), ones)
-    step = jax.jit(lambda t, n: rowwise_adam.update(t, grads, jnp.float32(1e-4), n, config=config))
+    ids = grads.addresses
+    step = jax.jit(
+        lambda t, n: rowwise_adam.update(t, grads, ids, jnp.float32(1e-4), n, config=config)
+    )
     for number in range(100):
         memory, _ = step(memory, jnp.int32(number))
     assert memory.rows.dtype == jnp.bfloat16 and memory.mu.dtype == jnp.float32
@@ -165,6 +175,7 @@ def test_update_is_in_place():
         return rowwise_adam.update(
             memory,
             grads.scaled(jnp.sum(read)),
+            grads.addresses,
             rate=jnp.float32(1),
             step=jnp.int32(0),
             config=OptimizerConfig(),
@@ -197,6 +208,14 @@ def test_lookup_is_the_exact_gather():
     assert abs(float(jnp.std(memory["1"].rows)) - 0.02) < 0.005
 
 
+def test_a_table_starts_as_itself_whatever_others_there_are():
+    alone = table.init_memory(jax.random.key(1), {"4": TableLayout(20)}, DIM, 0.02)
+    layouts = {"1": TableLayout(20), "4": TableLayout(20)}
+    memory = table.init_memory(jax.random.key(1), layouts, DIM, 0.02)
+    np.testing.assert_array_equal(memory["4"].rows, alone["4"].rows)
+    assert not np.array_equal(memory["1"].rows, memory["4"].rows)
+
+
 def test_a_large_table_is_drawn_in_pieces(monkeypatch):
     """Normal with the asked deviation, no column a copy of another, and no second table's worth of
     temporary memory."""
@@ -219,7 +238,9 @@ def test_e8m0_and_e4m3_against_their_definitions():
     """Every byte: 2 ** (b - 127), NaN for 255; E4M3 by sign, exponent and mantissa."""
     codes = np.arange(256, dtype=np.uint8)
     powers = np.array([np.ldexp(1.0, b - 127) for b in range(255)] + [np.nan])
-    np.testing.assert_array_equal(np.asarray(fp8_rows.e8m0_to_float32(codes), np.float64), powers)
+    np.testing.assert_array_equal(
+        np.asarray(released_fp8.e8m0_to_float32(codes), np.float64), powers
+    )
 
     def e4m3(code):
         sign, exponent, mantissa = -1.0 if code >> 7 else 1.0, code >> 3 & 15, code & 7
@@ -229,7 +250,7 @@ def test_e8m0_and_e4m3_against_their_definitions():
             return sign * mantissa / 8 * 2.0**-6
         return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
 
-    ours = np.asarray(fp8_rows.e4m3_to_float32(codes), np.float64)
+    ours = np.asarray(released_fp8.e4m3_to_float32(codes), np.float64)
     np.testing.assert_array_equal(ours, [e4m3(int(c)) for c in codes])
 
 

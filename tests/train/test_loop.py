@@ -204,7 +204,8 @@ def test_nothing_is_transferred_implicitly(config, data, tmp_path):
         jnp.add(np.ones(3), 1)  # what the guard catches
     program = build_training(config, data.addressing)
     with Checkpointer(tmp_path, addressing=data.addressing) as checkpointer:
-        run = loop.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None)
+        launch = loop.Launch(config, tmp_path, lambda line: None)
+        run = loop.Run(launch, data, program, checkpointer)
         with jax.transfer_guard("disallow"):
             state = run.loop()
         assert checkpointer.steps()[-3:] == [18, 21, 24]
@@ -238,7 +239,8 @@ def test_a_step_is_dispatched_before_the_last_ones_metrics_are_read(
     monkeypatch.setattr(jax, "device_get", recording_get)
     program = build_training(config, data.addressing)
     with Checkpointer(tmp_path, addressing=data.addressing) as checkpointer:
-        loop.Run(config, tmp_path, data, program, checkpointer, log=lambda line: None).loop()
+        launch = loop.Launch(config, tmp_path, lambda line: None)
+        loop.Run(launch, data, program, checkpointer).loop()
     three = [("dispatch", 0), ("dispatch", 1), ("read", 0), ("dispatch", 2), ("read", 1)]
     three.append(("read", 2))
     assert events == [(what, n + 3 * k) for k in range(8) for what, n in three]

@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from engram_jax.checkpoint.integrity import seal
 from engram_jax.checkpoint.load_model import load_model
 from engram_jax.memory.store.memory_file import open_memory, write_memory
 from engram_jax.memory.store.read_counts import load_frequency, save_frequency
-from tests.runs import launched, refused, small_config, small_run
+from tests.runs import environment, launched, refused, small_config, small_run
 
 PROMPT = "document 3\nabcd"
 
@@ -284,3 +286,29 @@ def test_the_workdir_is_a_tokenizers_folder(corpus, undisturbed):
         plain.token_to_id("<|eos|>")
         == json.loads((undisturbed / "text.json").read_text())["eos_id"]
     )
+
+
+# Run in a process of its own, which has imported nothing yet.
+ANSWER_ONE = """
+import sys
+from pathlib import Path
+from engram_jax.checkpoint.run_record import get_config
+from engram_jax.config import parse_config
+from engram_jax.serve.http.server import Server
+from engram_jax.serve.open_engine import open_engine
+from engram_jax.serve.request import SamplingParams
+
+workdir = Path(sys.argv[1])
+engine = open_engine(parse_config(get_config(f"latest:{workdir}")), workdir, "latest")
+print(len(list(engine.stream([5, 6], SamplingParams(max_tokens=2, temperature=0)))))
+engine.close()
+print([name for name in sys.modules if name.startswith("engram_jax.training")])
+"""
+
+
+def test_an_answer_needs_nothing_of_training(undisturbed):
+    command = [sys.executable, "-c", ANSWER_ONE, str(undisturbed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stderr
+    answered, imported = done.stdout.splitlines()
+    assert int(answered) >= 1 and imported == "[]"

@@ -11,13 +11,15 @@ import pytest
 
 from engram_jax.sharding.rules import names
 from engram_jax.training.loss import token_losses
-from engram_jax.training.optim import partition
+from engram_jax.training.optim import optimizer
 from engram_jax.training.state import abstract_state, build_training, init_state
 from engram_jax.training.step import (
     batch_addresses,
     eval_step,
+    fetch_rows,
     jit_train_step,
     train_step,
+    update_memory,
     utilisation,
 )
 from tests.tiny import random_batch, tiny, tiny_addressing, tiny_config
@@ -245,7 +247,7 @@ def optimizers(program):
     """Parameter name, numbers as "*" -> the label of its optimizer."""
     found = {}
     for path, label in jax.tree_util.tree_leaves_with_path(
-        partition.labels(abstract_state(program).params)
+        optimizer.labels(abstract_state(program).params)
     ):
         name = "/".join("*" if part.isdigit() else part for part in names(path))
         assert found.setdefault(name, label) == label
@@ -291,3 +293,28 @@ def test_muon_takes_stacks_matrix_by_matrix():
         for g, update in zip(matrices(grads), matrices(updates), strict=True):
             expected = -rate * 0.2 * np.sqrt(max(g.shape)) * newton_schulz(g)
             np.testing.assert_allclose(update, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_rows_in_bfloat16_are_rounded_by_the_run_s_seed():
+    """Same rows, same gradients: another seed makes another table, the same seed the same."""
+    program, state = tiny(**{"model.engram.table_dtype": "bfloat16"})
+    batch = random_batch(program.config)
+
+    def updated(seed):
+        train = dataclasses.replace(program.config.train, seed=seed)
+        own = dataclasses.replace(program, config=dataclasses.replace(program.config, train=train))
+
+        @jax.jit
+        def update(memory, batch):
+            rows, plans = fetch_rows(own, memory, batch_addresses(own, batch))
+            exchanges = own.exchanges()
+            sent = {k: exchanges[k].send(x.astype(jnp.float32), plans[k]) for k, x in rows.items()}
+            now = jnp.float32(1), jnp.int32(5), jnp.bool_(True)
+            return update_memory(own, memory, plans, sent, *now)[0]
+
+        return np.asarray(update(state.memory, batch)["1"].rows)
+
+    first, again, other = updated(0), updated(0), updated(1)
+    np.testing.assert_array_equal(first, again)
+    assert np.mean(first != np.asarray(state.memory["1"].rows)) > 0.1
+    assert np.mean(first != other) > 0.1

@@ -5,8 +5,6 @@ A cache starts warm from it (`CachedTable.warm`), and a static one is chosen by 
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.storage import replacing
 
 _FORMAT = 1
 
@@ -113,17 +112,9 @@ def save_frequency(
     for layer, f in layers.items():
         arrays |= {f"{layer}.ids": f.ids.astype("<i4"), f"{layer}.counts": f.counts.astype("<i8")}
         arrays[f"{layer}.table"] = np.array([f.rows, f.lookups], "<i8")
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        try:
-            with partial.open("xb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from engram_jax.config.errors import UserError
+from kernels_pallas import e8m0
 
 if TYPE_CHECKING:
     import jax
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 GROUP = 32  # columns of an FP8 row under one scale, as in DeepSeek-V4.1
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 _PIECE = 1 << 16  # rows that are looked at a time
-_E4M3_MAX, _SCALE_BIAS = 448.0, 127
+_E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class RowFormat:
         bits = jax.lax.bitcast_convert_type(wide, jnp.uint16).astype(jnp.int32)
         scale = jnp.repeat(scales.astype(jnp.int32), GROUP, axis=-1)
         sign, exponent, fraction = bits & 0x8000, (bits >> 7) & 0xFF, bits & 0x7F
-        moved = exponent + scale - _SCALE_BIAS
+        moved = exponent + scale - e8m0.BIAS
         shift = jnp.clip(1 - moved, 1, 9)  # from 9 on every value rounds to zero
         whole = 0x80 | fraction
         kept = whole >> shift
@@ -139,10 +140,10 @@ def _encode_fp8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups = rows.reshape(len(rows), -1, GROUP)
     fraction, exponent = np.frexp(np.abs(groups).max(axis=-1))  # 448 = 0.875 * 2**9
     power = np.where(fraction <= _E4M3_MAX / 512, exponent - 9, exponent - 8)
-    power = np.where(fraction == 0, -_SCALE_BIAS, np.maximum(power, -_SCALE_BIAS))
+    power = np.where(fraction == 0, -e8m0.BIAS, np.maximum(power, -e8m0.BIAS))
     shrink = np.ldexp(np.float32(1), -power).astype(np.float32)  # at most 2**127
     values = (groups * shrink[..., None]).astype(ml_dtypes.float8_e4m3fn)
-    return _bytes(values.reshape(rows.shape)), (power + _SCALE_BIAS).astype(np.uint8)
+    return _bytes(values.reshape(rows.shape)), (power + e8m0.BIAS).astype(np.uint8)
 
 
 def _aligned(rows: int, size: int) -> np.ndarray:

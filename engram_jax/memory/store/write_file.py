@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from engram_jax.config.errors import UserError
+from engram_jax.hardware.storage import replacing
 from engram_jax.memory.store.file_format import (
     CHECKSUM,
     HEADER_CHECKSUM,
@@ -56,33 +55,11 @@ def write_memory(
             raise UserError(f"layer {layer}: {rows} rows, must be at least 1")
         heads[layer] = LayerHeader(row_format, rows, block_rows(row_format))
     head = to_bytes(heads, fingerprint, metadata or {})
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with _whole_or_nothing(partial, path) as file:
-            _write(file, head, heads, layers)
+        with replacing(path) as file:
+            _write(file.fileno(), head, heads, layers)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(partial: Path, path: Path) -> Iterator[int]:
-    """A descriptor of a new file `partial`, which becomes `path` unless an exception comes."""
-    file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            yield file
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
 
 
 def _write(

@@ -1,9 +1,8 @@
 """Muon (arXiv 2502.16982) on a mesh: whole matrices are orthogonalised, each by one device.
 
-The momentum lies where the parameters lie, in pieces. For the Newton-Schulz iterations the pieces
-of a stack's matrices are exchanged (all-to-all) so that every device has its share of them whole,
-and back: it computes 1 / n of the iterations, and nothing is gathered everywhere. optax's own
-iterations do the work.
+The momentum is sharded as the parameters are. For the Newton-Schulz iterations the shards of a
+stack's matrices are exchanged (all-to-all) so that every device has some of them whole, and back:
+it computes 1 / n of the iterations, and nothing is replicated. optax's own iterations do the work.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from engram_jax.sharding import rules
-from engram_jax.training.optim import partition
+from engram_jax.sharding.parameters import find
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic, the slope at zero made large
 _MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -35,7 +34,7 @@ class MuonState(NamedTuple):
 def orthogonalised_momentum(beta: float, steps: int, mesh: Mesh) -> optax.GradientTransformation:
     """Nesterov momentum, then `steps` Newton-Schulz iterations of every matrix.
 
-    What optax.contrib.scale_by_muon computes, matrix by matrix, with the matrices shared out.
+    What optax.contrib.scale_by_muon computes, matrix by matrix, each on one device.
     """
 
     def init(params: Any) -> MuonState:
@@ -69,36 +68,35 @@ def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
 
 
 def _orthogonal(steps: int, mesh: Mesh, path: Any, x: jax.Array) -> jax.Array:
-    """One stack of matrices, in pieces as `rules` say."""
+    """One stack of matrices, sharded as `rules` say."""
     axes = rules.axes_of(mesh)
     spec = rules.spec(path, x, axes)
-    cut = [_cutting(axis, axes) for axis in (*spec, *(None,) * (x.ndim - len(spec)))]
-    dims = partition.MUON_MATRICES[rules.names(path)[-1]]
-    rows, columns = dims.reduction_axis % x.ndim, dims.output_axis % x.ndim
-    run = partial(_share_out, steps, rows, columns, (cut[rows], cut[columns]), axes)
+    sharded = [_sharding_axes(axis, axes) for axis in (*spec, *(None,) * (x.ndim - len(spec)))]
+    rows, columns = find(rules.names(path), x.ndim).fan_in % x.ndim, x.ndim - 1
+    run = partial(_on_device, steps, rows, columns, (sharded[rows], sharded[columns]), axes)
     return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
-def _cutting(axis: Any, axes: rules.Axes) -> tuple[str, ...]:
+def _sharding_axes(axis: Any, axes: rules.Axes) -> tuple[str, ...]:
     names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
     return tuple(name for name in names if getattr(axes, name) > 1)
 
 
-def _share_out(
+def _on_device(
     steps: int,
     rows: int,
     columns: int,
-    cut: tuple[tuple[str, ...], tuple[str, ...]],
+    sharded: tuple[tuple[str, ...], tuple[str, ...]],
     axes: rules.Axes,
     x: jax.Array,
 ) -> jax.Array:
-    """On one device: pieces of all matrices -> all of some matrices, iterate, and back."""
+    """On one device: shards of all matrices -> some matrices whole, iterate, and back."""
     moved = jnp.moveaxis(x, (rows, columns), (-2, -1))
     matrices = moved.reshape(-1, *moved.shape[-2:])
     count = matrices.shape[0]
-    padding = -count % (axes.size(cut[0]) * axes.size(cut[1]))
+    padding = -count % (axes.size(sharded[0]) * axes.size(sharded[1]))
     matrices = jnp.pad(matrices, ((0, padding), (0, 0), (0, 0)))
-    exchanges = [(names, axis) for axis, names in enumerate(cut, 1) if names]
+    exchanges = [(names, axis) for axis, names in enumerate(sharded, 1) if names]
     for names, axis in exchanges:
         matrices = lax.all_to_all(matrices, names, split_axis=0, concat_axis=axis, tiled=True)
     matrices = newton_schulz(matrices, steps)

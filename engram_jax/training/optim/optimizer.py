@@ -1,4 +1,4 @@
-"""The backbone's optimizer: Muon and AdamW, each on its own parameters (see `partition`)."""
+"""The backbone's optimizer: Muon and AdamW, each on its own parameters (sharding/parameters.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from engram_jax.config import OptimizerConfig
+from engram_jax.sharding.parameters import ADAMW, ADAMW_NO_DECAY, MUON, find
 from engram_jax.sharding.rules import names
-from engram_jax.training.optim import partition
 from engram_jax.training.optim.muon import orthogonalised_momentum
 
 
@@ -34,11 +34,18 @@ def build(
         )
 
     transforms = {
-        partition.MUON: muon,
-        partition.ADAMW: adamw(config.weight_decay),
-        partition.ADAMW_NO_DECAY: adamw(0.0),
+        MUON: muon,
+        ADAMW: adamw(config.weight_decay),
+        ADAMW_NO_DECAY: adamw(0.0),
     }
-    return optax.partition(transforms, partition.labels)
+    return optax.partition(transforms, labels)
+
+
+def labels(params: Any) -> Any:
+    """Which optimizer has each parameter of a tree. Raises ValueError for an unknown name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: find(names(path), x.ndim).optimizer, params
+    )
 
 
 def scale_to_rms(rms: float) -> optax.GradientTransformation:
@@ -49,8 +56,8 @@ def scale_to_rms(rms: float) -> optax.GradientTransformation:
     """
 
     def scale(path: Any, update: jax.Array) -> jax.Array:
-        dims = partition.MUON_MATRICES[names(path)[-1]]
-        fan = max(update.shape[dims.reduction_axis], update.shape[dims.output_axis])
+        fan_in = find(names(path), update.ndim).fan_in
+        fan = max(update.shape[fan_in], update.shape[-1])
         return update * (rms * math.sqrt(fan))
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from engram_jax.config import OptimizerConfig
+from engram_jax.config import DENSE_ADAM, ROWWISE_ADAM, OptimizerConfig
 from engram_jax.memory.row_gradients import RowGradients
 from engram_jax.memory.table import Table
 
@@ -23,11 +23,11 @@ from engram_jax.memory.table import Table
 def update(
     table: Table,
     gradients: RowGradients,
+    identity: jax.Array,
     rate: jax.Array,
     step: jax.Array,
     *,
     config: OptimizerConfig,
-    identity: jax.Array | None = None,
     seed: int = 0,
 ) -> tuple[Table, jax.Array]:
     """One step on the touched rows. Donate `table`: then its buffers are updated in place.
@@ -39,11 +39,11 @@ def update(
     Args:
       table: rows, mu, nu [R, dim].
       gradients: deduplicated; entries whose address is out of range are dropped.
+      identity: int32 [N], the rows' addresses in natural order, the same on any mesh.
       rate: float32 [], the tables' learning rate.
       step: int32 [], steps taken before this one.
-      identity, seed: what rows in bfloat16 are rounded after: int32 [N], a number of each of the
-        rows that does not depend on the mesh (default: their addresses), and the table's own, from
-        0 to 2**32 - 1.
+      seed: the table's own, from 0 to 2**32 - 1. Rows in bfloat16 are rounded by it, identity and
+        step.
     """
     b1, b2 = config.adam_b1, config.adam_b2
     count = (step + 1).astype(jnp.float32)
@@ -65,7 +65,7 @@ def update(
     delta = rate * unbiased / (jnp.sqrt(nu / (1 - b2**count)) + config.adam_eps)
     if table.rows.dtype == jnp.bfloat16:
         exact = read(table.rows).astype(jnp.float32) - delta
-        rows = write(table.rows, rounded(exact, at if identity is None else identity, step, seed))
+        rows = write(table.rows, rounded(exact, identity, step, seed))
     else:  # `add`, not `set`: reading the rows again would cost another pass over them
         change = -delta.astype(table.rows.dtype)
         rows = table.rows.at[at].add(
@@ -99,11 +99,11 @@ def _mixed(x: jax.Array) -> jax.Array:
 def update_dense(
     table: Table,
     gradients: RowGradients,
+    identity: jax.Array,
     rate: jax.Array,
     step: jax.Array,
     *,
     config: OptimizerConfig,
-    identity: jax.Array | None = None,
     seed: int = 0,
 ) -> tuple[Table, jax.Array]:
     """Textbook Adam over the whole table, for comparison: costs O(R) where `update` costs O(N)."""
@@ -117,3 +117,7 @@ def update_dense(
     old_nu = table.nu.at[gradients.addresses].get(mode="fill", fill_value=0)
     seen = jnp.sum(jnp.any(old_nu > 0, axis=1), dtype=jnp.int32)
     return Table(table.rows - (rate * delta).astype(table.rows.dtype), mu, nu), seen
+
+
+# config.optimizer.memory_optimizer
+RULES = {ROWWISE_ADAM: update, DENSE_ADAM: update_dense}

@@ -146,6 +146,22 @@ def test_fp8(recipe, prepared, implementation, monkeypatch):
 
 @both_forms
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_of_float32_parameters(recipe, implementation):
+    """They are used in the rows' dtype: what FP8 makes of them is what it makes of them there."""
+    found, mask, g = arguments(Shape(40, 256, 2, 256), "bfloat16", seed=6)
+    found["weights"] = arguments(Shape(40, 256, 2, 256), "float32", seed=6)[0]["weights"]
+    args = cast(found, jnp.bfloat16)
+    wide = [args[0], jnp.asarray(found["weights"], jnp.float32), *args[2:]]
+    assert not np.array_equal(wide[1], args[1].astype(jnp.float32))
+    function = run(implementation, jnp.asarray(mask), recipe)
+    ours, narrow = (with_gradients(function, a, cotangents(g, jnp.bfloat16)) for a in (wide, args))
+    assert ours[1][1].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(narrow), strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+@both_forms
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_arguments_are_constants(recipe, implementation):
     """They get no gradient; the others' are those of the rounded arguments."""
     shape = Shape(32, 128, 2, 128)

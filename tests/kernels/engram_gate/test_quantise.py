@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.memory import fp8_rows
 from kernels_pallas.engram_gate import quantise
 from kernels_pallas.engram_gate.quantise import MX, RECIPES, Quantised
-from tests.oracle import fp8
+from tests.oracle import fp8, released_fp8
 
 
 def test_the_oracles_rounding_is_the_format():
@@ -51,11 +50,11 @@ def test_released_formats_are_read_alike():
     scale = rng.integers(0, 256, (20, 2), np.uint8)
     rows = Quantised(jnp.asarray(bits).view(jnp.float8_e4m3fn), jnp.asarray(scale), MX)
     np.testing.assert_array_equal(
-        quantise.dequantise_rows(rows), fp8_rows.dequantise_rows(jnp.asarray(bits), scale)
+        quantise.dequantise_rows(rows), released_fp8.dequantise_rows(jnp.asarray(bits), scale)
     )
     bits = rng.integers(0, 256, (64, 96), np.uint8)  # [M + 1 times d, C], as released
     scale = rng.integers(100, 150, (2, 3), np.uint8)
-    released = fp8_rows.dequantise_blocks(jnp.asarray(bits), jnp.asarray(scale))
+    released = released_fp8.dequantise_blocks(jnp.asarray(bits), jnp.asarray(scale))
     weights = Quantised(
         jnp.asarray(bits.T.reshape(96, 2, 32)).view(jnp.float8_e4m3fn),
         jnp.asarray(scale.T.reshape(3, 2, 1)),

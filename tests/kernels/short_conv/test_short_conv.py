@@ -68,6 +68,14 @@ def test_against_the_oracle(shape, dtype, implementation):
     check(found, segments * 0, mask | True, g, shape, dtype, implementation)
 
 
+def test_the_reference_of_any_width():
+    """Of widths that no kernel takes."""
+    shape = Shape(2, 40, 3, 24, 4, 3)
+    for dtype in LIMITS:
+        found, segments, mask, g = arguments(shape, dtype, seed=13)
+        check(found, segments, mask, g, shape, dtype, "reference")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_shapes(seed):
     """A few documents only: chunks of both kinds, all open and not, beside each other."""

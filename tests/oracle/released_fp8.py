@@ -1,4 +1,4 @@
-"""Number formats of released tables: FP8 E4M3 values with E8M0 scales (DeepSeek-V4.1)."""
+"""Released tables and projections in float32: FP8 E4M3 values with E8M0 scales (DeepSeek-V4.1)."""
 
 from __future__ import annotations
 

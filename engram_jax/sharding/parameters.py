@@ -1,0 +1,105 @@
+"""Every parameter of the network by name: how it is sharded, what trains it, what it is part of.
+
+A parameter's last name says what it is ("q_proj"), the names before it where it stands ("blocks",
+"1", "attention"). A new parameter is written down here and nowhere else; one that is missing stops
+the program when it is built. Tables are not parameters (memory/table.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What trains a parameter (training/optim). Muon takes matrices that map a vector to a vector, also
+# stacked ones (scanned layers, experts, the Engram module's M keys and value). AdamW takes the
+# rest: the embedding and the head, and what scales or selects rather than maps - norm gains,
+# biases, gates (router, mHC coefficients), and the depthwise taps, which are no matrix.
+MUON, ADAMW, ADAMW_NO_DECAY = "muon", "adamw", "adamw_no_decay"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One kind of parameter.
+
+    optimizer: MUON, ADAMW or ADAMW_NO_DECAY (weight decay 0).
+    axes: the logical axis of each trailing dimension; `rules.RULES` says which mesh axes shard it.
+      Dimensions in front of them (stacked layers) are replicated.
+    fan_in: the dimension a matrix of Muon's maps from; it maps to the last one.
+    float32: it is used in float32, whatever the network computes in.
+    """
+
+    optimizer: str
+    axes: tuple[str | None, ...] = ()
+    fan_in: int = -2
+    float32: bool = False
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "embedding": Parameter(ADAMW, (None, "embed")),
+    "head": Parameter(ADAMW, (None, "embed")),
+    # MLA
+    "q_proj": Parameter(MUON, ("embed", "heads")),
+    "kv_a_proj": Parameter(MUON, ("embed", None)),
+    "kv_b_proj": Parameter(MUON, ("latent", "heads")),
+    "o_proj": Parameter(MUON, ("heads", "embed")),
+    # SwiGLU: dense layers and shared experts
+    "gate": Parameter(MUON, ("embed", "inner")),
+    "up": Parameter(MUON, ("embed", "inner")),
+    "down": Parameter(MUON, ("inner", "embed")),
+    # MoE
+    "router": Parameter(ADAMW, ("embed", None), float32=True),
+    # Engram: [d_mem, M + 1, d], M + 1 separate maps d_mem -> d; the short convolution
+    "projection": Parameter(MUON, (None, None, "embed"), fan_in=-3),
+    "taps": Parameter(ADAMW_NO_DECAY),
+    # mHC
+    "fn": Parameter(ADAMW, ("embed", None), float32=True),
+    "base": Parameter(ADAMW_NO_DECAY),
+    "scale": Parameter(ADAMW_NO_DECAY),
+    # norms and biases, wherever they stand
+    "gain": Parameter(ADAMW_NO_DECAY),
+    "norm_gain": Parameter(ADAMW_NO_DECAY),
+    "bias": Parameter(ADAMW_NO_DECAY),
+}
+# SwiGLU of the routed experts, [layers, E, in, out]: one dimension more than the dense layers'.
+ROUTED_EXPERTS: dict[str, Parameter] = {
+    "gate": Parameter(MUON, ("experts", "expert_embed", "expert_inner")),
+    "up": Parameter(MUON, ("experts", "expert_embed", "expert_inner")),
+    "down": Parameter(MUON, ("experts", "expert_inner", "expert_embed")),
+}
+_ROUTED_NDIM = 4
+
+# Part of the model, by the first of these that ends one of a parameter's names.
+PARTS: tuple[tuple[str, str], ...] = (
+    ("embedding", "token embedding"),
+    ("head", "output head"),
+    ("engrams", "engram projections, gates, conv"),
+    ("_hyper", "hyper-connections"),
+    ("attention", "attention (MLA)"),
+    ("shared", "shared experts"),
+    ("router", "routers"),
+    ("ffn", "dense feed-forward"),
+    ("", "norms"),
+)
+
+
+def is_routed(name: str, ndim: int) -> bool:
+    """Whether a parameter of this name and so many dimensions, stacked layers included, is of the
+    routed experts."""
+    return name in ROUTED_EXPERTS and ndim == _ROUTED_NDIM
+
+
+def find(path: tuple[str, ...], ndim: int) -> Parameter:
+    """The parameter at a path ("blocks", "1", "attention", "q_proj") with `ndim` dimensions. Raises
+    ValueError for a name that is not in the table."""
+    name = path[-1]
+    if is_routed(name, ndim):
+        return ROUTED_EXPERTS[name]
+    if name not in PARAMETERS:
+        raise ValueError(f"parameter {'/'.join(path)} is unknown: add it to {__name__}")
+    return PARAMETERS[name]
+
+
+def part_of(path: tuple[str, ...], ndim: int) -> str:
+    """Which part of the model a parameter belongs to."""
+    if "ffn" in path and is_routed(path[-1], ndim):
+        return "routed experts"
+    return next(part for end, part in PARTS if any(name.endswith(end) for name in path))
