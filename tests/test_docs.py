@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,32 @@ def test_paths_in_the_code_exist():
                 f"{page}: {path}" for path in named.findall(text_of(page)) if not places(page, path)
             ]
     assert wrong == ["engram_jax/data/tfds_text.py: text/c4.py"]  # of tensorflow-datasets
+
+
+def test_docstrings_become_what_sphinx_parses():
+    """Paragraphs, items and drawings; the build of the site (`make docs`) parses all of them."""
+    conf = runpy.run_path(str(ROOT / "docs/conf.py"))
+    docstring = """\
+Sums of `row`s, x_t * m.
+
+name: of the run,
+  and of `a | b`.
+keep, best: how many.
+
+    plan   no *communication*"""
+    assert conf["rst"](docstring.splitlines()) == [
+        "Sums of ``row``\\ s, x\\_t \\* m.",
+        "",
+        "",
+        "* name: of the run,",
+        "  and of ``a | b``.",
+        "* keep, best: how many.",
+        "",
+        "::",
+        "",
+        "        plan   no *communication*",
+        "",
+    ]
 
 
 def test_the_citation_is_of_this_version():
