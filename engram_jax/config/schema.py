@@ -255,7 +255,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has (sharding/rules.py says what they cut).
+    """How many devices each axis of the mesh has (sharding/rules.py says what they shard).
 
     The tables are sharded by rows over all axes, the batch over all but `tensor`.
 
