@@ -28,6 +28,7 @@ include_patterns = [
     "tests/golden/README.md",
 ]
 exclude_patterns = [".*", "build", "dist", "runs", "*.egg-info"]
+highlight_language = "text"
 smartquotes = False  # "latest" and --mode are code
 html_theme = "furo"
 html_extra_path = ["_root"]  # index.html leads to the root document
