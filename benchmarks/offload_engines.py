@@ -188,7 +188,8 @@ def engines(
     from engram_jax.memory.store.host_cache import CachedTable
     from engram_jax.memory.store.memory_file import open_memory
     from engram_jax.serve.engine import Engine
-    from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory, on_device
+    from engram_jax.serve.row_fetch import DeviceMemory, on_device
+    from engram_jax.serve.staged_rows import StagedMemory
 
     longest = int(chosen.prompt.split(":")[1]) + int(chosen.answer.split(":")[1])
     serve = ServeConfig(

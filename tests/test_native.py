@@ -8,11 +8,11 @@ import sys
 
 import numba
 
-from engram_jax.hardware.numba_jit import machine_code_folder
+from engram_jax.hardware.numba_internals import machine_code_folder
 
 MAIN = """
 from inner import add
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 
 @host_jit
 def outer(x):
@@ -22,7 +22,7 @@ def outer(x):
 
 def inner(amount):
     return f"""
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 
 @host_jit
 def add(x):
@@ -64,7 +64,7 @@ def test_without_a_place_to_write_it_is_compiled_anyway(tmp_path, monkeypatch):
 
 def test_numbas_own_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", "/elsewhere")
-    from engram_jax.hardware.numba_jit import host_jit
+    from engram_jax.hardware.numba_internals import host_jit
 
     @host_jit
     def one():

@@ -4,7 +4,7 @@
 
 `artifact` holds all of it with a fingerprint. The hash exists four times, bit for bit the same:
 `hash_numpy` (int64, the authority), `hash_jax` (32-bit words, on a device), `hash_batches` (batches
-in the data pipeline) and `hash_numba` (a few tokens, for serving).
+in the data pipeline) and `hash_numba` (a few tokens, for serving: `hash_tokens`).
 """
 
 from engram_jax.addressing.artifact import Addressing, as_stored, build, check_same

@@ -1,4 +1,4 @@
-"""The hash as the data pipeline runs it: `hashing`'s addresses of a whole batch, only faster.
+"""The hash as the data pipeline runs it: `hash_numpy`'s addresses of a whole batch, only faster.
 
 The quotient by a constant is what NumPy vectorises (its remainder is not), so each head costs one
 floor division, one multiply and two adds on an int64 block that stays in the cache.

@@ -1,4 +1,4 @@
-"""The hash on a device: `hashing`'s addresses, bit for bit, in 32-bit integers (no int64 on a TPU).
+"""The hash on a device: `hash_numpy`'s addresses, bit for bit, in 32 bits (a TPU has no int64).
 
 An int64 h is two uint32 words. Products with the multipliers are built from 16-bit halves, and
 everything wraps mod 2**64 as NumPy's int64 does. A head's modulus is taken as

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax._src import clusters  # where a host learns of its slice has no public name
 
 from engram_jax.config.errors import UserError
+from engram_jax.distributed.jax_internals import slice_of_host
 from engram_jax.distributed.rendezvous import meet
 
 JOIN_SECONDS = 300.0
@@ -99,16 +99,7 @@ def _of_slice(seconds: float) -> Place | None:
     None for a TPU host that belongs to no slice that JAX knows of: it is alone.
     """
     try:
-        address, processes, process, devices = (
-            clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                os.environ.get("JAX_COORDINATOR_ADDRESS"),
-                None,
-                None,
-                None,
-                None,
-                math.ceil(seconds),
-            )
-        )
+        address, processes, process, devices = slice_of_host(math.ceil(seconds))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"the slice's hosts cannot be told: {_first_line(error)}") from error
     if address is None:

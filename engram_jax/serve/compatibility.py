@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from engram_jax.checkpoint.load_model import LoadedModel
 from engram_jax.config import ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.config.validate import validate
-from engram_jax.memory.store.memory_file import MemoryFile
+
+if TYPE_CHECKING:  # of the extra `serve`
+    from engram_jax.memory.store.memory_file import MemoryFile
 
 CHECKPOINT = "checkpoint"  # in a memory file's metadata: the digest of what it was made from
 _SHOWN = 12  # digits of a digest

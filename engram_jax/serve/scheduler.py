@@ -28,7 +28,7 @@ class Sequence:
     """One request on its way.
 
     computed: tokens in the cache. pending: its next token is being computed.
-    history: its last N - 1 canonical ids (addressing/hash_numba.py).
+    history: its last N - 1 canonical ids (addressing/hash_tokens.py).
     saved: its state on the host, while it is moved out. text: detokenisation, or None.
     """
 

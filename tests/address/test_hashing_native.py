@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from engram_jax.addressing import build
-from engram_jax.addressing.hash_numba import Hasher
 from engram_jax.addressing.hash_numpy import addresses, canonicalise
+from engram_jax.addressing.hash_tokens import Hasher
 from engram_jax.config import default_config_dict, parse_config
 
 VOCAB = 1000

@@ -12,8 +12,9 @@ import pytest
 from engram_jax.memory.store.dram import HostTable
 from engram_jax.memory.store.hot_rows import Slots
 from engram_jax.memory.store.row_format import RowFormat
-from engram_jax.serve import row_fetch as serve_memory
-from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory, on_device
+from engram_jax.serve import staged_rows as serve_memory
+from engram_jax.serve.row_fetch import DeviceMemory, on_device
+from engram_jax.serve.staged_rows import StagedMemory
 from tests.serve.served import model
 
 ROWS, DIM = 1000, 64

@@ -26,7 +26,7 @@ class Watched(HostTable):
 
     fails = False
 
-    def gather_rows(self, ids, out):
+    def gather(self, ids, out):
         if self.fails:
             raise UserError("the disk is gone")
         self.asked = [*getattr(self, "asked", []), ids.copy()]
