@@ -1,1 +1,1 @@
-"""One file per model or experiment; `get_config()` starts from engram_jax/config.py's defaults."""
+"""One file per model or experiment; `get_config()` starts from engram_jax.config's defaults."""

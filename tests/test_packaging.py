@@ -41,7 +41,7 @@ def locked(lock: str, python: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", [*LOCKS, "requirements-docs.lock"])
 def test_the_lock_is_public_and_hashed(lock):
     text = (ROOT / lock).read_text()
     assert not re.search(r"://|index|find-links|file:|(^|\s)/|\.whl", text, re.MULTILINE)
@@ -66,6 +66,15 @@ def test_the_lock_meets_the_requirements(python):
     assert not {"numba", "llvmlite", "starlette", "uvicorn", "libtpu"} & run.keys()
     assert run["jax"].startswith("0.10." if python == "3.11" else "0.11.")
     assert "setuptools" in run  # what the editable install is built with
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_of_the_site_meets_its_requirements(python):
+    found = locked("requirements-docs.lock", python)
+    for text in PROJECT["optional-dependencies"]["docs"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)])
+    assert "jax" not in found  # docstrings are read, nothing is imported
 
 
 def test_every_import_is_declared():

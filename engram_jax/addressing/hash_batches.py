@@ -1,4 +1,4 @@
-"""The hash as the data pipeline runs it: `hashing`'s addresses of a whole batch, only faster.
+"""The hash as the data pipeline runs it: `hash_numpy`'s addresses of a whole batch, only faster.
 
 The quotient by a constant is what NumPy vectorises (its remainder is not), so each head costs one
 floor division, one multiply and two adds on an int64 block that stays in the cache.
@@ -45,7 +45,7 @@ def _window(layer: LayerAddressing) -> tuple[int, int, int | None]:
 
 
 def _addresses(ids: list[np.ndarray], layer: LayerAddressing) -> np.ndarray:
-    """`hashing.addresses` from `lookback`'s ids, as int32."""
+    """`hash_numpy.addresses` from `lookback`'s ids, as int32."""
     hashed = [h.reshape(-1) for h in mixes(ids, layer)]
     size = ids[0].size
     out = np.empty((size, layer.heads), np.int32)

@@ -1,4 +1,4 @@
-"""The hash on a device: `hashing`'s addresses, bit for bit, in 32-bit integers (no int64 on a TPU).
+"""The hash on a device: `hash_numpy`'s addresses, bit for bit, in 32 bits (a TPU has no int64).
 
 An int64 h is two uint32 words. Products with the multipliers are built from 16-bit halves, and
 everything wraps mod 2**64 as NumPy's int64 does. A head's modulus is taken as
@@ -49,7 +49,7 @@ def lookback(
     segments: jax.Array | None = None,
     history: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """[x_t, x_{t-1}, .., x_{t-N+1}], each int32 [..., T]; arguments as in `hashing.lookback`."""
+    """[x_t, x_{t-1}, .., x_{t-N+1}], each int32 [..., T]; arguments as in `hash_numpy.lookback`."""
     canonical = canonical.astype(jnp.int32)
     length, past = canonical.shape[-1], layer.max_ngram - 1
     if history is None:
@@ -83,7 +83,7 @@ def addresses(
     """Flat rows of the layer's table: int32 [..., T, H].
 
     canonical: integer ids [..., T]; segments [..., T]; history [..., N - 1], oldest first; see
-    `hashing.lookback`. `layer` is static: its constants are compiled in.
+    `hash_numpy.lookback`. `layer` is static: its constants are compiled in.
     """
     high, low = mixes(lookback(canonical, layer, segments, history), layer)
     negative = high >> 31 != 0

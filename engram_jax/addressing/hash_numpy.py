@@ -15,7 +15,7 @@ and takes part in the hash as the number it is, as in the public demo; the modul
 non-negative one, so every address is in range. A masked token yields no memory, though: the caller
 sets its gate to 0 (`canonical < 0`). Its neighbours keep theirs: their n-grams see the negative id.
 
-`hashing_jnp` and `pipeline` compute the same addresses, bit for bit.
+`hash_jax`, `hash_tokens` and `hash_batches` compute the same addresses, bit for bit.
 """
 
 from __future__ import annotations

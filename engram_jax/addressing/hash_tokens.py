@@ -35,7 +35,7 @@ class Hasher:
 
     def canonical(self, tokens: np.ndarray) -> np.ndarray:
         """Raw ids [...] -> canonical ids int32; -1 (no memory) beyond the tokenizer's, as on the
-        device (hashing_jnp.canonicalise)."""
+        device (hash_jax.canonicalise)."""
         if self._compression is None:
             return np.asarray(tokens, np.int32)
         size = len(self._compression)

@@ -71,7 +71,7 @@ class Restored:
     state: the arrays, in the abstract tree's structure.
     iterator, metrics, metadata: as they were given to `save` (tuples became lists); where the
       processes' iterators differed, this process's.
-    digest: what this checkpoint is known by (`checkpoint_files.digest`).
+    digest: what this checkpoint is known by (`integrity.digest`).
     """
 
     step: int
