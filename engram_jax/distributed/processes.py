@@ -42,8 +42,8 @@ def join(
 
     coordinator: HOST:PORT of process 0. processes: how many there are. process: which this is.
     Without them a TPU host finds its slice by itself, and any other machine is alone.
-    launch: what must be the same on all of them (same_launch.describe_launch). seconds: how long process 0
-    waits for the others, and they for it.
+    launch: what must be the same on all of them (same_launch.describe_launch). seconds: how long
+    process 0 waits for the others, and they for it.
 
     Raises UserError if they are given in part or make no sense, if the others do not come, or if
     they are of another launch.
