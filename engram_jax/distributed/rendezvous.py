@@ -53,8 +53,8 @@ def meet(
     """Returns when all `processes` have come to `coordinator` (HOST:PORT) with equal launches.
 
     launch: of same_launch.describe_launch. Writes to standard error whom it waits for. Raises
-    UserError on every process that came: if some do not come within `seconds`, if two are the same, if they do
-    not agree on their number or in what they launch.
+    UserError on every process that came: if some do not come within `seconds`, if two are the same,
+    if they do not agree on their number or in what they launch.
     """
     host, _, port = coordinator.rpartition(":")
     at = _Place(coordinator, host.strip("[]"), int(port))
