@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from engram_jax.addressing import LayerAddressing, hash_numpy, load_tokenizer
-from tests.address.cases import GEOMETRIES, jitted, planned, word_level
+from tests.addressing.cases import GEOMETRIES, jitted, planned, word_level
 
 
 @pytest.fixture(scope="session")

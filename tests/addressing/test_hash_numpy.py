@@ -9,7 +9,7 @@ import pytest
 
 from engram_jax.addressing import LayerAddressing, hash_jax, hash_numpy
 from engram_jax.config.errors import UserError
-from tests.address.cases import jitted, planned
+from tests.addressing.cases import jitted, planned
 
 INT32 = np.iinfo(np.int32)
 

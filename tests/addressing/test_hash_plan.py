@@ -9,7 +9,7 @@ from engram_jax.addressing import LayerAddressing, plan_layer
 from engram_jax.addressing.hash_plan import MAX_HEAD_SIZE, MAX_TABLE_ROWS, is_prime
 from engram_jax.config import EngramConfig
 from engram_jax.config.errors import UserError
-from tests.address.cases import QWEN_GOLDEN, planned
+from tests.addressing.cases import QWEN_GOLDEN, planned
 
 
 def sieve(limit: int) -> np.ndarray:

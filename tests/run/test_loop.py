@@ -26,8 +26,8 @@ from engram_jax.model.decode import Generator
 from engram_jax.monitoring.metrics import read_metrics
 from engram_jax.run import loop
 from engram_jax.training.state import build_training
+from tests.monitoring.test_metrics import events
 from tests.runs import launched, small_config, small_run
-from tests.test_metrics import events
 
 EVERY_STEP = {
     "step": (),

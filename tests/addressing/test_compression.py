@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from engram_jax.addressing import build_compression, load_tokenizer, tokenizer_fingerprint
 from engram_jax.addressing.tokenizer import tokenizer_size
 from engram_jax.config.errors import UserError
-from tests.address.cases import word_level
+from tests.addressing.cases import word_level
 
 
 @pytest.fixture(scope="module", params=[("0.2.0", "addressing_demo"), ("0.3.0", "addressing_v41")])

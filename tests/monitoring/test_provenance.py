@@ -18,7 +18,7 @@ from engram_jax.config import Config, TrainConfig, parse_config
 from engram_jax.config.errors import UserError
 from engram_jax.monitoring import provenance
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_launch_is_added(tmp_path):

@@ -22,7 +22,7 @@ from engram_jax.addressing.artifact import Addressing
 from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.config.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_state(seed: int) -> dict:

@@ -11,7 +11,7 @@ import pytest
 from engram_jax.addressing import Addressing, build_addressing, check_same, tokenizer_fingerprint
 from engram_jax.config import Config, EngramConfig, ModelConfig, TokenizerConfig
 from engram_jax.config.errors import UserError
-from tests.address.cases import DEMO
+from tests.addressing.cases import DEMO
 
 
 def configuration(tokens: TokenizerConfig, **engram) -> Config:

@@ -18,8 +18,8 @@ from engram_jax.config.errors import UserError
 from engram_jax.monitoring.metrics import read_metrics
 from engram_jax.run import resume
 from tests.kills import assert_same_run, finished, launches
+from tests.run.test_resume import contents, copy_of
 from tests.runs import SMALL, launched, refused, small_config, small_run
-from tests.train.test_resume import contents, copy_of
 
 STEPS = SMALL["train.steps"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from engram_jax.addressing import Addressing, BatchAddresser, build_compression, hash_numpy
 from engram_jax.config.errors import UserError
-from tests.address.cases import GEOMETRIES, planned
+from tests.addressing.cases import GEOMETRIES, planned
 
 
 @pytest.fixture(params=GEOMETRIES)
