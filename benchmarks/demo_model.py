@@ -40,7 +40,9 @@ def demo_program(config: Config, mesh: Mesh | None = None) -> TrainingProgram:
         return build_training(config, None, mesh)
     ids = np.arange(config.tokenizer.vocab_size, dtype=np.int32)
     compression = ids % canonical_size(len(ids))
-    addressing = dataclasses.replace(artifact.build(config, None), compression=compression)
+    addressing = dataclasses.replace(
+        artifact.build_addressing(config, None), compression=compression
+    )
     return build_training(config, addressing, mesh)
 
 

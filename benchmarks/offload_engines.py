@@ -106,7 +106,7 @@ def model(chosen: argparse.Namespace) -> tuple[Any, Any, Any]:
     )
     config = config_lib.parse_config(settings)
     data = prepare(config)
-    program = build_program(config, artifact.build(config, data.tokenizer))
+    program = build_program(config, artifact.build_addressing(config, data.tokenizer))
 
     def create() -> Any:
         _, params, bias = split_model(Transformer(config, rngs=nnx.Rngs(0)))
@@ -188,7 +188,8 @@ def engines(
     from engram_jax.memory.store.host_cache import CachedTable
     from engram_jax.memory.store.memory_file import open_memory
     from engram_jax.serve.engine import Engine
-    from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory, on_device
+    from engram_jax.serve.row_fetch import DeviceMemory, on_device
+    from engram_jax.serve.staged_rows import StagedMemory
 
     longest = int(chosen.prompt.split(":")[1]) + int(chosen.answer.split(":")[1])
     serve = ServeConfig(

@@ -59,7 +59,7 @@ def open_text(rows_per_head: int) -> Text:
     engram.d_mem, engram.rows_per_head = 6144, (rows_per_head,)
     config = parse_config(settings)
     data = prepare(config)
-    addressing = artifact.build(config, data.tokenizer)
+    addressing = artifact.build_addressing(config, data.tokenizer)
     store = data.store_train
     return Text(
         np.asarray(store.tokens, np.int32),

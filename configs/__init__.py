@@ -1,1 +1,1 @@
-"""One file per model; `get_config()` starts from `default_config_dict()` (engram_jax/config)."""
+"""One file per model; `get_config()` starts from `engram_jax.config`'s defaults."""

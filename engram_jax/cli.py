@@ -18,6 +18,7 @@ from engram_jax.checkpoint import run_settings
 from engram_jax.checkpoint.workdir import parse_step
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
+from engram_jax.config.extras import require
 from engram_jax.run import command_line
 
 NAMES = (
@@ -31,6 +32,7 @@ NAMES = (
     "compile",
 )
 OPENS_A_RUN = NAMES[:5]
+NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: serve/open_engine.py
 WITHOUT_PROCESSES = ("describe", "compile")  # they look at no device and read no data
 PROGRAMS = ("train", "decode", "prefill")
 ROW_FORMATS = ("float32", "bfloat16", "fp8")
@@ -108,6 +110,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if _ACCEPT.value and mode not in OPENS_A_RUN:
         raise UserError(f"--accept_changes: only for --mode={', '.join(OPENS_A_RUN)}")
     parse_step(_STEP.value)
+    if mode in NEEDS_SERVE:
+        require("serve", f"--mode={mode}")
     return list(argv[:1])
 
 
@@ -130,11 +134,11 @@ def _join(config: Config, workdir: Path) -> None:
     from engram_jax.distributed import processes, same_launch
 
     shared = _shared_flags() | {"workdir": str(workdir.absolute())}
-    processes.start(
+    processes.join(
         _COORDINATOR.value,
         _PROCESSES.value,
         _PROCESS.value,
-        lambda: same_launch.describe(config, shared),
+        lambda: same_launch.describe_launch(config, shared),
         _JOIN_SECONDS.value,
     )
 

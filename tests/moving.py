@@ -24,7 +24,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.checkpoint import integrity, save_barrier
+from engram_jax.checkpoint import orbax_internals, save_barrier
 from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.config.errors import UserError
 
@@ -176,13 +176,13 @@ def fails(workdir: Path, mesh: Mesh, step: int, where: str) -> str:
     where: rank of the process that may write only small files, or "commit": process 0 fails when
       all have written.
     """
-    kept, crop = resource.getrlimit(resource.RLIMIT_FSIZE), integrity.crop
+    kept, crop = resource.getrlimit(resource.RLIMIT_FSIZE), orbax_internals.crop
     big = NamedSharding(mesh, P(AXES))
     noise = np.random.default_rng(0).normal(size=(mesh.size, 40_000)).astype(np.float32)
     state = {"x": jax.make_array_from_callback(noise.shape, big, lambda index: noise[index])}
     checkpointer = Checkpointer(workdir, keep=100)
     if where == "commit":
-        integrity.crop = out_of_space  # what else a commit does cannot be made to fail
+        orbax_internals.crop = out_of_space  # what else a commit does cannot be made to fail
     elif jax.process_index() == int(where):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, kept[1]))
@@ -198,7 +198,7 @@ def fails(workdir: Path, mesh: Mesh, step: int, where: str) -> str:
         message = str(error)
     assert time.monotonic() - start < 60  # seconds, not the 20 minutes of a timeout
     resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-    integrity.crop = crop
+    orbax_internals.crop = crop
     save_barrier._may_go = may_go
     assert step not in checkpointer.steps()
     checkpointer.save(step, state)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = PROJECT["optional-dependencies"]
 LOCKS = ("requirements.lock", "requirements-test.lock")
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -39,7 +41,7 @@ def locked(lock: str, python: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", [*LOCKS, "requirements-docs.lock"])
 def test_the_lock_is_public_and_hashed(lock):
     text = (ROOT / lock).read_text()
     assert not re.search(r"://|index|find-links|file:|(^|\s)/|\.whl", text, re.MULTILINE)
@@ -51,21 +53,33 @@ def test_the_lock_is_public_and_hashed(lock):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_lock_meets_the_requirements(python):
-    wanted = [Requirement(text) for text in PROJECT["dependencies"]]
+    wanted = [Requirement(text) for text in PROJECT["dependencies"] + OPTIONAL["report"]]
     run, test = (locked(lock, python) for lock in LOCKS)
     assert run.items() <= test.items()
     for requirement in wanted:
         assert requirement.specifier.contains(run[canonicalize_name(requirement.name)])
-    for text in PROJECT["optional-dependencies"]["test"]:
-        requirement = Requirement(text)
+    own, *tools = [Requirement(text) for text in OPTIONAL["test"]]
+    assert own.name == PROJECT["name"] and own.extras == {"report", "serve"}
+    for requirement in [*tools, *map(Requirement, OPTIONAL["serve"])]:
         assert requirement.specifier.contains(test[canonicalize_name(requirement.name)])
     assert "pytest" not in run
+    assert not {"numba", "llvmlite", "starlette", "uvicorn", "libtpu"} & run.keys()
     assert run["jax"].startswith("0.10." if python == "3.11" else "0.11.")
     assert "setuptools" in run  # what the editable install is built with
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_of_the_site_meets_its_requirements(python):
+    found = locked("requirements-docs.lock", python)
+    for text in PROJECT["optional-dependencies"]["docs"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)])
+    assert "jax" not in found  # docstrings are read, nothing is imported
+
+
 def test_every_import_is_declared():
-    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    texts = PROJECT["dependencies"] + OPTIONAL["report"] + OPTIONAL["serve"]
+    declared = {canonicalize_name(Requirement(text).name) for text in texts}
     owners = importlib.metadata.packages_distributions()
     for path in [*(ROOT / "engram_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -79,6 +93,59 @@ def test_every_import_is_declared():
                 if top not in (*sys.stdlib_module_names, "engram_jax", "configs", "kernels_pallas"):
                     names = {canonicalize_name(name) for name in owners[top]}
                     assert names & declared, f"{path}: {top} is not in pyproject.toml"
+
+
+@pytest.mark.slow
+def test_the_wheel_is_the_program(tmp_path):
+    """Built, unpacked elsewhere and run from a third folder, with a configuration of the user's."""
+    source, unpacked, elsewhere = (tmp_path / name for name in ("source", "unpacked", "elsewhere"))
+    elsewhere.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("engram_jax", "kernels_pallas"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    ours = [x for name in ("engram_jax", "kernels_pallas") for x in (ROOT / name).rglob("*")]
+    for path in ours:
+        if path.suffix in (".py", ".json", ".npz", ".typed"):
+            assert (unpacked / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+    assert {x.name for x in unpacked.iterdir() if "." not in x.name} == {
+        "engram_jax",
+        "kernels_pallas",
+    }
+    (elsewhere / "own.py").write_text(
+        """from engram_jax.config import default_config_dict
+
+def get_config():
+    config = default_config_dict()
+    config.name = "mine"
+    return config
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(unpacked), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def program(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "engram_jax", *arguments],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    done = program("--config=own.py", "--mode=describe")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mine\n")
+    found = program("--config=own.py", "--mode=serv")
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert [path.name for path in elsewhere.iterdir()] == ["own.py"]
 
 
 def make(directory: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from engram_jax import config as config_lib
-from engram_jax.addressing import build
+from engram_jax.addressing import build_addressing
 from engram_jax.training.state import build_training, init_state
 
 VOCAB, CANONICAL = 61, 50
@@ -59,7 +59,7 @@ def tiny_addressing(config):
         [np.arange(CANONICAL), rng.integers(0, CANONICAL, VOCAB - CANONICAL)]
     )
     compression = rng.permutation(compression).astype(np.int32)
-    found = build(config, None)
+    found = build_addressing(config, None)
     return dataclasses.replace(found, compression=compression)
 
 

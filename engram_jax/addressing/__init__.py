@@ -4,10 +4,10 @@
 
 `artifact` stores all of it with a fingerprint. The hash has four implementations, equal bit for
 bit: `hash_numpy` (int64, the reference), `hash_jax` (32-bit words, on a device), `hash_batches`
-(batches in the data pipeline) and `hash_numba` (a few tokens, for serving).
+(batches in the data pipeline) and `hash_numba` (a few tokens, for serving: `hash_tokens`).
 """
 
-from engram_jax.addressing.artifact import Addressing, as_stored, build, check_same
+from engram_jax.addressing.artifact import Addressing, as_stored, build_addressing, check_same
 from engram_jax.addressing.compression import build_compression
 from engram_jax.addressing.hash_batches import BatchAddresser
 from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
@@ -18,7 +18,7 @@ __all__ = [
     "BatchAddresser",
     "LayerAddressing",
     "as_stored",
-    "build",
+    "build_addressing",
     "build_compression",
     "check_same",
     "load_tokenizer",

@@ -166,7 +166,7 @@ def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
     return dataclasses.replace(mine, tokenizer_fingerprint=known) if same else mine
 
 
-def build(config: Config, tokenizer: Tokenizer | None = None) -> Addressing:
+def build_addressing(config: Config, tokenizer: Tokenizer | None = None) -> Addressing:
     """The addressing of a configuration.
 
     tokenizer: None = not available (describe, compile): dialect "paper" then takes the recorded

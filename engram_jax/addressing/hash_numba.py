@@ -1,19 +1,32 @@
-"""The hash for serving: `hash_numpy`'s addresses of a few tokens, in microseconds.
+"""The hash as one loop compiled by numba: addresses of a few tokens, in microseconds.
 
-A step of decoding has a hundred numbers, too few for NumPy's cost per call. This is one loop
-compiled by numba, with the same int64 arithmetic.
+A step of decoding has a hundred numbers, too few for NumPy's cost per call. The int64 arithmetic is
+`hash_numpy`'s. It needs the extra `serve`; `hash_tokens` imports it where numba is installed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from engram_jax.addressing.artifact import Addressing
-from engram_jax.addressing.hash_numpy import empty_history
 from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
+
+
+def addresser(layer: LayerAddressing) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of histories and new canonical ids side by side, int32 [B, N - 1 + S], to the
+    new ids' addresses, int32 [B, S, H]."""
+    past, heads, numbers = layer.max_ngram - 1, layer.heads, _numbers(layer)
+
+    def addresses(ids: np.ndarray) -> np.ndarray:
+        out = np.empty((len(ids), ids.shape[1] - past, heads), np.int32)
+        given: Any = (np.ascontiguousarray(ids), past, *numbers, out)
+        _addresses(*given)
+        return out
+
+    return addresses
 
 
 @host_jit
@@ -36,43 +49,6 @@ def _addresses(ids, past, fill, restart, multipliers, orders, per_order, sizes, 
                         for _ in range(per_order):
                             out[b, s, head] = mix % sizes[head] + offsets[head]
                             head += 1
-
-
-class Hasher:
-    """Tokens of running sequences -> canonical ids and addresses, for all Engram layers.
-
-    A sequence's history is int32 [N - 1], its last canonical ids, oldest first. It serves all
-    layers, which share fill id, restart id and N.
-    """
-
-    def __init__(self, addressing: Addressing):
-        self.layers = {str(i): layer for i, layer in addressing.layers.items()}
-        self._compression = addressing.compression
-        self._first = next(iter(addressing.layers.values()))
-        self.past = self._first.max_ngram - 1
-        self._numbers = {k: _numbers(layer) for k, layer in self.layers.items()}
-
-    def empty(self) -> np.ndarray:
-        """The history of a sequence that has not begun."""
-        return empty_history(self._first)
-
-    def canonical(self, tokens: np.ndarray) -> np.ndarray:
-        """Raw ids [...] -> canonical ids int32; -1 (no memory) beyond the tokenizer's, as on the
-        device (hash_jax.canonicalise)."""
-        if self._compression is None:
-            return np.asarray(tokens, np.int32)
-        size = len(self._compression)
-        known = (tokens >= 0) & (tokens < size)
-        found = self._compression[np.where(known, tokens, 0)]
-        return np.where(known, found, np.minimum(tokens, -1)).astype(np.int32)
-
-    def addresses(self, layer: str, ids: np.ndarray) -> np.ndarray:
-        """ids: histories and new canonical ids side by side, int32 [B, N - 1 + S] -> [B, S, H]."""
-        heads = self.layers[layer].heads
-        out = np.empty((len(ids), ids.shape[1] - self.past, heads), np.int32)
-        given: Any = (np.ascontiguousarray(ids), self.past, *self._numbers[layer], out)
-        _addresses(*given)
-        return out
 
 
 def _numbers(layer: LayerAddressing) -> tuple:

@@ -14,7 +14,7 @@ and is hashed as a number like any other, as in the public demo; the modulus is 
 every address is in range. A masked token gets no memory, though: the caller sets its gate to 0
 (`canonical < 0`). Its neighbours keep theirs: their n-grams contain the negative id.
 
-`hash_jax`, `hash_batches` and `hash_numba` compute the same addresses, bit for bit.
+`hash_jax`, `hash_tokens` and `hash_batches` compute the same addresses, bit for bit.
 """
 
 from __future__ import annotations

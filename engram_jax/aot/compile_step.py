@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from engram_jax.addressing import Addressing, build, load_tokenizer
+from engram_jax.addressing import Addressing, build_addressing, load_tokenizer
 from engram_jax.aot import step_cost
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
 from engram_jax.aot.topology import Topology, parse_topology, slice_topology, slices_of
@@ -169,12 +169,12 @@ def _addressing(config: Config) -> Addressing | None:
     if not engram.layers:
         return None
     if tokens.path:
-        return build(config, load_tokenizer(tokens.path))
+        return build_addressing(config, load_tokenizer(tokens.path))
     if not tokens.canonical_vocab_size and engram.hash_dialect == PAPER:
         size = round(SHARE_OF_CANONICAL * tokens.vocab_size)
         known = dataclasses.replace(tokens, canonical_vocab_size=size)
         config = dataclasses.replace(config, tokenizer=known)
-    addressing = build(config, None)
+    addressing = build_addressing(config, None)
     ids = np.arange(tokens.vocab_size, dtype=np.int32) % addressing.canonical_vocab_size
     return dataclasses.replace(addressing, compression=ids)
 

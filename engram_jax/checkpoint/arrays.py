@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
-from etils import epath
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -48,21 +46,6 @@ def stored_shapes(
             raise ValueError(f"true_rows: {name} has shape {list(shapes[name])}, not {rows} rows")
         shapes[name] = (rows, *shapes[name][1:])
     return shapes
-
-
-def crop(directory: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give stored arrays smaller bounds; by one process, after all have written.
-
-    directory: where Orbax has written one OCDBT store. shapes: the new shape by array name.
-    """
-    if "://" in (path := directory.as_posix()):
-        base: Any = f"{path}/"
-    else:
-        base = {"driver": "file", "path": f"{path}/"}
-    for name, shape in shapes.items():
-        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        array = ts.open({"driver": "auto", "kvstore": store}).result()
-        array.resize(exclusive_max=list(shape), shrink_only=True).result()
 
 
 def restore_args(leaf: Any, shape: tuple[int, ...]) -> ocp.RestoreArgs:

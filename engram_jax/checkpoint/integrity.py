@@ -10,22 +10,16 @@ import base64
 import hashlib
 import heapq
 import json
-import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
 from engram_jax.addressing.artifact import Addressing, check_same
-from engram_jax.checkpoint.arrays import crop
-from engram_jax.checkpoint.save_barrier import SaveBarrier
 from engram_jax.config.errors import UserError
 from engram_jax.distributed.consensus import gather
 
@@ -37,77 +31,20 @@ _CHUNK = 1 << 24
 IteratorState = bytes | dict[str, Any] | None
 
 
-class StateHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler for trees of arrays, which also lists what has been written in files.json.
+def list_mine(directory: epath.Path, own: Callable[[str], bool]) -> None:
+    """Size and CRC of what this process has written: it can read that while others still write.
 
-    stored_shapes: of the arrays that are stored smaller than they are, set before every save.
+    own: whether a folder, by its name, is this process's.
     """
-
-    def __init__(self, barrier: SaveBarrier):
-        super().__init__()
-        self._barrier = barrier
-        self.stored_shapes: dict[str, tuple[int, ...]] = {}
-
-    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        futures = await super().async_save(directory, *args, **kwargs)
-        return [_Written(futures or [], self._barrier, lambda: _list_mine(directory))]
-
-    def finalize(self, directory: epath.Path) -> None:
-        """Called by one process, when all have written and before the checkpoint is visible."""
-        try:
-            super().finalize(directory)
-            crop(directory, self.stored_shapes)
-            _list_all(directory)
-        except BaseException as error:
-            self._barrier.fail(error)
-            raise
-
-
-class MetaHandler(ocp.JsonCheckpointHandler):
-    """Orbax's handler for JSON; a process that cannot write it does not let the others wait."""
-
-    def __init__(self, barrier: SaveBarrier):
-        super().__init__()
-        self._barrier = barrier
-
-    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
-        return [_Written(await super().async_save(*args, **kwargs) or [], self._barrier)]
-
-
-class _Written:
-    """An Orbax future: `futures`, then `afterwards`; a failure is told to the other processes."""
-
-    def __init__(
-        self,
-        futures: list[Any],
-        barrier: SaveBarrier,
-        afterwards: Callable[[], None] = lambda: None,
-    ):
-        self._chain = ocp.future.ChainedFuture(futures, afterwards)
-        self._barrier = barrier
-
-    def result(self, timeout: float | None = None) -> None:
-        try:
-            self._chain.result(timeout)
-        except BaseException as error:
-            self._barrier.fail(error)
-            raise
-
-    def cancel(self) -> None:
-        self._chain.cancel()
-
-
-def _list_mine(directory: epath.Path) -> None:
-    """Size and CRC of what this process has written: it can read that while others still write."""
     me = jax.process_index()
     files = {}
     for part in sorted(directory.iterdir()):
-        if part.is_dir() and part.name.endswith(f"process_{me}"):  # ocdbt.process_3/
+        if part.is_dir() and own(part.name):
             files.update({_name(path, directory): _size_and_crc(path) for path in _walk(part)})
     (directory / _LIST_OF.format(me)).write_text(json.dumps(files))
 
 
-def _list_all(directory: epath.Path) -> None:
+def list_all(directory: epath.Path) -> None:
     """One list out of those of all processes and the few files that none of them has listed."""
     files: dict[str, Any] = {}
     for rank in range(jax.process_count()):
@@ -289,22 +226,6 @@ def decode_iterator(stored: list[dict[str, Any]]) -> IteratorState:
     return base64.b64decode(mine["bytes"]) if "bytes" in mine else mine["json"]
 
 
-@dataclass
-class LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Orbax's own BestN knows the losses only as long as the process lives, or reads every file."""
-
-    loss_at: Callable[[int], float]
-    keep: int
-    keep_best: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        ranked = sorted((self.loss_at(s), s) for s in steps)
-        kept = {s for loss, s in ranked[: self.keep_best] if loss < math.inf}
-        kept.update(sorted(steps)[-self.keep :])
-        return [s in kept for s in steps]
-
-
 class OneLine:
     """Context: whatever Orbax raises becomes one line for the user, its cause attached."""
 
@@ -319,16 +240,6 @@ class OneLine:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = ": ".join([type(error).__name__, *lines[:1]])
             raise UserError(f"{self._what} ({reason[:300]})") from error
-
-
-class _OrbaxTracebacks(logging.Filter):
-    """Drops the tracebacks that Orbax logs of exceptions it also raises."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
-
-
-TRACEBACKS = _OrbaxTracebacks()
 
 
 def _walk(directory: epath.Path) -> Iterator[epath.Path]:

@@ -71,7 +71,7 @@ def load_model(
         return tokenizer, json.loads((workdir / TEXT).read_text())["eos_id"]
 
     tokenizer, eos_id = agree(read)
-    mine = artifact.build(config, tokenizer) if config.model.engram.layers else None
+    mine = artifact.build_addressing(config, tokenizer) if config.model.engram.layers else None
     addressing = None if mine is None else agree(lambda: artifact.as_stored(mine, workdir))
     program = build_program(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:

@@ -35,12 +35,8 @@ from engram_jax.checkpoint.arrays import (
 )
 from engram_jax.checkpoint.integrity import (
     FORMAT,
-    TRACEBACKS,
     IteratorState,
-    LatestAndBest,
-    MetaHandler,
     OneLine,
-    StateHandler,
     absolute,
     check_arrays,
     compare,
@@ -54,11 +50,17 @@ from engram_jax.checkpoint.integrity import (
     seal,
     settle_addressing,
 )
+from engram_jax.checkpoint.orbax_internals import (
+    TRACEBACKS,
+    TRASH,
+    LatestAndBest,
+    StateHandler,
+    open_manager,
+)
 from engram_jax.checkpoint.save_barrier import SaveBarrier
 from engram_jax.config.errors import UserError
 from engram_jax.distributed.consensus import agree, gather
 
-_TRASH = "deleted"
 _CHUNK = 1 << 26  # bytes of an array that are compressed, and read, in one piece
 
 
@@ -69,7 +71,7 @@ class Restored:
     state: the arrays, in the abstract tree's structure.
     iterator, metrics, metadata: as they were given to `save` (tuples became lists); where the
       processes' iterators differed, this process's.
-    digest: what this checkpoint is known by (`checkpoint_files.digest`).
+    digest: what this checkpoint is known by (`integrity.digest`).
     """
 
     step: int
@@ -109,22 +111,9 @@ class Checkpointer:
         agree(lambda: self._open(root, addressing))
         self._barrier = SaveBarrier()
         self._arrays = StateHandler(self._barrier)
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add("state", ocp.args.PyTreeSave, self._arrays)
-        registry.add("meta", ocp.args.JsonSave, MetaHandler(self._barrier))
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            handler_registry=registry,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                cleanup_tmp_directories=not read_only,
-                preservation_policy=LatestAndBest(self._loss_at, keep, keep_best),
-                # A rename is atomic, a deletion is not: cut short, it leaves what looks whole.
-                todelete_subdir=_TRASH,
-                lightweight_initialize=True,
-                save_root_metadata=False,
-                async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
-            ),
+        kept = LatestAndBest(self._loss_at, keep, keep_best)
+        self._manager = open_manager(
+            self.directory, self._arrays, self._barrier, kept, read_only=read_only
         )
         self._empty_trash()
 
@@ -356,7 +345,7 @@ class Checkpointer:
         return f"complete checkpoints beside it: {names or 'none'}"
 
     def _empty_trash(self) -> None:
-        trash = self.directory / _TRASH
+        trash = self.directory / TRASH
         if not self._read_only and jax.process_index() == 0 and trash.exists():
             trash.rmtree()
 

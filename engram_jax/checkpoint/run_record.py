@@ -51,7 +51,7 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
     launch = launch_of(workdir, step_number(workdir, step))
     if launch is None:
         raise UserError(f"--workdir={workdir}: has no {RUN}; give --config")
-    config, _ = config_of(workdir, launch)
+    config, _ = config_of_launch(workdir, launch)
     tokens, data = config.tokenizer, config.data
     if (workdir / TOKENIZER).is_file():
         tokens = dataclasses.replace(tokens, path=str((workdir / TOKENIZER).absolute()))
@@ -114,7 +114,7 @@ def read_launches(path: str | Path) -> list[dict[str, Any]]:
 def recorded(workdir: Path, step: int) -> Config | None:
     """The configuration that checkpoint `step` was trained with; None if no record says so."""
     launch = launch_of(workdir, step)
-    return None if launch is None else config_of(workdir, launch)[0]
+    return None if launch is None else config_of_launch(workdir, launch)[0]
 
 
 def launch_of(workdir: Path, step: int) -> dict[str, Any] | None:
@@ -126,7 +126,7 @@ def launch_of(workdir: Path, step: int) -> dict[str, Any] | None:
     return (made or launches)[-1] if launches else None
 
 
-def config_of(workdir: Path, launch: dict[str, Any]) -> tuple[Config, list[str]]:
+def config_of_launch(workdir: Path, launch: dict[str, Any]) -> tuple[Config, list[str]]:
     """A launch's configuration, and its keys that this version does not know.
 
     Keys that have been added since have their defaults, which mean what was done before them.

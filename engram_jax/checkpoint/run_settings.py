@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engram_jax.checkpoint.run_record import config_of, launch_of, step_number
+from engram_jax.checkpoint.run_record import config_of_launch, launch_of, step_number
 from engram_jax.checkpoint.workdir import RUN, check_trained
 from engram_jax.config import Config, section_types
 from engram_jax.config.difference import differences
@@ -147,7 +147,7 @@ def stored_config(workdir: Path, step: int) -> Config | None:
             f"{workdir} has no {RUN}: whether its run had other settings was not checked"
         )
         return None
-    config, unknown = config_of(workdir, launch)
+    config, unknown = config_of_launch(workdir, launch)
     if unknown:
         processes.warn(
             f"{workdir / RUN} has keys that this version does not know: {', '.join(unknown)}"

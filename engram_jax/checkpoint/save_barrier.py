@@ -9,7 +9,8 @@ from collections import Counter
 
 import jax
 
-from engram_jax.distributed.consensus import PeerError, error_line, key_value_store
+from engram_jax.distributed.consensus import PeerError, error_line
+from engram_jax.distributed.jax_internals import key_value_store
 
 _SAVES = itertools.count(1)  # processes begin the same saves in the same order
 

@@ -59,7 +59,15 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Multi-head latent attention without query compression (DeepSeek-V2/V3)."""
+    """Multi-head latent attention without query compression (DeepSeek-V2/V3).
+
+    heads: attention heads.
+    kv_lora_rank: width of the latent that keys and values are computed from, and that is cached.
+    nope_dim: width of the part of a head's key that does not know its position.
+    rope_dim: width of the part that rotary embedding turns, shared by all heads.
+    v_dim: width of a head's value.
+    rope_theta: base of the rotary frequencies.
+    """
 
     heads: int = 4
     kv_lora_rank: int = 64
@@ -74,7 +82,13 @@ class FeedForwardConfig:
     """DeepSeekMoE; `routed_experts = 0` makes every layer dense.
 
     dense_dim: inner width of the dense SwiGLU layers (the first `dense_layers`, or all).
+    dense_layers: so many first layers are dense, the others have experts.
+    routed_experts: E, experts of a layer among which the router chooses.
+    shared_experts: experts that every token passes, computed as one of that multiple width.
+    top_k: k, routed experts of a token.
     expert_dim: inner width of one expert; the shared expert is `shared_experts` times as wide.
+    routed_scaling: factor of the routed experts' sum.
+    normalise_top_k: whether the weights of a token's chosen experts are scaled to the sum 1.
     bias_update_rate: step of the auxiliary-loss-free balancing bias (selection only).
     """
 
@@ -93,10 +107,14 @@ class FeedForwardConfig:
 class HyperConnectionConfig:
     """mHC, manifold-constrained hyper-connections: see layers/hyper_connections.py.
 
+    streams: M, residual streams.
+    sinkhorn_iterations: of the projection of the residual mixing matrix.
+    eps: of mHC's RMSNorm and its normalisations.
     start: "identity" (an almost plain residual network at step 0) or "uniform" (all biases zero).
     transpose: mix the streams with the transpose of the Sinkhorn matrix (DeepSeek-V4), or with the
       matrix itself.
     norm_gain: whether the RMSNorm over all streams has a gain (mHC paper) or not (DeepSeek-V4).
+    scale_init: the scale of the coefficients' dynamic part at step 0.
     """
 
     streams: int = 4
@@ -113,13 +131,19 @@ class EngramConfig:
     """The conditional memory. `layers = ()` means none.
 
     layers: 0-based layer ids, ascending (the paper's prose counts from 1: its 2 and 15 are 1, 14).
-    rows_per_head: base size of the heads of each order: one number, or one per order.
+    orders: lengths of the n-grams that are looked up.
+    heads_per_order: rows read per token, layer and order, each with a hash of its own.
+    rows_per_head: base size of the heads of each order: one number, or one per order. A head's size
+      is the next free prime.
+    d_mem: width of the concatenated rows; a row has d_mem / (orders x heads_per_order) numbers.
+    seed: of the hash's multipliers.
     form: "paper" (biases, short conv), "v41" (neither), "qwen" (no biases, conv, gains stored
       minus 1).
     hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
+    conv_kernel: taps of the short convolution; its dilation is the longest n-gram order.
     init_std: standard deviation of the rows at step 0.
-    table_dtype: of the rows; "bfloat16" is rounded stochastically (training/optim/rowwise_adam.py),
-      and for TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
+    table_dtype: of the rows; "bfloat16" is rounded stochastically (training/optim/rowwise_adam.py);
+      for TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
     addresses: "device" hashes inside the training step, "host" in the data pipeline; same bits.
     precision: of the projection to keys and value: "model" computes in model.dtype, "bf16", or
       "fp8": e4m3 rows and weights forward, gradients in model.dtype.
@@ -165,8 +189,17 @@ class EngramConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network.
+    """The network's size and arithmetic.
 
+    d_model: d, the hidden width.
+    layers: transformer layers.
+    norm_eps: of every RMSNorm that follows no dialect of its own.
+    tie_embeddings: whether the output head is the embedding table.
+    init_std: standard deviation of the weights at step 0.
+    dtype: in which the network computes.
+    param_dtype: in which the parameters are stored and updated.
+    remat: what the backward pass computes again: "none", "dots" (all but matrix products), "block"
+      (all but the blocks' inputs).
     kernels: "auto" runs Pallas kernels where they are supported and faster
       (kernels_pallas/dispatch.py), "reference" plain jax.numpy, "pallas" the kernels or an error
       (interpreted on a CPU: slow; on a GPU training works, but decoding raises the error, since its
@@ -194,10 +227,16 @@ class DataConfig:
 
     source: "local" = the default (the source files of Python's standard library), "folder" =
       text/JSONL files under `path`, "tfds" = the TFDS data set named `path`.
+    path: the folder or file, or the name or folder of the TFDS data set.
+    text_key: the field of a JSON record, or the feature of a data set, that holds the text.
     cache_dir: prepared data sets, trained tokenizers and token stores; "" = $ENGRAM_CACHE, else
       ~/.cache/engram_jax.
     max_megabytes: the most text to use (10^6 bytes); 0 = all. Skipped text is counted in the
       report.
+    validation_fraction: share of the documents that is held out, chosen by their content.
+    seq_len: T, tokens of a sequence.
+    batch_size: B, sequences of a step.
+    seed: of the order of the data.
     max_document_bytes: longer documents are split at line ends.
     workers: processes that make the batches; 0 = threads of this one.
     """
@@ -219,10 +258,12 @@ class DataConfig:
 class MeshConfig:
     """The number of devices along each axis of the mesh (sharding/rules.py).
 
-    data: replicas of the parameters (across slices). fsdp: shards of every weight; 0 = all devices
-      that the other axes leave. expert: shards of the routed experts, by whole experts. tensor:
-      shards of attention heads and inner widths, for the same tokens. The tables are sharded over
-      all axes, the batch over all but `tensor`.
+    The tables are sharded by rows over all axes, the batch over all but `tensor`.
+
+    data: replicas of the parameters (across slices).
+    fsdp: shards of every weight; 0 = all devices that the other axes leave.
+    expert: shards of the routed experts, by whole experts.
+    tensor: shards of attention heads and of inner widths, for the same tokens.
     distinct: share of a device's lookups that address different rows, for which the exchange of
       rows is planned; 0 = measured on the run's first batch (training) or 0.75 (compiling). More
       distinct rows take further rounds; none is dropped.
@@ -239,7 +280,22 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon for matrices, AdamW for the rest, row-wise Adam for the tables (paper, section 4)."""
+    """Muon for matrices, AdamW for the rest, row-wise Adam for the tables (paper, section 4).
+
+    peak_lr: learning rate after the warm-up.
+    warmup_steps: steps of linear warm-up.
+    decay_at: fractions of train.steps at which the rate steps down.
+    decay_factors: the rate from there on, as a factor of peak_lr.
+    weight_decay: decoupled, of what Muon and AdamW update; none for gains, biases and tables.
+    clip_norm: largest global norm of the gradients, rows included; inf = no clipping.
+    muon_momentum: momentum (Nesterov) of Muon.
+    muon_ns_steps: Newton-Schulz iterations.
+    muon_rms: root mean square of Muon's update before the learning rate.
+    adam_b1, adam_b2, adam_eps: of AdamW and of row-wise Adam.
+    memory_lr_multiplier: the tables' learning rate in units of the others'.
+    memory_optimizer: "rowwise_adam" updates the rows that were read; "dense_adam" all rows, for
+      comparison.
+    """
 
     peak_lr: float = 4e-4
     warmup_steps: int = 2000
@@ -259,12 +315,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop.
+    """The length of a run, and when it evaluates, saves and logs.
 
+    steps: optimizer steps.
+    accumulation: microbatches of a step.
+    log_every: steps between lines of metrics.
+    eval_every: steps between evaluations, after each of which a checkpoint is saved.
     eval_batches: `validation_loss` is measured on the first `eval_batches` batches of the held-out
       split, every eval_every steps and at the end; the whole split's loss, `held_out_loss`, at the
       end and by --mode=evaluate.
+    checkpoint_every: steps between further checkpoints.
+    keep: how many of the latest checkpoints are kept.
+    keep_best: how many of those with the lowest validation loss are kept, too.
+    seed: of the parameters, the tables and stochastic rounding.
     count_models: fit unigram, bigram and Kneser-Ney models to the same training tokens at the end.
+    samples: prompts that are continued at the end.
+    sample_tokens: longest continuation of one.
     hang_seconds: report a hang when no step has ended for that long (10 times as long for the first
       step and for evaluation and checkpoints); 0 = never.
     hang_exit: then also end the process, with status 3, so that a supervisor can restart it.
@@ -288,6 +354,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
+    """How --mode=generate and the samples at the end of a run draw tokens.
+
+    max_tokens: longest continuation.
+    temperature: 0 = greedy.
+    top_p: draw from the smallest set of likeliest tokens that has this probability; 1 = all.
+    top_k: draw from so many likeliest tokens; 0 = all.
+    seed: of the draws.
+    """
+
     max_tokens: int = 128
     temperature: float = 0.8
     top_p: float = 0.95
@@ -299,25 +374,30 @@ class GenerateConfig:
 class ServeConfig:
     """Inference: the engine's sizes, and where the tables are stored.
 
-    sequences: decoded together. capacity: the most tokens of one, prompt and answer; 0 = as many as
-      the checkpoint was last trained with (data.seq_len). accept_longer: allow more, with a
-      warning; for --mode=generate, too.
-    page: tokens in a page of the key-value cache. pages: for all sequences together; 0 = enough for
-      `sequences` of full length; with fewer, long ones wait or are swapped to host memory and back.
-    prefill_chunk: tokens of a prompt that are computed at a time, of `prefill_sequences` at once.
+    sequences: decoded together.
+    capacity: the most tokens of one, prompt and answer; 0 = as many as the checkpoint was last
+      trained with (data.seq_len).
+    accept_longer: allow more than that, with a warning; for --mode=generate, too.
+    page: tokens in a page of the key-value cache.
+    pages: for all sequences together; 0 = enough for `sequences` of full length; with fewer, long
+      ones wait or are swapped to host memory and back.
+    prefill_chunk: tokens of a prompt that are computed at a time.
+    prefill_sequences: prompts that are computed at a time.
     queue: the most waiting requests.
     memory: where the tables are: "device", "host" (DRAM) or "disk" (in the file).
     memory_file: written by --mode=export-memory; "" = the checkpoint's own tables.
     accept_other_memory: allow a memory_file of another checkpoint, with a warning.
     frequency_file: written by --mode=count-memory: how often each row is read.
-    device_cache, host_cache: share of the rows, the most frequent ones, kept on the device, and
-      kept in DRAM in front of a disk.
-    off_layers, off_orders: Engram layers that add nothing and n-gram orders whose rows are taken as
-      zero, for analysis; off_layers (-1,) = all.
+    device_cache: share of the rows, the most frequent ones, kept on the device, too.
+    host_cache: share of the rows kept in DRAM in front of the file.
+    off_layers: Engram layers that add nothing, for analysis; (-1,) = all.
+    off_orders: n-gram orders whose rows are taken as zero, for analysis.
     parse_special: whether special tokens spelled in a prompt become their ids; otherwise they are
       text, as in training.
-    host, port: the address of the HTTP server; port 0 = any free one.
-    max_body: the most bytes of a request. drain_seconds: for running requests, after SIGTERM.
+    host: the address of the HTTP server.
+    port: its port; 0 = any free one.
+    max_body: the most bytes of a request.
+    drain_seconds: for running requests, after SIGTERM.
     """
 
     sequences: int = 8
@@ -349,6 +429,11 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A model and its run.
+
+    name: names the run's folder, and the model when it is served.
+    """
+
     name: str = "unnamed"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

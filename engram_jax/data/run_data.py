@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-from engram_jax.addressing import Addressing, BatchAddresser, build, load_tokenizer
+from engram_jax.addressing import Addressing, BatchAddresser, build_addressing, load_tokenizer
 from engram_jax.config import LOCAL_BPE, Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.packing import Batch
@@ -54,7 +54,9 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     """
     check_tokenizer(config)
     prepared = prepare(config, log=log)
-    addressing = build(config, prepared.tokenizer) if config.model.engram.layers else None
+    addressing = (
+        build_addressing(config, prepared.tokenizer) if config.model.engram.layers else None
+    )
     return RunData(config, prepared, addressing)
 
 
@@ -87,7 +89,7 @@ def check_tokenizer(config: Config) -> None:
     """
     tokens = config.tokenizer
     if tokens.path:
-        build(config, load_tokenizer(tokens.path))
+        build_addressing(config, load_tokenizer(tokens.path))
     elif tokens.name != LOCAL_BPE:
         raise UserError(
             f"config.tokenizer.path = '': must be the tokenizer.json of {tokens.name}, which this"

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordinator's key-value store has no public name
 from jax.experimental import multihost_utils
 
 from engram_jax.config.errors import UserError
+from engram_jax.distributed.jax_internals import key_value_store
 
 T = TypeVar("T")
 
@@ -65,8 +65,3 @@ def error_line(error: BaseException) -> str:
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[:1]])[:300]
-
-
-def key_value_store() -> Any:
-    """The coordinator's key-value store, which every process can read and write."""
-    return distributed.global_state.client

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax._src import clusters  # where a host learns of its slice has no public name
 
 from engram_jax.config.errors import UserError
+from engram_jax.distributed.jax_internals import slice_of_host
 from engram_jax.distributed.rendezvous import meet
 
 JOIN_SECONDS = 300.0
@@ -32,7 +32,7 @@ class Place:
     local_devices: Sequence[int] | None = None
 
 
-def start(
+def join(
     coordinator: str | None,
     processes: int | None,
     process: int | None,
@@ -43,8 +43,8 @@ def start(
 
     coordinator: HOST:PORT of process 0. processes: how many there are. process: this one's number.
     Without them a TPU host finds the other hosts of its slice, and any other machine runs alone.
-    launch: values that must be the same on all of them (same_launch.describe). seconds: how long
-    process 0 and the others wait for each other.
+    launch: values that must be the same on all of them (same_launch.describe_launch). seconds: how
+    long process 0 and the others wait for each other.
 
     Raises UserError if only some are given or they are invalid, if the other processes do not join
     in time, or if they are of another launch.
@@ -100,16 +100,7 @@ def _of_slice(seconds: float) -> Place | None:
     None for a TPU host that belongs to no slice known to JAX: it runs alone.
     """
     try:
-        address, processes, process, devices = (
-            clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                os.environ.get("JAX_COORDINATOR_ADDRESS"),
-                None,
-                None,
-                None,
-                None,
-                math.ceil(seconds),
-            )
-        )
+        address, processes, process, devices = slice_of_host(math.ceil(seconds))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"the slice's hosts cannot be told: {_first_line(error)}") from error
     if address is None:

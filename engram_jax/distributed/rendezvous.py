@@ -52,9 +52,9 @@ def meet(
 ) -> None:
     """Returns when all `processes` have connected to `coordinator` (HOST:PORT) with equal launches.
 
-    launch: from same_launch.describe. Prints to standard error which processes it waits for. Raises
-    UserError on every connected process if some do not connect within `seconds`, if two have the
-    same number, or if they differ in the number of processes or in their launch.
+    launch: from same_launch.describe_launch. Prints to standard error which processes it waits for.
+    Raises UserError on every connected process if some do not connect within `seconds`, if two have
+    the same number, or if they differ in the number of processes or in their launch.
     """
     host, _, port = coordinator.rpartition(":")
     at = _Place(coordinator, host.strip("[]"), int(port))

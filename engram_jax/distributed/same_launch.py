@@ -47,7 +47,7 @@ _SHOWN = 4  # keys in a message, and values of each
 _LONGEST = 100  # characters of a value
 
 
-def describe(config: Config, command: Mapping[str, Any]) -> dict[str, Any]:
+def describe_launch(config: Config, command: Mapping[str, Any]) -> dict[str, Any]:
     """This process's launch: name -> JSON value. Does not initialise JAX's devices.
 
     command: the other flags, by name.

@@ -6,7 +6,7 @@ spread evenly. A step
     plan   sort this device's lookups by (owner, row) and drop duplicates         no communication
     fetch  ask the owners for the distinct rows, and get them                     2 all-to-all
     send   sum the gradients of equal rows locally, send the sums to the owners   1 all-to-all
-    apply  owners sum what they received for a row, and update it in place        (optim/)
+    apply  owners sum what they received for a row, and update it in place        (training/optim/)
 
 costs a device what its own lookups need, however many devices there are. An all-to-all moves a
 fixed number of rows (`capacity`) between any two devices. Where some device wants more rows of one

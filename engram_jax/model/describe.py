@@ -82,7 +82,7 @@ def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
         return {}, None
     if tokens.path or tokens.canonical_vocab_size or engram.hash_dialect == QWEN:
         tokenizer = load_tokenizer(tokens.path) if tokens.path else None
-        addressing = artifact.build(config, tokenizer)
+        addressing = artifact.build_addressing(config, tokenizer)
         return addressing.layers, addressing.canonical_vocab_size
     return plan_layer(engram, tokens.vocab_size), None
 

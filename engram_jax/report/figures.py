@@ -1,4 +1,7 @@
-"""The pictures of a report, drawn from plain arrays with matplotlib's Agg canvas (no pyplot)."""
+"""The pictures of a report, drawn from plain arrays with matplotlib's Agg canvas (no pyplot).
+
+Needs the extra `report`; `write.py` does without where it is missing.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from engram_jax.report.tables import Curve
+
 INK, QUIET, FAINT = "#22272e", "#6b7480", "#d9dee4"
 COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#b8860b", "#35978f")
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#fdd49e", "#fc8d59", "#d7301f"])
@@ -27,14 +32,6 @@ _MONO = "DejaVu Sans Mono"  # comes with matplotlib
 _DPI = 144
 _FEW = 12  # a curve of at most so many points shows them
 _CELL, _LINE = 0.088, 0.24  # inches: width of a monospaced character, height of a line of text
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A metric over training: steps and values, both [n]."""
-
-    steps: np.ndarray
-    values: np.ndarray
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:

@@ -98,6 +98,8 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             data = base64.b64encode(section.picture.read_bytes()).decode()
             image = f'<img alt="{text(section.title)}" src="data:image/png;base64,{data}">'
             parts.append(f"<figure>{image}{note}</figure>")
+        if not section.rows and section.picture is None:
+            parts.append(note)
         for prompt, continuation in section.texts:
             parts.append(f"<pre><b>{text(prompt)}</b>{text(continuation)}</pre>")
     head = f"<meta charset='utf-8'><title>{text(title)}</title><style>{_STYLE}</style>"

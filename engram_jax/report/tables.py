@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from engram_jax.config import Config
 from engram_jax.config.difference import ABSENT, differences, flat
-from engram_jax.report.figures import Curve
 from engram_jax.report.page import Rows, Section
 
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over training: steps and values, both [n]."""
+
+    steps: np.ndarray
+    values: np.ndarray
 
 
 def curve(records: Sequence[Record], name: str) -> Curve:

@@ -17,18 +17,12 @@ import numpy as np
 
 from engram_jax.checkpoint.run_record import read_launches
 from engram_jax.checkpoint.workdir import LOSSES, RUN
+from engram_jax.config.extras import lacks
 from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring.metrics import read_metrics
-from engram_jax.report.figures import (
-    Curve,
-    expert_figure,
-    gate_figure,
-    loss_figure,
-    memory_figure,
-    optimisation_figure,
-)
 from engram_jax.report.page import Section, as_html, as_markdown
 from engram_jax.report.tables import (
+    Curve,
     configuration_section,
     curve,
     data_rows,
@@ -65,6 +59,8 @@ def write_report(
 ) -> Path:
     """Write `workdir`/report.html, report.md and report/*.png; returns the path of the first.
 
+    Without the extra `report` there are no pictures, and the report says why.
+
     title: the model's name. model: what `describe.describe` says of it. samples: (prompt,
     continuation) pairs.
 
@@ -84,7 +80,10 @@ def write_report(
     sections = [loss_section(losses, title)] if losses else []
     if records or losses:
         sections.append(Section("Training", rows=run_rows(records, losses, launch)))
-    sections += _pictures(root, title, records, losses, launch, gates)
+    if missing := lacks("report"):
+        sections.append(Section("Pictures", f"None are drawn: {missing}."))
+    else:
+        sections += _pictures(root, title, records, losses, launch, gates)
     if samples:
         sections.append(Section("Samples", texts=tuple(samples)))
     if model:
@@ -100,6 +99,12 @@ def write_report(
     return root / "report.html"
 
 
+def no_pictures() -> str:
+    """A line for the user if the report will have no pictures, else ""."""
+    missing = lacks("report")
+    return f"the report will have no pictures: {missing}" if missing else ""
+
+
 def _pictures(
     root: Path,
     title: str,
@@ -109,6 +114,8 @@ def _pictures(
     gates: GateSample | None,
 ) -> list[Section]:
     """What can be drawn of what was logged."""
+    from engram_jax.report import figures
+
     sections: list[Section] = []
 
     def draw(name: str, title: str, caption: str, figure: Any) -> None:
@@ -124,32 +131,34 @@ def _pictures(
             baselines = {k: float(v) for k, v in of["nats_per_token"].items() if k != title}
             caption = f"Validation: {of['of']}, {of['targets']:,} predicted tokens"
             caption += "; dashed: count models on the same." if baselines else "."
-        draw("loss", "Loss", caption, loss_figure(train, validation, baselines))
+        draw("loss", "Loss", caption, figures.loss_figure(train, validation, baselines))
     rate, norms = curve(records, "learning_rate"), _norms(records)
     if len(rate.steps) and norms:
         clip = launch.get("config", {}).get("optimizer", {}).get("clip_norm")
         caption = "The gradient's norm before clipping, and the memory's part of it (table rows)."
-        draw("optimisation", "Optimisation", caption, optimisation_figure(rate, norms, clip))
+        figure = figures.optimisation_figure(rate, norms, clip)
+        draw("optimisation", "Optimisation", caption, figure)
     if panels := _memory_panels(records):
         caption = (
             "Hit rate: share of the rows a batch touches that earlier batches have trained."
             " Utilisation: share of a table's rows that any batch has touched."
             " Gate: mean over a batch's tokens and the residual streams."
         )
-        draw("memory", "Memory", caption, memory_figure(panels))
+        draw("memory", "Memory", caption, figures.memory_figure(panels))
     if gates is not None and len(gates.tokens):
         caption = (
             "How far the context lets the memory's value through at each token (mean over the"
             " residual streams). The memory of a token is looked up by the n-gram that ends there."
         )
-        figure = gate_figure(gates.tokens, np.asarray(gates.gates, np.float64), gates.layers)
+        means = np.asarray(gates.gates, np.float64)
+        figure = figures.gate_figure(gates.tokens, means, gates.layers)
         draw("gates", "Gates on held-out text", caption, figure)
     if loads := _by_layer(records, "expert_load"):
         caption = (
             "Left: mean over the last tenth of the records. Right: each layer's busiest expert,"
             " smoothed."
         )
-        draw("experts", "Expert load", caption, expert_figure(loads))
+        draw("experts", "Expert load", caption, figures.expert_figure(loads))
     return sections
 
 

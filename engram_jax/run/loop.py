@@ -35,6 +35,7 @@ from engram_jax.evaluation.held_out import Evaluator, check_held_out
 from engram_jax.model.transformer import moe_layers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
 from engram_jax.monitoring.provenance import process_name
+from engram_jax.report.write import no_pictures
 from engram_jax.run.end_of_run import check_samples, end_run
 from engram_jax.run.exchange_capacity import with_planned_exchange
 from engram_jax.run.monitors import Monitors
@@ -44,7 +45,7 @@ from engram_jax.training.state import (
     TrainState,
     abstract_state,
     build_training,
-    check_memory,
+    check_fits,
     create_state,
 )
 from engram_jax.training.step import jit_train_step, jit_utilisation
@@ -105,8 +106,10 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     agree(lambda: check_samples(config, data.prepared.tokenizer))
     agree(lambda: check_held_out(data, config.train.eval_batches))
     program = build_training(config, data.addressing)
-    agree(lambda: check_memory(program))
+    agree(lambda: check_fits(program))
     program = with_planned_exchange(program, data, log)
+    if without := no_pictures():
+        log(without)
     with locked(workdir):
         with (
             preemption.deferred(),

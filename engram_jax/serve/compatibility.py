@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from engram_jax.checkpoint.load_model import LoadedModel
 from engram_jax.config import ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.config.validate import validate
-from engram_jax.memory.store.memory_file import MemoryFile
+
+if TYPE_CHECKING:  # of the extra `serve`
+    from engram_jax.memory.store.memory_file import MemoryFile
 
 CHECKPOINT = "checkpoint"  # in a memory file's metadata: the digest of its checkpoint
 _SHOWN = 12  # digits of a digest
 Warn = Callable[[str], None]
 
 
-def describe(trained: LoadedModel) -> dict[str, str]:
+def origin(trained: LoadedModel) -> dict[str, str]:
     """A memory file's metadata about the checkpoint that its rows are from."""
     return {
         "name": trained.program.config.name,
@@ -26,7 +29,9 @@ def describe(trained: LoadedModel) -> dict[str, str]:
     }
 
 
-def check_memory(file: MemoryFile, trained: LoadedModel, serve: ServeConfig, warn: Warn) -> None:
+def check_memory_file(
+    file: MemoryFile, trained: LoadedModel, serve: ServeConfig, warn: Warn
+) -> None:
     """Raises UserError for rows of another checkpoint than the weights, or warns if
     serve.accept_other_memory is set. The rows' format makes no difference."""
     said = file.metadata

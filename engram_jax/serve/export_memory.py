@@ -15,7 +15,7 @@ from engram_jax.data.run_data import open_on_all_processes
 from engram_jax.memory.store.memory_file import write_memory
 from engram_jax.memory.store.read_counts import count_accesses, save_frequency
 from engram_jax.memory.store.row_format import RowFormat
-from engram_jax.serve.compatibility import describe
+from engram_jax.serve.compatibility import origin
 
 _CHUNK = 1 << 16  # rows
 Log = Callable[[str], None]
@@ -46,7 +46,7 @@ def export_memory(
         layer: (stored, len(rows), _chunks(np.asarray(rows)))
         for layer, rows in trained.weights.rows.items()
     }
-    write_memory(path, layers, addressing.fingerprint, describe(trained))
+    write_memory(path, layers, addressing.fingerprint, origin(trained))
     total = sum(rows for _, rows, _ in layers.values())
     log(f"{path}: {total:,} rows of {stored.dim} as {stored.name}, {path.stat().st_size:,} bytes")
 

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
 from engram_jax.checkpoint.load_model import LoadedModel, load_model
-from engram_jax.config import DEVICE, DISK, HOST, Config, ServeConfig
+from engram_jax.config import DEVICE, HOST, Config, ServeConfig
 from engram_jax.config.errors import UserError
+from engram_jax.config.extras import require
 from engram_jax.distributed import processes
-from engram_jax.memory.store.dram import HostTable
-from engram_jax.memory.store.host_cache import CachedTable
-from engram_jax.memory.store.memory_file import MemoryFile, open_memory
-from engram_jax.memory.store.read_counts import Frequency, load_frequency
-from engram_jax.memory.store.row_format import RowFormat
-from engram_jax.memory.store.row_source import RowSource
-from engram_jax.model.program import Program
-from engram_jax.serve.compatibility import Warn, check_memory, for_one, with_capacity
+from engram_jax.serve.compatibility import Warn, check_memory_file, for_one, with_capacity
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.request import Delta, SamplingParams
-from engram_jax.serve.row_fetch import DeviceMemory, LayerMemory, StagedMemory, on_device
+from engram_jax.serve.row_fetch import DeviceMemory, LayerMemory
+
+if TYPE_CHECKING:  # of the extra `serve`
+    from engram_jax.memory.store.memory_file import MemoryFile
 
 
 def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Engine:
@@ -40,8 +36,13 @@ def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] 
 
 def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> LoadedModel:
     """The weights, and the tables where config.serve wants them, unless they come from a memory
-    file or are all off."""
+    file or are all off.
+
+    Raises UserError, also before anything is read if config.serve needs packages that are missing.
+    """
     serve = config.serve
+    if key := _stored(serve):
+        require("serve", key)
     if serve.memory != DEVICE and jax.process_count() > 1:
         raise UserError(
             f"config.serve.memory = {serve.memory!r}: must be 'device' with several processes"
@@ -62,90 +63,31 @@ def make_engine(trained: LoadedModel, serve: ServeConfig, warn: Warn = processes
 
 def _engine(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Engine:
     program, weights = trained.program, trained.weights
-    memory = open_memories(
-        program, serve, weights.rows, lambda file: check_memory(file, trained, serve, warn)
-    )
+    memory = _memories(trained, serve, warn)
     steps = EngineSteps(program, serve)
     return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
 
 
-def open_memories(
-    program: Program,
-    serve: ServeConfig,
-    rows: Any = None,
-    check: Callable[[MemoryFile], None] = lambda file: None,
-) -> dict[str, LayerMemory]:
-    """Every Engram layer's table, on the tier that `serve` selects.
+def _memories(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Mapping[str, LayerMemory]:
+    program, rows = trained.program, trained.weights.rows
+    if not _stored(serve):
+        on = [layer for layer in program.table_rows if not serve.is_off(layer)]
+        return {layer: DeviceMemory(program, rows[layer]) for layer in on}
+    from engram_jax.serve.open_memories import open_memories
 
-    rows: tables [R, dim] by layer id (on the device for memory = "device"), or None or empty = they
-    come from serve.memory_file. check: called with that file, may raise UserError.
+    def check(file: MemoryFile) -> None:
+        check_memory_file(file, trained, serve, warn)
 
-    Raises UserError for a memory or frequency file that is unusable or does not fit the model.
-    """
-    if program.addressing is None:
-        return {}
-    fingerprint = program.addressing.fingerprint
-    file = open_memory(serve.memory_file, fingerprint) if serve.memory_file else None
-    if file is not None:
-        check(file)
-    counts: dict[str, Frequency] = {}
-    if serve.frequency_file:
-        counts = load_frequency(serve.frequency_file, fingerprint).layers
-    made: dict[str, LayerMemory] = {}
-    for layer in program.table_rows:
-        if serve.is_off(layer):
-            continue
-        if file is not None:
-            _check_file(program, serve, file, layer)
-        if counts and layer not in counts:
-            have = ", ".join(counts)
-            raise UserError(f"{serve.frequency_file}: has no Engram layer {layer}; it has {have}")
-        if serve.memory == DEVICE:
-            made[layer] = _on_device(program, file, layer, rows)
-            continue
-        source, hot = _source(serve, file, layer, rows), None
-        found = counts.get(layer)
-        if serve.device_cache:
-            assert found is not None  # config/validate.py
-            hot = found.ids[: int(serve.device_cache * source.rows)]
-            found = found.behind(len(hot))
-        if serve.memory == DISK and serve.host_cache:
-            source = CachedTable(source, max(1, int(serve.host_cache * source.rows)))
-            if found is not None:
-                source.warm(found)
-        made[layer] = StagedMemory(program, source, hot)
-    return made
+    return open_memories(program, serve, rows, check)
 
 
-def _on_device(program: Program, file: MemoryFile | None, layer: str, rows: Any) -> DeviceMemory:
-    if file is None:
-        return DeviceMemory(program, rows[layer])
-    stored = file.host(layer)
-    return DeviceMemory(program, on_device(program, stored.parts), stored.format)
-
-
-def _source(serve: ServeConfig, file: MemoryFile | None, layer: str, rows: Any) -> RowSource:
-    if serve.memory == DISK:
-        assert file is not None  # config/validate.py
-        return file.disk(layer)
-    if file is not None:
-        return file.host(layer)
-    values = np.asarray(rows[layer])
-    stored = RowFormat(values.dtype.name, values.shape[1])
-    return HostTable(stored, stored.encode(values))
-
-
-def _check_file(program: Program, serve: ServeConfig, file: MemoryFile, layer: str) -> None:
-    if layer not in file.layers:
-        have = ", ".join(file.layers)
-        raise UserError(f"{serve.memory_file}: has no Engram layer {layer}; it has {have}")
-    rows, stored = file.layers[layer]
-    mine = program.table_rows[layer], program.config.model.engram.dim
-    if (rows, stored.dim) != mine:
-        raise UserError(
-            f"{serve.memory_file}: layer {layer} has {rows} rows of {stored.dim}, this model"
-            f" {mine[0]} of {mine[1]}"
-        )
+def _stored(serve: ServeConfig) -> str:
+    """The key by which stored rows are asked for, with its value; "" = none, tables of a checkpoint
+    on the device. The extra `serve` reads them."""
+    keys = {"memory": serve.memory, "memory_file": serve.memory_file}
+    keys |= {"frequency_file": serve.frequency_file}
+    asked = [f"config.serve.{k} = {v!r}" for k, v in keys.items() if v not in ("", DEVICE)]
+    return "".join(asked[:1])
 
 
 def print_continuation(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.addressing.hash_numba import Hasher
+from engram_jax.addressing.hash_tokens import Hasher
 from engram_jax.config.errors import UserError
 from engram_jax.model.program import Program
 from engram_jax.serve.engine_steps import EngineSteps

@@ -28,7 +28,7 @@ class Sequence:
     """One unfinished request.
 
     computed: tokens in the cache. pending: its next token is being computed.
-    history: its last N - 1 canonical ids (addressing/hash_numba.py).
+    history: its last N - 1 canonical ids (addressing/hash_tokens.py).
     saved: its state on the host, while it is evicted. text: its `TextStream`, or None.
     """
 

@@ -68,7 +68,7 @@ def build_training(
     """`build_program`, with the optimizer and the schedule that `config.optimizer` names."""
     program = build_program(config, addressing, mesh)
     rate = learning_rate(config.optimizer, config.train.steps)
-    tx = optimizer.build(config.optimizer, rate, program.mesh)
+    tx = optimizer.build_optimizer(config.optimizer, rate, program.mesh)
     return TrainingProgram(program.config, addressing, program.mesh, program.graphdef, tx, rate)
 
 
@@ -115,7 +115,7 @@ def create_state(program: TrainingProgram) -> TrainState:
     return create()
 
 
-def check_memory(program: TrainingProgram) -> None:
+def check_fits(program: TrainingProgram) -> None:
     """Raises UserError if the state does not fit in memory: trying may hang the machine."""
     needed = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

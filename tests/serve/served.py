@@ -16,7 +16,8 @@ from engram_jax.memory.table import lookup
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.request import SamplingParams
-from engram_jax.serve.row_fetch import DeviceMemory, StagedMemory
+from engram_jax.serve.row_fetch import DeviceMemory
+from engram_jax.serve.staged_rows import StagedMemory
 from engram_jax.training.state import weights_of
 from tests.tiny import VOCAB, tiny
 

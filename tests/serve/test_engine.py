@@ -15,7 +15,7 @@ from engram_jax.model.sampling import key_of_token, sample
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.request import Finish, SamplingParams
-from engram_jax.serve.row_fetch import StagedMemory
+from engram_jax.serve.staged_rows import StagedMemory
 from engram_jax.training.state import weights_of
 from tests.serve.served import (
     GREEDY,

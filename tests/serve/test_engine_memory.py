@@ -14,12 +14,12 @@ from engram_jax.memory.store.host_cache import CachedTable
 from engram_jax.memory.store.memory_file import open_memory, write_memory
 from engram_jax.memory.store.read_counts import Frequency, save_frequency
 from engram_jax.memory.store.row_format import RowFormat
-from engram_jax.serve import row_fetch as serve_memory
+from engram_jax.serve import staged_rows as serve_memory
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.engine_steps import EngineSteps
-from engram_jax.serve.open_engine import open_memories
+from engram_jax.serve.open_memories import open_memories
 from engram_jax.serve.request import Finish, SamplingParams
-from engram_jax.serve.row_fetch import StagedMemory
+from engram_jax.serve.staged_rows import StagedMemory
 from engram_jax.training.state import weights_of
 from tests.serve.served import (
     SERVE,

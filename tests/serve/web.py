@@ -150,7 +150,7 @@ class Running(Client):
         self.runner = EngineThread(engine)
         app = App(self.runner, engine, self.limits)
         ready = threading.Event()
-        self._server = server.Server(app, self.limits, ready.set)
+        self._server = server.Server(app.asgi, self.limits.seconds, ready.set)
         run = self._server.serve
         self._thread = threading.Thread(target=lambda: asyncio.run(run([sock])))
         self._thread.start()

@@ -19,20 +19,18 @@ from typing import Any
 import numpy as np
 from numba import int64, types, uint64
 
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import c_function, host_jit
 from engram_jax.memory.store.gather_rows import move_row
 from engram_jax.memory.store.xxh64 import xxh64_at
 
 DAMAGED, UNREADABLE = 1, 2
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
-_pread: Any = types.ExternalFunction(
-    "pread", types.intp(types.intc, types.uintp, types.uintp, types.int64)
-)
+_pread: Any = c_function("pread", types.intp, types.intc, types.uintp, types.uintp, types.int64)
 
 if sys.platform == "linux" and _NOWAIT:
-    _preadv2: Any = types.ExternalFunction(
-        "preadv2", types.intp(types.intc, types.uintp, types.intc, types.int64, types.intc)
+    _preadv2: Any = c_function(
+        "preadv2", types.intp, types.intc, types.uintp, types.intc, types.int64, types.intc
     )
 
     @host_jit
@@ -50,8 +48,8 @@ else:
 
 
 if hasattr(os, "posix_fadvise"):
-    _advise: Any = types.ExternalFunction(
-        "posix_fadvise", types.intc(types.intc, types.int64, types.int64, types.intc)
+    _advise: Any = c_function(
+        "posix_fadvise", types.intc, types.intc, types.int64, types.int64, types.intc
     )
 
     @host_jit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 from engram_jax.memory.store.distinct_rows import distinct
 from engram_jax.memory.store.s3fifo import Sets
 

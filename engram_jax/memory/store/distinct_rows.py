@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 from engram_jax.memory.store.gather_rows import cores, split
 from engram_jax.memory.store.reused_buffers import Scratch
 

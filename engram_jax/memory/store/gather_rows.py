@@ -17,10 +17,10 @@ from functools import cache
 import numpy as np
 from numba import uint64
 
-from engram_jax.hardware.numba_jit import host_jit
-from engram_jax.memory.store.cpu_intrinsics import (
+from engram_jax.hardware.numba_internals import (
     LINE,
     fence,
+    host_jit,
     move_1,
     move_8,
     move_32,

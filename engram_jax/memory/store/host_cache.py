@@ -9,7 +9,7 @@ import numpy as np
 from numba import uint64
 
 from engram_jax.config.errors import UserError
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 from engram_jax.memory.store.counters import Counters
 from engram_jax.memory.store.distinct_rows import distinct
 from engram_jax.memory.store.dram import host_array

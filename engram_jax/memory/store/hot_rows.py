@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 
 _EMPTY = -1
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config.errors import UserError
-from engram_jax.hardware.numba_jit import host_jit
+from engram_jax.hardware.numba_internals import host_jit
 from engram_jax.hardware.storage import replacing
 
 _FORMAT = 1

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import uint8, uint32, uint64
 
-from engram_jax.hardware.numba_jit import host_jit
-from engram_jax.memory.store.cpu_intrinsics import prefetch
+from engram_jax.hardware.numba_internals import host_jit, prefetch
 
 WAYS = 16  # a cache line of row numbers
 PROBATION = 2  # rows on probation in a full set from which on the oldest is evicted unless used

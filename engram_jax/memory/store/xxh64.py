@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from engram_jax.hardware.numba_jit import host_jit
-from engram_jax.memory.store.cpu_intrinsics import load_1, load_4, load_8
+from engram_jax.hardware.numba_internals import host_jit, load_1, load_4, load_8
 
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)

@@ -1,1 +1,8 @@
-"""The engine over HTTP: OpenAI's completions, models, health and metrics."""
+"""The engine over HTTP: OpenAI's completions, models, health and metrics.
+
+Needs the extra `serve`.
+"""
+
+from engram_jax.config.extras import require
+
+require("serve", "engram_jax.serve.http")

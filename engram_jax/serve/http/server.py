@@ -1,38 +1,29 @@
 """A server process: bind, serve, drain on a signal.
 
-uvicorn speaks HTTP; what it leaves out is here: heads that never end, errors in OpenAI's shape, and
-an orderly end with status 0.
+uvicorn speaks HTTP (`uvicorn_internals.py`); here is an orderly end with status 0.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import h11
 import jax
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.serve.http.engine_thread import EngineThread
-from engram_jax.serve.http.json_fields import ApiError
 from engram_jax.serve.http.responses import Limits
 from engram_jax.serve.http.routes import App, Served
+from engram_jax.serve.http.uvicorn_internals import Server
 from engram_jax.serve.open_engine import open_engine
 
 BACKLOG = 128
-WRITE_SECONDS = 5  # at the end, for clients that do not read their answer
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -96,7 +87,7 @@ def serve(
     runner = EngineThread(engine)
     app = App(runner, engine, limits)
     line = f"serving {engine.name} at {_url(sock)}/v1"
-    server = Server(app, limits, lambda: ready(line))
+    server = Server(app.asgi, limits.seconds, lambda: ready(line))
     try:
         asyncio.run(_serve(server, runner, sock, drain_seconds))
     finally:
@@ -147,90 +138,3 @@ async def _serve(server: Server, runner: EngineThread, sock: socket.socket, seco
 def _url(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
-
-
-class Server(uvicorn.Server):
-    """uvicorn's, without its signal handlers: they end the process by the signal's status."""
-
-    def __init__(self, app: App, limits: Limits, ready: Callable[[], None] = lambda: None):
-        config = uvicorn.Config(
-            app.asgi,
-            http=partial(_Connection, head_seconds=limits.seconds),  # type: ignore[arg-type]
-            loop="asyncio",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=WRITE_SECONDS,
-        )
-        super().__init__(config)
-        self._ready = ready
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-
-class _Connection(H11Protocol):
-    """A connection whose request must have its head complete in time."""
-
-    def __init__(self, *args: Any, head_seconds: float, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._seconds = head_seconds
-        self._deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._forget()
-
-    def _watch(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering or self.transport.is_closing():
-            self._forget()
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(self._seconds, self._too_late)
-
-    def _forget(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _too_late(self) -> None:
-        if self.conn.trailing_data[0]:  # a part of a head
-            self._refuse(408, f"head: must arrive within {self._seconds:g} s")
-        else:
-            self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "not an HTTP/1.1 request, or one with a head of more than 64 KiB")
-
-    def _refuse(self, status: int, message: str) -> None:
-        body = json.dumps(ApiError(status, message).body).encode()
-        headers = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(body))),
-            ("connection", "close"),
-        ]
-        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
-            for event in (
-                h11.Response(status_code=status, headers=headers, reason=""),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()

@@ -17,7 +17,7 @@ from engram_jax.sharding.rules import names
 from engram_jax.training.optim.muon import orthogonalised_momentum
 
 
-def build(
+def build_optimizer(
     config: OptimizerConfig, rate: Callable[[jax.Array], jax.Array], mesh: Mesh
 ) -> optax.GradientTransformation:
     """An optax transformation for the parameter tree; it expects gradients already clipped."""

@@ -1,0 +1,164 @@
+"""Checkpoints as Orbax writes them, where it has no promised interface.
+
+The one file with private use of Orbax, and of the files it writes: handlers that are replaced in
+part (`async_save`, `finalize`), when it calls them and its barrier, a policy of what is preserved,
+its futures, the names and the layout of the files of a tree. None of it is promised to the next
+release: pyproject.toml bounds orbax-checkpoint below the next minor one. Elsewhere only
+`ocp.args` and the arguments of saving and restoring are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from engram_jax.checkpoint.integrity import list_all, list_mine
+from engram_jax.checkpoint.save_barrier import SaveBarrier
+
+TRASH = "deleted"  # the folder where checkpoints lie that are being deleted
+
+
+def open_manager(
+    directory: epath.Path,
+    state: StateHandler,
+    barrier: SaveBarrier,
+    preserved: LatestAndBest,
+    *,
+    read_only: bool,
+) -> ocp.CheckpointManager:
+    """Orbax's manager of the checkpoints in `directory`, each an item "state" and a JSON "meta".
+
+    read_only: what a killed process left half written stays.
+    """
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeSave, state)
+    registry.add("meta", ocp.args.JsonSave, MetaHandler(barrier))
+    return ocp.CheckpointManager(
+        directory,
+        handler_registry=registry,
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=not read_only,
+            preservation_policy=preserved,
+            # A rename is atomic, a deletion is not: cut short, it leaves what looks whole.
+            todelete_subdir=TRASH,
+            lightweight_initialize=True,
+            save_root_metadata=False,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier),
+        ),
+    )
+
+
+class StateHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler for trees of arrays, which also lists what has been written in files.json.
+
+    stored_shapes: of the arrays that are stored smaller than they are, set before every save.
+    """
+
+    def __init__(self, barrier: SaveBarrier):
+        super().__init__()
+        self._barrier = barrier
+        self.stored_shapes: dict[str, tuple[int, ...]] = {}
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        futures = await super().async_save(directory, *args, **kwargs)
+        return [_Written(futures or [], self._barrier, lambda: list_mine(directory, _own))]
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Called by one process, when all have written and before the checkpoint is visible."""
+        try:
+            super().finalize(directory)
+            crop(directory, self.stored_shapes)
+            list_all(directory)
+        except BaseException as error:
+            self._barrier.fail(error)
+            raise
+
+
+class MetaHandler(ocp.JsonCheckpointHandler):
+    """Orbax's handler for JSON; a process that cannot write it does not let the others wait."""
+
+    def __init__(self, barrier: SaveBarrier):
+        super().__init__()
+        self._barrier = barrier
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [_Written(await super().async_save(*args, **kwargs) or [], self._barrier)]
+
+
+class _Written:
+    """An Orbax future: `futures`, then `afterwards`; a failure is told to the other processes."""
+
+    def __init__(
+        self,
+        futures: list[Any],
+        barrier: SaveBarrier,
+        afterwards: Callable[[], None] = lambda: None,
+    ):
+        self._chain = ocp.future.ChainedFuture(futures, afterwards)
+        self._barrier = barrier
+
+    def result(self, timeout: float | None = None) -> None:
+        try:
+            self._chain.result(timeout)
+        except BaseException as error:
+            self._barrier.fail(error)
+            raise
+
+    def cancel(self) -> None:
+        self._chain.cancel()
+
+
+@dataclass
+class LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Orbax's own BestN knows the losses only as long as the process lives, or reads every file."""
+
+    loss_at: Callable[[int], float]
+    keep: int
+    keep_best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        ranked = sorted((self.loss_at(s), s) for s in steps)
+        kept = {s for loss, s in ranked[: self.keep_best] if loss < math.inf}
+        kept.update(sorted(steps)[-self.keep :])
+        return [s in kept for s in steps]
+
+
+def crop(directory: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give stored arrays smaller bounds; by one process, after all have written.
+
+    directory: where Orbax has written one OCDBT store. shapes: the new shape by array name.
+    """
+    if "://" in (path := directory.as_posix()):
+        base: Any = f"{path}/"
+    else:
+        base = {"driver": "file", "path": f"{path}/"}
+    for name, shape in shapes.items():
+        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        array = ts.open({"driver": "auto", "kvstore": store}).result()
+        array.resize(exclusive_max=list(shape), shrink_only=True).result()
+
+
+def _own(folder: str) -> bool:
+    """Whether a folder of a checkpoint, ocdbt.process_3, is what this process writes."""
+    return folder == f"ocdbt.process_{jax.process_index()}"
+
+
+class _OrbaxTracebacks(logging.Filter):
+    """Drops the tracebacks that Orbax logs of exceptions it also raises."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+TRACEBACKS = _OrbaxTracebacks()
