@@ -1,6 +1,6 @@
-"""The hash as a serving engine runs it: canonical ids and addresses of a few tokens at a time.
+"""The hash for serving: canonical ids and addresses of a few tokens at a time.
 
-By numba's loop where numba is installed (extra `serve`), else by NumPy: the same bits.
+It uses numba's loop where numba is installed (extra `serve`), else NumPy: the same bits.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from engram_jax.config.extras import installed
 class Hasher:
     """Tokens of running sequences -> canonical ids and addresses, for all Engram layers.
 
-    A sequence's history is int32 [N - 1], its last canonical ids, oldest first. All layers of a
-    plan share what a history is (fill id, restart id, N).
+    A sequence's history is int32 [N - 1], its last canonical ids, oldest first. It serves all
+    layers, which share fill id, restart id and N.
     """
 
     def __init__(self, addressing: Addressing):
@@ -49,7 +49,7 @@ class Hasher:
 
 
 def _addresser(layer: LayerAddressing) -> Callable[[np.ndarray], np.ndarray]:
-    """int32 [B, N - 1 + S] -> int32 [B, S, H], compiled if it can be."""
+    """The function int32 [B, N - 1 + S] -> int32 [B, S, H] of a layer, compiled if possible."""
     if installed("numba"):
         from engram_jax.addressing import hash_numba
 

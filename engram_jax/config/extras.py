@@ -1,7 +1,7 @@
-"""Packages that only a part of the program needs: pyproject.toml installs them by an extra.
+"""Optional packages, which pyproject.toml installs as extras, and the error where one is missing.
 
-Training imports none of them. A part that cannot do without asks here before it imports its
-modules, so that the answer is one line, before anything is read or written.
+Training imports none of them. A part that needs one checks here before it imports its modules, so
+that the error is one line, before anything is read or written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _missing(extra: str) -> list[str]:
 
 
 def installed(package: str) -> bool:
-    """Whether a package could be imported; it is not, which may take a second."""
+    """Whether a package can be imported, without importing it, which may take a second."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
@@ -45,7 +45,7 @@ def _line(package: str, extra: str) -> str:
 
 
 def command(extra: str) -> str:
-    """What installs an extra, here in a checkout or where only the package is."""
+    """The command that installs an extra, in a checkout or where only the package is installed."""
     checkout = (Path(__file__).parents[2] / "pyproject.toml").is_file()
     return f'pip install -e ".[{extra}]"' if checkout else f'pip install "engram_jax[{extra}]"'
 

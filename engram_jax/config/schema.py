@@ -63,8 +63,8 @@ class AttentionConfig:
 
     heads: attention heads.
     kv_lora_rank: width of the latent that keys and values are computed from, and that is cached.
-    nope_dim: width of the part of a head's key that does not know its position.
-    rope_dim: width of the part that rotary embedding turns, shared by all heads.
+    nope_dim: width of the part of a head's key without position.
+    rope_dim: width of the part with rotary embedding, shared by all heads.
     v_dim: width of a head's value.
     rope_theta: base of the rotary frequencies.
     """
@@ -82,9 +82,9 @@ class FeedForwardConfig:
     """DeepSeekMoE; `routed_experts = 0` makes every layer dense.
 
     dense_dim: inner width of the dense SwiGLU layers (the first `dense_layers`, or all).
-    dense_layers: so many first layers are dense, the others have experts.
+    dense_layers: number of first layers that are dense; the others have experts.
     routed_experts: E, experts of a layer among which the router chooses.
-    shared_experts: experts that every token passes, computed as one of that multiple width.
+    shared_experts: experts that every token uses, computed as one that is as many times as wide.
     top_k: k, routed experts of a token.
     expert_dim: inner width of one expert; the shared expert is `shared_experts` times as wide.
     routed_scaling: factor of the routed experts' sum.
@@ -105,7 +105,7 @@ class FeedForwardConfig:
 
 @dataclass(frozen=True)
 class HyperConnectionConfig:
-    """mHC, manifold-constrained hyper-connections: see layers/hyper_connections.py.
+    """mHC, manifold-constrained hyper-connections (arXiv 2512.24880); layers/hyper_connections.py.
 
     streams: M, residual streams.
     sinkhorn_iterations: of the projection of the residual mixing matrix.
@@ -132,7 +132,7 @@ class EngramConfig:
 
     layers: 0-based layer ids, ascending (the paper's prose counts from 1: its 2 and 15 are 1, 14).
     orders: lengths of the n-grams that are looked up.
-    heads_per_order: rows read per token, layer and order, each with a hash of its own.
+    heads_per_order: rows read per token, layer and order, each by a separate hash.
     rows_per_head: base size of the heads of each order: one number, or one per order. A head's size
       is the next free prime.
     d_mem: width of the concatenated rows; a row has d_mem / (orders x heads_per_order) numbers.
@@ -193,11 +193,11 @@ class ModelConfig:
 
     d_model: d, the hidden width.
     layers: transformer layers.
-    norm_eps: of every RMSNorm that follows no dialect of its own.
+    norm_eps: of every RMSNorm, except where an Engram form or mHC has its own.
     tie_embeddings: whether the output head is the embedding table.
     init_std: standard deviation of the weights at step 0.
-    dtype: in which the network computes.
-    param_dtype: in which the parameters are stored and updated.
+    dtype: of the network's computations.
+    param_dtype: of the stored parameters and their updates.
     remat: what the backward pass computes again: "none", "dots" (all but matrix products), "block"
       (all but the blocks' inputs).
     kernels: "auto" runs Pallas kernels where they are supported and faster
@@ -285,14 +285,14 @@ class OptimizerConfig:
     peak_lr: learning rate after the warm-up.
     warmup_steps: steps of linear warm-up.
     decay_at: fractions of train.steps at which the rate steps down.
-    decay_factors: the rate from there on, as a factor of peak_lr.
+    decay_factors: the rate from each of them on, as a factor of peak_lr.
     weight_decay: decoupled, of what Muon and AdamW update; none for gains, biases and tables.
     clip_norm: largest global norm of the gradients, rows included; inf = no clipping.
     muon_momentum: momentum (Nesterov) of Muon.
     muon_ns_steps: Newton-Schulz iterations.
     muon_rms: root mean square of Muon's update before the learning rate.
     adam_b1, adam_b2, adam_eps: of AdamW and of row-wise Adam.
-    memory_lr_multiplier: the tables' learning rate in units of the others'.
+    memory_lr_multiplier: the tables' learning rate as a multiple of the others'.
     memory_optimizer: "rowwise_adam" updates the rows that were read; "dense_adam" all rows, for
       comparison.
     """
@@ -359,7 +359,7 @@ class GenerateConfig:
     max_tokens: longest continuation.
     temperature: 0 = greedy.
     top_p: draw from the smallest set of likeliest tokens that has this probability; 1 = all.
-    top_k: draw from so many likeliest tokens; 0 = all.
+    top_k: draw from the `top_k` likeliest tokens; 0 = all.
     seed: of the draws.
     """
 

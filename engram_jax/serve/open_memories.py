@@ -1,5 +1,8 @@
-"""Every Engram layer's table where config.serve wants it: from a checkpoint or a memory file, onto
-the device, into DRAM, or left in the file behind a cache."""
+"""Opens every Engram layer's table on the tier that config.serve selects.
+
+Tables come from a checkpoint or a memory file, and are loaded onto the device or into DRAM, or read
+from the file through a cache.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,12 @@ def open_memories(
     rows: Any = None,
     check: Callable[[MemoryFile], None] = lambda file: None,
 ) -> dict[str, LayerMemory]:
-    """Every Engram layer's table where `serve` wants it.
+    """Every Engram layer's table, on the tier that `serve` selects.
 
     rows: tables [R, dim] by layer id (on the device for memory = "device"), or None or empty = they
-    come from serve.memory_file. check: of that file, raises UserError.
+    come from serve.memory_file. check: called with that file, may raise UserError.
+
+    Raises UserError for a memory or frequency file that is unusable or does not fit the model.
     """
     if program.addressing is None:
         return {}

@@ -1,7 +1,7 @@
-"""Rows of an Engram layer whose table is not on the device, or only its most frequent rows.
+"""Fetches rows of a table off the device, of which the most frequent rows may be on the device.
 
-A `RowSource` (memory/store/) gives stored bytes, which are staged in host buffers, moved, and
-become numbers on the device.
+A `RowSource` (memory/store/) reads stored bytes, which are staged in host buffers, transferred, and
+decoded on the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engram_jax.model.program import Program
 from engram_jax.serve.row_fetch import STATS, on_device
 from engram_jax.sharding.rules import P
 
-BUFFERS = 2  # one is filled while the other is moved
+BUFFERS = 2  # one is filled while the other is transferred
 MERGE_FROM = 4096  # lookups; below, finding the distinct ones takes longer than it saves
 
 
@@ -48,7 +48,7 @@ class StagedMemory:
         if hot is not None and len(hot):
             self._slots = Slots(hot)
             parts = source.format.empty(len(hot))
-            # Past a cache, which would take them for rows that are asked for there.
+            # Bypassing a cache, which would count them as lookups.
             behind = source.source if isinstance(source, CachedTable) else source
             behind.gather(np.ascontiguousarray(hot), parts)
             self._hot = on_device(program, parts)
@@ -85,8 +85,8 @@ class StagedMemory:
             return rows.reshape(*addresses.shape, -1)
 
     def _plan(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
-        """(rows to read; for every lookup its number among the hot rows and, behind them, these,
-        None = they are the lookups in order; lookups that need no reading)."""
+        """(rows to read; for every lookup its index in the hot rows followed by the rows to read,
+        None = the rows to read are the lookups in order; lookups that need no reading)."""
         if self._slots is None:
             if ids.size < MERGE_FROM:
                 return ids, None, 0
@@ -103,7 +103,7 @@ class StagedMemory:
         return self._stats | {name: value - self._before[name] for name, value in behind}
 
     def _behind(self) -> dict[str, float]:
-        """What the tiers behind the device have counted, the filling of `hot` included."""
+        """The counts of the tiers below the device, including the reads that filled `hot`."""
         source, found = self.source, {"hits_host_cache": 0.0, "file_bytes": 0.0}
         if isinstance(source, CachedTable):
             found["hits_host_cache"] = source.counters.snapshot().hits
@@ -114,7 +114,7 @@ class StagedMemory:
 
 
 def _assemble(stored: RowFormat, indexed: bool, hot: Any, staged: Any, index: Any) -> jax.Array:
-    """Stored bytes [m, bytes_i], and the hot ones, to the rows of all lookups [n, dim]."""
+    """The rows of all lookups [n, dim] from stored bytes [m, bytes_i] and the hot rows' bytes."""
     if not indexed:
         return stored.decode(staged)
     if hot is None:
@@ -134,17 +134,17 @@ def _assemble(stored: RowFormat, indexed: bool, hot: Any, staged: Any, index: An
 
 
 def _bucket(rows: int, lookups: int) -> int:
-    """Of few sizes, so that few programs are compiled: an eighth of the lookups or a multiple."""
+    """`rows` rounded up to eighths of the lookups: few sizes, so that few programs are compiled."""
     unit = max(1, -(-lookups // 8))
     return max(1, -(-rows // unit)) * unit
 
 
 class _Buffers:
-    """Host memory that rows are staged in, until the device has made numbers of them.
+    """Host memory that rows are staged in, until the device has decoded them.
 
-    That they have been moved is not enough: JAX uses an array of the host where it lies if the
-    device is a CPU and the array is aligned (whatever `may_alias` says, for NumPy's arrays), which
-    these are, to save the copy.
+    That the transfer has ended is not enough: if the device is a CPU, JAX uses an aligned host
+    array in place (whatever `may_alias` says, for NumPy arrays), and these are aligned to save the
+    copy.
     """
 
     def __init__(self, stored: RowFormat):
@@ -152,12 +152,12 @@ class _Buffers:
         self._user: Any = ()
 
     def of(self, rows: int) -> tuple[np.ndarray, ...]:
-        """Buffers of so many rows, uint8 [rows, bytes_i], free to be overwritten."""
+        """Buffers of `rows` rows, uint8 [rows, bytes_i], free to be overwritten."""
         jax.block_until_ready(self._user)
         if len(self._parts[0]) < rows:
             self._parts = self._stored.empty(rows)
         return tuple(part[:rows] for part in self._parts)
 
     def used_by(self, rows: jax.Array) -> None:
-        """What is computed from them."""
+        """Record the array computed from the buffers: they are free when it is ready."""
         self._user = rows
