@@ -78,7 +78,7 @@ def check_arrays(path: epath.Path, *, share: bool) -> None:
     """Compare the files of `path`/state with their list.
 
     share: this process's share of the files, and their contents (every process calls it, see
-      `agreement.agree`); else the sizes of all.
+      `distributed.consensus.agree`); else the sizes of all.
 
     Raises UserError naming the file and what is wrong with it (the caller names the checkpoint).
     """
