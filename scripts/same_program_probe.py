@@ -1,6 +1,6 @@
 """The programs of one revision, written down: same_program.py runs this once per revision.
 
-    cd CHECKOUT && python SCRIPTS/same_program_probe.py FOLDER CASE ...
+    cd CHECKOUT && python /PATH/same_program_probe.py FOLDER CASE ...
 
 Lowers, and does not compile, the steps of every CASE for a slice of a v5p into FOLDER, one file
 CASE.PROGRAM.txt each (same_program_text.py):

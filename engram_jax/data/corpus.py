@@ -14,7 +14,7 @@ from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
 from engram_jax.data import text_store
 from engram_jax.data.cache import build_once, key_of, read_json, write_json
-from engram_jax.data.documents import Spool, cut
+from engram_jax.data.documents import Spool, split_text
 from engram_jax.data.folder_text import FolderText
 from engram_jax.data.local_text import LIBRARY, LocalText
 from engram_jax.data.source_report import SourceReport
@@ -119,7 +119,7 @@ def _cut_small(spool: Spool, config: DataConfig, report: SourceReport) -> Spool:
     )
     small = Spool(spool.path.with_name("spool-small"), report)
     for text in spool.read(np.arange(len(spool))):
-        for piece in cut(text, piece_bytes):
+        for piece in split_text(text, piece_bytes):
             small.add(report.source, piece, len(small))
     report.notes.append(
         f"only one document: cut at line ends into {len(small):,} pieces, each on one side of the "

@@ -100,7 +100,7 @@ class Spool:
         self.path.unlink(missing_ok=True)
 
 
-def cut(text: bytes, limit: int) -> Iterator[bytes]:
+def split_text(text: bytes, limit: int) -> Iterator[bytes]:
     """Split `text` into parts of at most `limit` bytes, after line ends where there are any."""
     start = 0
     while len(text) - start > limit:
@@ -128,7 +128,7 @@ def add_text(spool: Spool, name: str, text: str, origin: int, max_bytes: int) ->
     except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
         spool.report.skip(why.NOT_UTF8, name, len(text))
         return
-    pieces = list(cut(encoded, max_bytes))
+    pieces = list(split_text(encoded, max_bytes))
     spool.report.cut_documents += len(pieces) > 1
     for piece in pieces:
         spool.add(name, piece, origin)

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
 from engram_jax.data import source_report as why
-from engram_jax.data.documents import cut, defect
+from engram_jax.data.documents import defect, split_text
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import hold_out
 from engram_jax.data.text_store import TRAIN, VALIDATION
@@ -91,7 +91,7 @@ class TfdsText:
         name = self.validation_split if split == VALIDATION and self.validation_split else TRAIN
         source = self._builder.as_data_source(name)
         for i in ids.tolist():
-            for piece in cut(
+            for piece in split_text(
                 _bytes(source[i][self._config.text_key]), self._config.max_document_bytes
             ):
                 yield piece.decode()

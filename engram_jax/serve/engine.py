@@ -139,7 +139,7 @@ class Engine:
         return {
             "running": len(schedule.running),
             "waiting": len(schedule.waiting),
-            "moved_out": len(schedule.moved_out),
+            "moved_out": len(schedule.evicted),
             "free_pages": schedule.pages.free,
             "pages": schedule.pages.total,
             "evictions": schedule.evictions,
@@ -193,12 +193,12 @@ class Engine:
         self._counts["steps"] += 1
         ready, leaving = schedule.room_for_next()
         for sequence in leaving:
-            self._move_out(sequence)
+            self._evict(sequence)
         batch, flow = self._begin_decoding(ready)
         self._read()
         self._decode(ready, batch, flow)
         self._prefill()
-        for sequence in schedule.come_back():
+        for sequence in schedule.readmit():
             self._swap_in(sequence)
         schedule.admit()
         self._ask_for_prompts()
@@ -365,7 +365,7 @@ class Engine:
         pages[: len(s.pages)] = s.pages
         return pages
 
-    def _move_out(self, s: Running) -> None:
+    def _evict(self, s: Running) -> None:
         used = self._schedule.pages.needed(s.computed)
         kept, tails = self._steps.swap_out(self._cache, np.int32(s.slot), self._pages_of(s))
         s.saved = np.asarray(kept)[:, :used].copy(), jax.device_get(tails)

@@ -62,19 +62,19 @@ class Sequence:
 
 
 class Schedule:
-    """The waiting, running and evicted (`moved_out`) sequences."""
+    """The waiting, running and evicted (`evicted`) sequences."""
 
     def __init__(self, slots: int, pages: Pages, queue: int):
         self.pages, self.queue = pages, queue
         self._slots = list(range(slots))[::-1]
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
-        self.moved_out: list[Sequence] = []  # oldest first
+        self.evicted: list[Sequence] = []  # oldest first
         self.evictions = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running or self.moved_out)
+        return bool(self.waiting or self.running or self.evicted)
 
     def submit(self, sequence: Sequence) -> None:
         if len(self.waiting) >= self.queue:
@@ -84,7 +84,7 @@ class Schedule:
     def admit(self) -> list[Sequence]:
         """Start waiting requests while there is room; returns those started."""
         begun = []
-        while self.waiting and self._slots and not self.moved_out:
+        while self.waiting and self._slots and not self.evicted:
             needed = self.pages.needed(self.waiting[0].begins_with)
             if needed > self.pages.free:
                 break
@@ -93,16 +93,16 @@ class Schedule:
             begun.append(sequence)
         return begun
 
-    def come_back(self) -> list[Sequence]:
+    def readmit(self) -> list[Sequence]:
         """Give evicted sequences a place again; returns those whose states must be swapped in."""
         back = []
-        while self.moved_out and self._slots:
-            sequence = self.moved_out[0]
+        while self.evicted and self._slots:
+            sequence = self.evicted[0]
             room = sequence.begins_with if sequence.prefilling else sequence.computed + 1
             needed = self.pages.needed(room)
             if needed + len(self.running) > self.pages.free:
                 break
-            self.moved_out.pop(0)
+            self.evicted.pop(0)
             self._place(sequence, needed)
             back.append(sequence)
         return back
@@ -136,8 +136,8 @@ class Schedule:
         """Evict a sequence: free its slot and pages; it waits to be swapped in again."""
         self.evictions += 1
         self._leave(sequence)
-        self.moved_out.append(sequence)
-        self.moved_out.sort(key=lambda s: s.number)
+        self.evicted.append(sequence)
+        self.evicted.sort(key=lambda s: s.number)
 
     def grow(self, sequence: Sequence) -> bool:
         """Give it the page that its next token needs; True if it got a new one."""
@@ -151,8 +151,8 @@ class Schedule:
         sequence.saved = None
         if sequence in self.running:
             self._leave(sequence)
-        elif sequence in self.moved_out:
-            self.moved_out.remove(sequence)
+        elif sequence in self.evicted:
+            self.evicted.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 

@@ -7,7 +7,7 @@ import pytest
 
 from engram_jax.data import documents
 from engram_jax.data import source_report as why
-from engram_jax.data.documents import Spool, add_file, add_json_lines, cut
+from engram_jax.data.documents import Spool, add_file, add_json_lines, split_text
 from engram_jax.data.source_report import SourceReport
 
 
@@ -35,7 +35,7 @@ def texts(spool: Spool) -> list[str]:
     ],
 )
 def test_cut_pieces_join_to_the_text_and_are_valid(text, limit):
-    pieces = list(cut(text.encode(), limit))
+    pieces = list(split_text(text.encode(), limit))
     assert b"".join(pieces) == text.encode()
     assert all(0 < len(piece) <= limit for piece in pieces)
     for piece in pieces:
@@ -43,7 +43,7 @@ def test_cut_pieces_join_to_the_text_and_are_valid(text, limit):
 
 
 def test_cut_prefers_line_ends():
-    pieces = list(cut(b"aaaa bbbb\ncccc dddd\n" * 8, 64))
+    pieces = list(split_text(b"aaaa bbbb\ncccc dddd\n" * 8, 64))
     assert all(piece.endswith(b"\n") for piece in pieces)
 
 

@@ -50,18 +50,18 @@ def test_any_load_is_served_in_bounded_memory(seed):
             one.computed = min(len(one.prompt), one.computed + 3)
             if not one.prefilling:
                 one.generated.append(0)
-        for one in [*schedule.running, *schedule.moved_out]:
+        for one in [*schedule.running, *schedule.evicted]:
             if len(one.generated) == one.params.max_tokens or rng.random() < 0.002:
                 schedule.end(one)
                 ended.append(one)
-        schedule.come_back()
+        schedule.readmit()
         begun += schedule.admit()
         held = [page for one in schedule.running for page in one.pages]
         assert len(set(held)) == len(held) and set(held) <= set(range(total))
         assert len(held) + schedule.pages.free == total
         assert len({one.slot for one in schedule.running}) == len(schedule.running) <= slots
-        assert len(schedule.running) + len(schedule.moved_out) <= slots
-        assert len(begun) - len(ended) == len(schedule.running) + len(schedule.moved_out)
+        assert len(schedule.running) + len(schedule.evicted) <= slots
+        assert len(begun) - len(ended) == len(schedule.running) + len(schedule.evicted)
         if not arriving and not schedule.busy:
             break
     assert len(ended) == 40
@@ -83,11 +83,11 @@ def test_the_youngest_makes_room_for_the_oldest():
     assert (ready, leaving) == ([old, middle], [young])
     schedule.vacate(young)
     assert schedule.grow(old) and schedule.grow(middle)
-    assert schedule.come_back() == [] and schedule.pages.free == 0
+    assert schedule.readmit() == [] and schedule.pages.free == 0
     waiting = sequence(3, 4, 1)  # two pages
     schedule.submit(waiting)
     schedule.end(middle)
-    assert schedule.come_back() == [young]  # before anything new
+    assert schedule.readmit() == [young]  # before anything new
     assert schedule.admit() == [] and list(schedule.waiting) == [waiting]
     schedule.end(old)
     assert schedule.admit() == [waiting]
@@ -114,6 +114,6 @@ def test_who_comes_back_leaves_a_page_for_everyone_who_runs():
     young.computed, young.generated = 3, [0]
     schedule.vacate(young)
     taken = schedule.pages.take(2)
-    assert schedule.pages.free == 2 and schedule.come_back() == []
+    assert schedule.pages.free == 2 and schedule.readmit() == []
     schedule.pages.give(taken[:1])
-    assert schedule.come_back() == [young]
+    assert schedule.readmit() == [young]
