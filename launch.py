@@ -6,10 +6,13 @@
     python launch.py --config=configs/engram27b.py --mode=describe --json
     python launch.py --config=configs/engram27b.py --mode=compile --topology=v5p:4x4x8
 
+Modes: train (the default), evaluate, generate, serve, export-memory, count-memory, describe,
+compile. Flags: engram_jax/cli.py.
+
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
 --workdir (default runs/<config.name>); the same command resumes it, and --workdir alone takes the
-configuration that is stored there. On a TPU slice give every host
-the same command; elsewhere --coordinator_address, --num_processes and --process_id join processes.
+configuration that is stored there. On a TPU slice give every host the same command; elsewhere
+--coordinator_address, --num_processes and --process_id join processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The addressing artifact: everything that decides an address, saved beside a checkpoint.
+"""Everything that decides an address (primes, multipliers, compression), saved with checkpoints.
 
 A table is useless under other addresses, and NumPy does not promise that a generator's stream stays
 the same between versions. So the numbers themselves are stored, with a fingerprint over all of

@@ -1,4 +1,4 @@
-"""Topology devices: describes a TPU slice to compile for, without a TPU (libtpu is needed)."""
+"""Describes a TPU slice to compile for, without a TPU (needs libtpu)."""
 
 from __future__ import annotations
 

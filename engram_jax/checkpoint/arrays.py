@@ -1,9 +1,9 @@
-"""From a state to the arrays a checkpoint stores, and back onto any mesh.
+"""Converts a state to the arrays that a checkpoint stores, and back onto any mesh.
 
-On a mesh of n devices a table of R rows has ceil(R / n) * n of them, the last ones padding. Stored
-are R, whatever the mesh. Orbax writes the padded array, every process its own shards, and before
-the checkpoint becomes visible Tensorstore sets the array's bounds to R, which drops the pieces that
-lie beyond. Nothing of the table is read or moved for it. Reading, Orbax fills what is not stored
+On a mesh of n devices a table of R rows is padded to a multiple of n * n. R are stored, whatever
+the mesh. Orbax writes the padded array, every process its own shards, and before
+the checkpoint becomes visible Tensorstore sets the array's bounds to R, which drops the chunks
+beyond. Nothing of the table is read or moved for it. Reading, Orbax fills what is not stored
 with zeros (`ArrayRestoreArgs.strict`).
 """
 

@@ -1,4 +1,4 @@
-"""What one checkpoint directory holds, and whether it is still what was written.
+"""Checksums of a checkpoint's files (sizes, CRC-32): written with it, verified before use.
 
 Tensorstore notices a missing or truncated file only where a value is read from the missing part,
 and a flipped bit in an array not at all. So sizes and CRC-32 are written down with the files.

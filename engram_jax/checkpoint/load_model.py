@@ -1,4 +1,4 @@
-"""A trained model back from its workdir, with the tokenizer it was trained with.
+"""Loads a trained model from its workdir, with the tokenizer it was trained with.
 
 Nothing of training is imported: what inference needs of a checkpoint has no optimizer in it.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: written by Orbax in the background, checked before they are believed.
+"""Saves checkpoints in the background (Orbax), and verifies them before they are restored.
 
     workdir/
       addressing/         what decides an address (addressing/artifact.py), one for the whole run
@@ -10,7 +10,7 @@
 
 A process killed at any moment leaves whole checkpoints and temporary directories, which the next
 start removes. Anything else that is wrong with a directory is refused by name: nothing is ever
-restored as far as possible.
+restored in part.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints as Orbax writes them, where it has no promised interface.
+"""All use of Orbax's private interfaces.
 
 The one file with private use of Orbax, and of the files it writes: handlers that are replaced in
 part (`async_save`, `finalize`), when it calls them and its barrier, a policy of what is preserved,

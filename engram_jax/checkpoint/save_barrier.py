@@ -1,4 +1,4 @@
-"""Processes wait for each other while a checkpoint is written, and never for one that failed."""
+"""The barrier between processes while a checkpoint is written; where one fails, none waits."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""The folder a run lives in: can it be written to, is somebody else training there.
+"""The run's folder: what is in it, whether it is writable, the lock against a second trainer.
 
-run.json, metrics.jsonl, report.html   what happened (provenance, metrics, report)
-goodput.json, profile/                 the time it took (goodput), recorded steps (profiling)
-checkpoints/, addressing/              the model (checkpoint)
-tokenizer.json, text.json              its text side (restore)
-.lock                                  held while a process trains here
+run.json                     every launch (checkpoint/run_record.py)
+metrics.jsonl, report.html   what happened (monitoring/metrics.py, report/write.py)
+goodput.json, profile/       the time it took (monitoring/goodput.py, monitoring/profiling.py)
+checkpoints/, addressing/    the model (checkpoint/manager.py, addressing/artifact.py)
+tokenizer.json, text.json    its tokenizer (checkpoint/run_tokenizer.py)
+.lock                        held while a process trains here
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An error is one line that names the key, its value and what is allowed. Rules that depend on the
 data or the tokenizer (its size, its compression, the exact primes) are checked where these are
-read. Floor 0 of docs/architecture.md.
+read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads files and JSON lines as clean, distinct documents into a spool.
+"""Reads files and JSON lines as clean, distinct documents, collected in one temporary file.
 
 A document is UTF-8 text that is not blank, at most `max_document_bytes` long (longer ones are split
 at line ends, so that no file, however large, is ever whole in memory), and different from every

@@ -1,4 +1,4 @@
-"""Prepares a configuration's text, tokenizer and token stores for training, and caches them."""
+"""Prepares corpus.py's text for training: tokenizer and token stores, cached."""
 
 from __future__ import annotations
 

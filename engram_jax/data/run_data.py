@@ -1,4 +1,4 @@
-"""Opens the data of a run together with the addressing of its tokenizer, on all processes."""
+"""Opens a run's data: prepared.py's tokens as batches, with the addressing of the tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Count models to compare a language model's loss with: unigram, bigram, Kneser-Ney trigram.
+"""N-gram baselines (count models) for a model's loss: unigram, bigram, Kneser-Ney trigram.
 
 All are proper distributions over the vocabulary, fitted on the same targets that the model trains
 on and scored on the same targets that it is evaluated on. A context does not cross the start of the

@@ -1,5 +1,6 @@
-"""Floor 0: loops compiled by numba, for what NumPy does too slowly on the host, and machine
-operations without a name in Python: prefetch, wide copies, stores past the caches, unaligned loads.
+"""Compiles host loops with numba, and has the machine operations that Python lacks.
+
+These are prefetch, wide copies, stores past the caches and unaligned loads.
 
 The one file with private use of numba and llvmlite: numba's code generator (`numba.core.cgutils`,
 `numba.extending.intrinsic`), LLVM's instructions (`llvmlite.ir`), foreign functions

@@ -1,4 +1,4 @@
-"""What a device can do at most, by the name JAX gives it: the denominator of utilisation."""
+"""Peak FLOP/s of a device, by the name JAX gives it: the denominator of MFU."""
 
 from __future__ import annotations
 

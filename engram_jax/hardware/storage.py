@@ -1,4 +1,4 @@
-"""Files of this machine: where what can be made again is kept, and writing whole or not at all."""
+"""The cache folder on this machine, and atomic file writes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The network's layers: pure Flax NNX modules without tables; they see a mesh as a `ShardView`."""
+"""The network's layers: pure Flax NNX modules, no tables; of a mesh they use only `ShardView`."""

@@ -8,6 +8,8 @@ and one rotated key, which the heads share:
     [k_h^nope ; v_h] = W_kv_b c
     y = W_o [softmax(<q_h, [k_h^nope ; k^rope]> / sqrt(nope + rope)) v_h]_h
 
+`MLA.cached` decodes with one cache per sequence, `MLA.paged` with shared pages (serving).
+
 Symbols beside config/schema.py's: h heads, r = kv_lora_rank, n = nope_dim, p = rope_dim, v = v_dim,
 L = capacity of the cache, S = new tokens of a step.
 """

@@ -1,4 +1,6 @@
-"""DeepSeekMoE (arXiv 2401.06066) with DeepSeek-V3's router (arXiv 2412.19437, equations 12-16).
+"""Mixture of experts: shared and routed experts, the router, loss-free balancing.
+
+DeepSeekMoE (arXiv 2401.06066) with DeepSeek-V3's router (arXiv 2412.19437, equations 12-16):
 
     s_e    = sigmoid(<x, W_e>)                              scores, float32
     chosen = the k experts of largest s_e + bias_e          the bias selects and does nothing else
@@ -6,7 +8,8 @@
     y      = SwiGLU_shared(x) + sum over chosen e of g_e SwiGLU_e(x)
 
 No token is ever dropped. Balance comes from the bias alone (auxiliary-loss-free, arXiv 2408.15664):
-after a step `updated_bias` raises it for experts below the mean load and lowers it above.
+after a step `updated_bias` (called by training/step.py) raises it for experts below the mean load
+and lowers it above.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The short depthwise causal convolution of the Engram module (equation 5 of the paper)."""
+"""The short depthwise causal convolution of the Engram module (equation 5 of the paper).
+
+The arithmetic: kernels_pallas/short_conv/reference.py.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ spread evenly. A step
 costs a device what its own lookups need, however many devices there are. An all-to-all moves a
 fixed number of rows (`capacity`) between any two devices. Where some device wants more rows of one
 owner than that, the owners' rows are split into ranges until no device wants more than `capacity`
-rows of a range, and every range gets its own round: nothing is dropped, and all gradients of a row
+rows of a range, and every range gets its own round (the metric
+`extra_rounds/LAYER` counts them): nothing is dropped, and all gradients of a row
 arrive in the same round, so what is exact for one round is exact for many.
 
 On one device a plan is the list of distinct rows, and nothing is exchanged.

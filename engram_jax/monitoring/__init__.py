@@ -1,1 +1,1 @@
-"""What a run tells while it trains: metrics, speed, goodput, traces, hangs, how to repeat it."""
+"""What a run reports while it trains: metrics, speed, goodput, traces, hangs, provenance."""

@@ -1,12 +1,12 @@
-"""goodput.json: which share of the time that a run was running has brought it forward.
+"""goodput.json: the share of a run's time that was spent on training steps that count.
 
     goodput = seconds of training steps that count / seconds of all launches
 
 * Seconds of a launch run from its call of `train` to the last sign of life of its loop: reading
   data, restoring, compiling, training, evaluating, saving, hanging. The time between two launches
-  is nobody's.
-* A step counts if the run stands on it. What a killed launch did after its last checkpoint is done
-  again by the next one; it stays in the denominator and leaves the numerator.
+  does not count.
+* A step counts if later checkpoints build on it. What a killed launch did after its last
+  checkpoint is done again by the next one; it stays in the denominator and leaves the numerator.
 
     {"launches": [{"resumed_at": 0, "seconds": 81.2, "training_seconds": 60.1,
                    "saved": {"500": 30.0, "1000": 59.9}}, ...]}

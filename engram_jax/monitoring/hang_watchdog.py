@@ -1,4 +1,4 @@
-"""A hang names its host: a thread that speaks up when no step has ended for a long time."""
+"""A watchdog thread: reports its host when no step has ended for a long time."""
 
 from __future__ import annotations
 

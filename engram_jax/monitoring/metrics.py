@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard, and a progress bar.
+"""Writes a run's metrics: metrics.jsonl, TensorBoard, and a progress bar.
 
 metrics.jsonl holds one JSON object per line: "step" (updates applied), "time" (seconds since the
 epoch), then metrics: numbers, or nested lists for arrays. NaN and infinities are the strings "NaN",

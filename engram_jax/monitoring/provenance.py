@@ -1,4 +1,4 @@
-"""Which command, commit, versions and machine this process is: what a launch is repeated by."""
+"""What is needed to repeat a launch: its command, commit, package versions and machine."""
 
 from __future__ import annotations
 

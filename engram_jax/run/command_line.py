@@ -1,4 +1,7 @@
-"""Parses the command line to a configuration; every mistake in it is reported as one clear line."""
+"""Parses the command line; every mistake in it is reported as one clear line.
+
+The flags themselves: engram_jax/cli.py.
+"""
 
 from __future__ import annotations
 

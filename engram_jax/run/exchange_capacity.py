@@ -1,4 +1,7 @@
-"""Plans the capacity of a run's row exchange from the distinct rows of its first batch."""
+"""Plans the capacity of a run's row exchange from the distinct rows of its first batch.
+
+What exceeds it takes further rounds (memory/exchange.py).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checks whether a launch may resume the run in its workdir: the same settings, the same text.
 
 More steps are allowed where no step so far would have had another learning rate; every other change
-that affects a result is refused, or accepted by name (checkpoint/run_settings.py).
+that affects a result is refused, or accepted by name; checkpoint/run_settings.py has the list.
 """
 
 from __future__ import annotations

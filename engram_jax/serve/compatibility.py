@@ -1,4 +1,4 @@
-"""Checks that the rows belong to the weights, and sequences are no longer than trained ones."""
+"""Checks that rows belong to the weights, and that sequences do not exceed the trained length."""
 
 from __future__ import annotations
 

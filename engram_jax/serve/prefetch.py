@@ -1,4 +1,4 @@
-"""Prefetches rows: tokens are hashed as soon as they are known, and rows fetched before their use.
+"""Decides when rows are fetched: tokens are hashed once known, rows fetched before their use.
 
 The fetch overlaps with the blocks before the rows' Engram layer. Layers are requested in the order
 in which they are needed. All waiting for rows is counted, and separately the waiting that matters:

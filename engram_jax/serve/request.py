@@ -1,4 +1,4 @@
-"""The engine's requests and results: sampling parameters, deltas, completions."""
+"""The engine's requests and results: sampling parameters, streamed parts (deltas), completions."""
 
 from __future__ import annotations
 

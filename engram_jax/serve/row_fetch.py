@@ -1,7 +1,6 @@
-"""Fetches one Engram layer's rows to the device, from a table on the device or off it.
+"""The interface of an Engram layer's memory, and the memory whose table is on the device.
 
-This file has the interface of a layer's memory, and the table on the device, which is gathered
-there. Otherwise stored rows are staged in host memory (`staged_rows.py`). The rows are the same to
+Otherwise stored rows are staged in host memory (staged_rows.py). The rows are the same to
 the last bit.
 """
 

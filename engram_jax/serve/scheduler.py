@@ -9,6 +9,8 @@
 * Evicted sequences are swapped in, oldest first, before anything new is admitted, when their pages
   and one more for every running sequence are free. So at most `slots` sequences have begun at any
   time, and host memory is bounded by their states.
+
+engine.py carries this out (`Engine._evict`, `Engine._swap_in`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fetches rows of a table off the device, of which the most frequent rows may be on the device.
+"""The memory whose table is off the device (DRAM, a file), its hottest rows perhaps on it.
 
 A `RowSource` (memory/store/) reads stored bytes, which are staged in host buffers, transferred, and
 decoded on the device.

@@ -1,4 +1,4 @@
-"""The network's parameters by name: how each is sharded, its optimizer, its part of the model.
+"""Which sharding and which optimizer each parameter gets, by its name, and its part of the model.
 
 A parameter's last name says what it is ("q_proj"), the names before it where it is ("blocks", "1",
 "attention"). A new parameter is added here and nowhere else; one that is missing raises an error

@@ -1,4 +1,4 @@
-"""The pure training and evaluation steps.
+"""The training step (`train_step`) and the evaluation step, as pure functions.
 
     tokens -> addresses -> rows -> loss(params, rows) -> gradients -> optimizer, row-wise Adam
 

@@ -87,7 +87,7 @@ def at_dispatch(steps: int) -> Callable[[Callable], Callable]:
 
 
 def test_where_there_is_nothing_to_save_yet(preempted, tmp_path):
-    line = preempted(loop, "open_together", first)
+    line = preempted(loop, "open_on_all_processes", first)
     assert line == "SIGTERM: ended where there was nothing to save; the same command goes on"
     assert not list(tmp_path.iterdir())
     line = preempted(loop.Run, "_start", afterwards)

@@ -1,4 +1,4 @@
-"""A table in host memory."""
+"""A table whose stored rows are in host memory."""
 
 from __future__ import annotations
 

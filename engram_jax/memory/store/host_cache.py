@@ -1,4 +1,4 @@
-"""A cache in host memory in front of a table on a slower tier."""
+"""A cache in host memory in front of a table on a slower tier; s3fifo.py decides what it keeps."""
 
 from __future__ import annotations
 

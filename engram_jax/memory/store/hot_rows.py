@@ -1,4 +1,4 @@
-"""Maps a fixed set of row ids, those kept on a faster tier, to slots."""
+"""A hash table from row id to slot, for the most-read rows that are kept on a faster tier."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Opens a memory file, the tables of one model, in constant time whatever its size.
+"""Opens a memory file: one model's tables, written by --mode=export-memory (write_file.py).
 
-Opening reads and checks the header; rows are verified when they are read (`disk`) or loaded
-(`host`). Both first read the table's checksums, a 500th of its size, and `disk` keeps them in
-memory.
+Opening takes constant time whatever the size: it reads and checks the header. Rows are verified
+when they are read (`disk`) or loaded (`host`). Both first read the table's checksums, a 500th of
+its size, and `disk` keeps them in memory.
 """
 
 from __future__ import annotations

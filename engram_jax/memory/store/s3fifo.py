@@ -1,4 +1,4 @@
-"""The cache's eviction policy: S3-FIFO (Yang et al., SOSP 2023) in sets of 16 rows.
+"""Eviction policy of host_cache.py: S3-FIFO (Yang et al., SOSP 2023) in sets of 16 rows.
 
 Row r belongs to set r mod S (addresses are hashes already) and may be in any of its slots. A new
 row is on probation: if it has not been used again when two others have been admitted after it, it

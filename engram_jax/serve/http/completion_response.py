@@ -1,4 +1,4 @@
-"""What the engine says of a sequence, as OpenAI's choices: text, log-probabilities, usage."""
+"""Converts the engine's results to OpenAI's choices: text, log-probabilities, usage."""
 
 from __future__ import annotations
 

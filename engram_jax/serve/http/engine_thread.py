@@ -1,4 +1,4 @@
-"""One thread owns the engine; everybody else hands it commands.
+"""Runs the engine on a thread of its own; other threads send it commands through a queue.
 
 The engine is single-threaded and a step takes milliseconds to seconds, so a server's event loop
 must neither call it nor wait for it. Commands are carried out in order, between steps.

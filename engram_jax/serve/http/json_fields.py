@@ -1,4 +1,4 @@
-"""JSON from a stranger, taken apart: every way it can be wrong is one clear line of status 400.
+"""Validates the JSON of a request; every mistake is one clear line with status 400.
 
 Nothing here recurses into values, and messages show little of them: they may be huge.
 """

@@ -1,4 +1,4 @@
-"""Between a route and its client: bodies within limits, JSON, and whether it is still there."""
+"""Reads request bodies within limits, sends JSON, and notices clients that disconnect."""
 
 from __future__ import annotations
 

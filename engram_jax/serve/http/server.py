@@ -1,6 +1,6 @@
-"""A server process: bind, serve, drain on a signal.
+"""Runs the HTTP server: binds, serves, and on SIGTERM finishes open requests before it exits.
 
-uvicorn speaks HTTP (`uvicorn_internals.py`); here is an orderly end with status 0.
+uvicorn speaks HTTP (uvicorn_internals.py); an orderly end has status 0.
 """
 
 from __future__ import annotations

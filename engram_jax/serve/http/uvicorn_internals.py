@@ -1,4 +1,4 @@
-"""uvicorn's server, with what it leaves out: heads that never end, and errors in OpenAI's shape.
+"""uvicorn's server, with a timeout for request headers and with errors in OpenAI's form.
 
 The one file with private use of uvicorn: its HTTP protocol class and the attributes of a connection
 (`h11_impl.H11Protocol`: `conn`, `cycle`, `transport`), and the two methods of `uvicorn.Server` that
