@@ -14,24 +14,26 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# fmt: off
 _BINARY = {
-    **{ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*")},
-    **{ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "//"), ast.Pow: ("**", "*")},
-    **{ast.LShift: ("<<", ">>"), ast.RShift: (">>", "<<"), ast.MatMult: ("@", "*")},
-    **{ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.BitXor: ("^", "|")},
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "//"), ast.Pow: ("**", "*"),
+    ast.LShift: ("<<", ">>"), ast.RShift: (">>", "<<"), ast.MatMult: ("@", "*"),
+    ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.BitXor: ("^", "|"),
 }
 _COMPARE = {
-    **{ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">")},
-    **{ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in")},
-    **{ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is")},
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"),
 }
 SWAPS = {
-    **{"min": "max", "max": "min", "any": "all", "all": "any"},
-    **{"minimum": "maximum", "maximum": "minimum", "zeros": "ones", "ones": "zeros"},
-    **{"zeros_like": "ones_like", "ones_like": "zeros_like", "isfinite": "isnan"},
-    **{"cumsum": "cumprod", "cummax": "cummin", "psum": "pmax", "pmax": "pmin"},
-    **{"square": "abs", "sqrt": "square", "popleft": "pop", "floor": "ceil", "ceil": "floor"},
+    "min": "max", "max": "min", "any": "all", "all": "any",
+    "minimum": "maximum", "maximum": "minimum", "zeros": "ones", "ones": "zeros",
+    "zeros_like": "ones_like", "ones_like": "zeros_like", "isfinite": "isnan",
+    "cumsum": "cumprod", "cummax": "cummin", "psum": "pmax", "pmax": "pmin",
+    "square": "abs", "sqrt": "square", "popleft": "pop", "floor": "ceil", "ceil": "floor",
 }
+# fmt: on
 _COMMUTE = {"min", "max", "minimum", "maximum", "promote_types", "isinstance"}  # order is nothing
 _DTYPES = {"float32": "bfloat16", "bfloat16": "float32", "int32": "uint32", "uint32": "int32"}
 _UNSEEN = {"annotation", "returns", "decorator_list", "type_comment"}

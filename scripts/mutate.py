@@ -15,13 +15,14 @@ Results are kept in .mutate/NAME.jsonl by the module's digest: an interrupted ru
 was, and when tests have changed only what survived is tried again. Survivors that no test should
 kill stand in tests/mutants_excused.toml with the reason; they count as survivors all the same.
 
-Exit status: 0; 1 if fewer than 85 % were killed or a survivor is not excused; 2 if time ran out (run
-it again to go on); 3 if the tests fail without a fault.
+Exit status: 0; 1 if fewer than 85 % were noticed or a survivor is not excused; 2 if time ran out
+(run it again to go on); 3 if the tests fail without a fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -74,7 +75,9 @@ COVERING = {
     ),
 }
 # Imported before the fork, as far as they are there: what the tests import of other people's code.
-WARM = "numpy jax flax.nnx optax pytest tokenizers ml_collections orbax.checkpoint grain.python numba"
+WARM = (
+    "numpy jax flax.nnx optax pytest tokenizers ml_collections orbax.checkpoint grain.python numba"
+)
 
 
 def copy_tree(tree: Path) -> None:
@@ -106,10 +109,8 @@ def run(tree: Path, module: str, tests: Tests, limit: float) -> tuple[int | None
         if time.monotonic() > start + limit:
             break
         time.sleep(0.02)
-    try:  # the processes that its tests have left, and itself
+    with contextlib.suppress(ProcessLookupError):  # itself, and what its tests have left running
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     if end is None:
         os.waitpid(child, 0)
     told = log.read_text(errors="replace").splitlines()
