@@ -94,6 +94,17 @@ def test_the_youngest_makes_room_for_the_oldest():
     assert schedule.evictions == 1
 
 
+def test_who_has_no_place_has_no_slot():
+    """-1 and no pages, before it runs and when it has ended."""
+    schedule, one = Schedule(1, Pages(3, PAGE), queue=9), sequence(0, 3, 20)
+    assert (one.slot, one.pages) == (-1, [])
+    schedule.submit(one)
+    schedule.admit()
+    assert one.slot == 0 and len(one.pages) == 1
+    schedule.end(one)
+    assert (one.slot, one.pages) == (-1, [])
+
+
 def test_pages_are_not_invented():
     pages = Pages(2, PAGE)
     taken = pages.take(2)
@@ -152,3 +163,36 @@ def test_a_request_that_ends_leaves_where_it_is():
     assert schedule.running == [] and schedule.pages.free == 4 and schedule.busy
     schedule.end(fourth)
     assert not schedule.busy
+
+
+def test_the_oldest_of_those_moved_out_comes_back_first():
+    """Whichever of them was moved out first; and behind it nobody is let past."""
+    schedule = Schedule(3, Pages(9, PAGE), queue=9)
+    old, middle, young = (sequence(n, 3, 20) for n in range(3))
+    for one in (old, middle, young):
+        schedule.submit(one)
+    schedule.admit()
+    schedule.vacate(young)
+    schedule.vacate(middle)
+    assert schedule.moved_out == [middle, young]
+    assert schedule.come_back() == [middle, young] and schedule.running == [old, middle, young]
+    schedule.vacate(middle)  # alone: it is again older than who went on meanwhile
+    assert schedule.come_back() == [middle] and schedule.running == [old, middle, young]
+    schedule.vacate(middle)
+    schedule.vacate(young)
+    taken = schedule.pages.take(schedule.pages.free - 2)  # one for `old`, so one may come back
+    assert schedule.come_back() == [middle] and schedule.moved_out == [young]
+    schedule.pages.give(taken)
+
+
+@pytest.mark.parametrize(("computed", "pages"), [(3, 1), (4, 2), (7, 2), (8, 3)])
+def test_who_comes_back_has_room_for_its_next_token(computed, pages):
+    """As many pages as its tokens and one more take."""
+    schedule = Schedule(1, Pages(9, PAGE), queue=9)
+    one = sequence(0, 3, 20)
+    schedule.submit(one)
+    schedule.admit()
+    one.computed, one.generated = computed, [0] * (computed - 2)
+    schedule.vacate(one)
+    assert schedule.come_back() == [one]
+    assert len(one.pages) == pages and not schedule.grow(one)
