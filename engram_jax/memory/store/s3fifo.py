@@ -189,7 +189,8 @@ def _seed(keys, state, turns, clocks, ids, slots):  # type: ignore[no-untyped-de
             if way >= 0:
                 keys[here, way] = ids[i]
                 state[here, way] = _STAYS + 1
-                turns[here, way] = clocks[here, 0] + uint32(ways - way)
+                # The last way is free first, so the most frequent has the latest turn.
+                turns[here, way] = clocks[here, 0] + uint32(way)
                 slots[i] = here * ways + way
     for here in range(sets):
         clocks[here, 0] += uint32(ways + 1)

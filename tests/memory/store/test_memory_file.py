@@ -324,6 +324,19 @@ def test_hostile_entries_are_refused(path, changes, message):
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(("name", "value"), [("dim", 6.0), ("block_rows", [170.0])])
+def test_a_fraction_in_the_layers_description_is_refused(path, name, value):
+    """6.0 is equal to 6, but no number of columns: rows could not be read."""
+    head, start = read(path)
+    described = json.loads(head["__metadata__"]["layers"])
+    assert described["0"][name] == value
+    described["0"][name] = value
+    head["__metadata__"]["layers"] = json.dumps(described)
+    write_header(path, head, path.stat().st_size - start)
+    with pytest.raises(UserError, match="dim and block_rows must be whole numbers"):
+        open_memory(path)
+
+
 def test_overlapping_tensors_are_refused(path):
     head, start = read(path)
     head[WEIGHT + ".copy"] = head[WEIGHT]
