@@ -61,14 +61,17 @@ class Tests:
 
 COVERING = {
     "training/step": (
-        Tests("tests/train/test_train_step.py"),
+        Tests("tests/training/test_step.py"),
         Tests("tests/eight/test_training.py", EIGHT),
     ),
     "memory/exchange": (
         Tests("tests/eight/test_exchange.py", BITS),
-        Tests("tests/train/test_train_step.py"),
+        Tests("tests/training/test_step.py"),
     ),
-    "serve/scheduler": (Tests("tests/serve/test_schedule.py"), Tests("tests/serve/test_engine.py")),
+    "serve/scheduler": (
+        Tests("tests/serve/test_scheduler.py"),
+        Tests("tests/serve/test_engine.py"),
+    ),
     "memory/row_gradients": (
         Tests("tests/memory/test_row_gradients.py"),
         Tests("tests/eight/test_exchange.py", BITS),

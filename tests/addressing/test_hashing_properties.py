@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from engram_jax.addressing import LayerAddressing, hash_jax, hash_numpy, plan_layer
 from engram_jax.addressing.artifact import Addressing
 from engram_jax.addressing.hash_batches import BatchAddresser
-from engram_jax.addressing.hash_numba import Hasher
+from engram_jax.addressing.hash_tokens import Hasher
 from engram_jax.config import MAX_HEAD_SIZE, EngramConfig
 from tests.properties import examples
 
