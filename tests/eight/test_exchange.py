@@ -1,5 +1,7 @@
 """Rows to lookups and gradients to rows over 8 devices, against NumPy indexing."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,6 +217,11 @@ def test_types_do_not_follow_those_of_the_surroundings(devices, x64):
     assert {x.dtype.name for x in real} == {"float32"}
     assert (found.dtype, found.shape) == (jnp.bfloat16, (*SHAPE, DIM))
     assert natural.shape == new[0].shape == (exchange.layout.stored, DIM)
+    with jax.enable_x64(x64):
+        program = str(jax.make_jaxpr(lambda *given: parts(exchange, *given))(*shapes(exchange)))
+    sent = [line.split(" = ")[0] for line in program.splitlines() if " = all_to_all" in line]
+    assert bool(sent) == (devices > 1)
+    assert all(re.search(r":(i32|f32|u16)\[", line) for line in sent), sent  # u16: bits of bfloat16
 
 
 def test_one_device_exchanges_nothing():
