@@ -83,17 +83,21 @@ WARM = (
 )
 
 
-def copy_tree(tree: Path) -> None:
-    """The checkout as it is, without what git ignores; JAX's compiled programs in it are kept."""
+def copy_tree(tree: Path) -> str:
+    """The checkout as it is, without what git ignores; JAX's compiled programs in it are kept.
+    Returns the digest of all its files."""
     for old in tree.iterdir() if tree.exists() else ():
         if old.name != ".pytest_cache":
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
+    digest = hashlib.sha256()
+    for name in sorted(subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")):
         if name and (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
+            digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
     (tree / ".venv").symlink_to(ROOT / ".venv")
+    return digest.hexdigest()[:16]
 
 
 def run(tree: Path, module: str, tests: Tests, limit: float) -> tuple[int | None, float, str]:
@@ -164,19 +168,30 @@ class Results:
         texts = b"".join((ROOT / t.path.split("::")[0]).read_bytes() for t in tests)
         self._tests = hashlib.sha256(texts + repr(tests).encode()).hexdigest()[:16]
         self.verdicts: dict[str, dict] = {}
+        self.passed: dict[str, float] = {}  # seconds of the tests without a fault, by tree and file
         for line in self._path.read_text().splitlines() if self._path.exists() else ():
             try:
                 one = json.loads(line)
             except ValueError:
                 continue  # cut off when a run was stopped
+            if one["verdict"] == "passed":
+                self.passed[one["id"]] = one["seconds"]
+                continue
             alive = one["verdict"] == "survived" and one["tests"] != self._tests
             if one["module"] == self._module and not alive:
                 self.verdicts[one["id"]] = one
 
     def add(self, mutant: Mutant, verdict: str, seconds: float, by: str) -> None:
-        own = {"module": self._module, "tests": self._tests, "id": mutant.id, "verdict": verdict}
-        one = own | {"line": mutant.line, "seconds": round(seconds, 1), "by": by}
-        self.verdicts[mutant.id] = one
+        one = {"id": mutant.id, "line": mutant.line, "verdict": verdict, "by": by}
+        self.verdicts[mutant.id] = one | {"seconds": seconds}
+        self._write(one, seconds)
+
+    def add_passed(self, key: str, seconds: float) -> None:
+        self.passed[key] = seconds
+        self._write({"id": key, "verdict": "passed"}, seconds)
+
+    def _write(self, one: dict, seconds: float) -> None:
+        one = {"module": self._module, "tests": self._tests, **one, "seconds": round(seconds, 1)}
         with self._path.open("a") as file:
             file.write(json.dumps(one, ensure_ascii=False) + "\n")
 
@@ -211,15 +226,16 @@ def try_module(module: str, sample: int, seed: int, until: float) -> int:
     results, tree = Results(name, source, tests), KEPT / name
     print(f"{module}: {len(drawn)} of {len(every)} mutants, seed {seed}", flush=True)
     if left := [m for m in drawn if m.id not in results.verdicts]:
-        copy_tree(tree)
-        order = []
+        digest, order = copy_tree(tree), []
         for one in tests:
-            end, seconds, by = run(tree, module, one, 1200)
-            print(f"  without a fault: {one.path} {seconds:.1f} s", flush=True)
-            if end != 0:
-                print(f"  exit status {end}, {by}; see {tree}.log")
-                return 3
-            order.append((one, seconds))
+            if (key := f"{one} in tree {digest}") not in results.passed:
+                end, seconds, by = run(tree, module, one, 1200)
+                print(f"  without a fault: {one.path} {seconds:.1f} s", flush=True)
+                if end != 0:
+                    print(f"  exit status {end}, {by}; see {tree}.log")
+                    return 3
+                results.add_passed(key, seconds)
+            order.append((one, results.passed[key]))
         order.sort(key=lambda pair: pair[1])
         for number, mutant in enumerate(left, 1):
             if time.monotonic() > until:

@@ -1,5 +1,7 @@
 """Rows to lookups and gradients to rows over 8 devices, against NumPy indexing."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,3 +181,58 @@ def test_orders_are_each_other_s_inverse():
     expected[index % 8 * layout.rows_per_device + index // 8] = natural
     np.testing.assert_array_equal(stored, expected)
     np.testing.assert_array_equal(natural_order(mesh, layout, stored), natural)
+
+
+def parts(exchange, table, addresses, gradients):
+    """All that an exchange does, and what lies between: to be looked at without running it."""
+    stored = stored_order(exchange.mesh, exchange.layout, table)
+    plan = exchange.plan(addresses)
+    found = exchange.fetch(stored, addresses, plan, jnp.bfloat16)
+    sent = exchange.send(gradients, plan)
+    now = jnp.float32(0.5), jnp.bool_(True), (jnp.float32(4),)
+    new = exchange.apply(subtract, stored, plan, sent, *now)
+    return plan, found, sent, new, natural_order(exchange.mesh, exchange.layout, new[0])
+
+
+def shapes(exchange):
+    rows = jax.ShapeDtypeStruct((exchange.layout.stored, DIM), jnp.float32)
+    gradients = jax.ShapeDtypeStruct((*SHAPE, DIM), jnp.bfloat16)
+    return rows, jax.ShapeDtypeStruct(SHAPE, jnp.int32), gradients
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_types_do_not_follow_those_of_the_surroundings(devices, x64):
+    """Numbers of rows and counts are int32, also where JAX computes in 64 bits; sums are float32
+    and what is fetched has the asked type."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    exchange = Exchange(mesh, TableLayout(ROWS, devices), 2)
+    with jax.enable_x64(x64):
+        plan, found, sent, new, natural = jax.eval_shape(
+            lambda *given: parts(exchange, *given), *shapes(exchange)
+        )
+    whole = [*jax.tree.leaves(plan), sent.arrived.addresses, sent.arrived.count, sent.touched]
+    assert {x.dtype.name for x in [*whole, new[1]]} == {"int32"}
+    real = [sent.sums, sent.arrived.values, sent.squares, new[0], natural]
+    assert {x.dtype.name for x in real} == {"float32"}
+    assert (found.dtype, found.shape) == (jnp.bfloat16, (*SHAPE, DIM))
+    assert natural.shape == new[0].shape == (exchange.layout.stored, DIM)
+    with jax.enable_x64(x64):
+        program = str(jax.make_jaxpr(lambda *given: parts(exchange, *given))(*shapes(exchange)))
+    sent = [line.split(" = ")[0] for line in program.splitlines() if " = all_to_all" in line]
+    assert bool(sent) == (devices > 1)
+    assert all(re.search(r":(i32|f32|u16)\[", line) for line in sent), sent  # u16: bits of bfloat16
+
+
+def test_one_device_exchanges_nothing():
+    """No collective in the program, no round but one, and a table is in its order already."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    exchange = Exchange(mesh, TableLayout(ROWS, 1), 2)
+    program = str(jax.make_jaxpr(lambda *given: parts(exchange, *given))(*shapes(exchange)))
+    assert not [word for word in ("all_to_all", "psum", "pmax", "while") if word in program]
+    table = jnp.zeros((ROWS, DIM))
+    assert natural_order(mesh, exchange.layout, table) is table
+    assert stored_order(mesh, exchange.layout, table) is table
+    eight = Exchange(make_mesh(MeshConfig()), TableLayout(ROWS, 8), 2)
+    program = str(jax.make_jaxpr(lambda *given: parts(eight, *given))(*shapes(eight)))
+    assert all(word in program for word in ("all_to_all", "psum", "pmax", "while"))
