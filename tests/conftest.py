@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 
-_LARGE = 1_600_000_000  # bytes
+_LARGE, _TOO_LARGE = 1_600_000_000, 2_000_000_000  # bytes of a worker: after a module, after a test
 QUICK = "--xla_backend_optimization_level=0"
 
 
@@ -48,10 +48,21 @@ def _compilation_cache(pytestconfig: pytest.Config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _bounded_memory():
+def _bounded_between_modules():
     """Compiled programs of the modules before are let go when a worker has grown large."""
     yield
-    if _resident() > _LARGE:
+    _let_go_above(_LARGE)
+
+
+@pytest.fixture(autouse=True)
+def _bounded_between_tests():
+    """Those of the same module, too, when it has grown larger still."""
+    yield
+    _let_go_above(_TOO_LARGE)
+
+
+def _let_go_above(limit: int) -> None:
+    if _resident() > limit:
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # not glibc
