@@ -61,7 +61,7 @@ from engram_jax.checkpoint.save_barrier import SaveBarrier
 from engram_jax.config.errors import UserError
 from engram_jax.distributed.consensus import agree, gather
 
-_CHUNK = 1 << 26  # bytes of an array that are compressed, and read, in one piece
+_CHUNK = 1 << 26  # bytes of an array that are compressed, and read, at once
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 from engram_jax.checkpoint.integrity import list_all, list_mine
 from engram_jax.checkpoint.save_barrier import SaveBarrier
 
-TRASH = "deleted"  # the folder where checkpoints lie that are being deleted
+TRASH = "deleted"  # the folder of checkpoints that are being deleted
 
 
 def open_manager(
@@ -49,7 +49,7 @@ def open_manager(
             create=False,
             cleanup_tmp_directories=not read_only,
             preservation_policy=preserved,
-            # A rename is atomic, a deletion is not: cut short, it leaves what looks whole.
+            # A rename is atomic, a deletion is not: interrupted, it leaves what looks whole.
             todelete_subdir=TRASH,
             lightweight_initialize=True,
             save_root_metadata=False,
@@ -96,7 +96,7 @@ class MetaHandler(ocp.JsonCheckpointHandler):
 
 
 class _Written:
-    """An Orbax future: `futures`, then `afterwards`; a failure is told to the other processes."""
+    """An Orbax future: `futures`, then `afterwards`; a failure is reported to the other processes."""
 
     def __init__(
         self,

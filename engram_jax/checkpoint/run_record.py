@@ -43,7 +43,7 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
 
     The tokenizer is the workdir's own copy, so neither text nor cache is needed to have it; a
     relative data.path is taken from the folder that the run was launched in. A serve.capacity that
-    nobody chose is what it is now, the trained length.
+    was not chosen is what it is now, the trained length.
     """
     step, _, folder = argument.partition(":")
     workdir = Path(folder)
@@ -142,7 +142,7 @@ def config_of_launch(workdir: Path, launch: dict[str, Any]) -> tuple[Config, lis
 
 def step_number(workdir: Path, step: str) -> int:
     """The step that "latest", "best" or a number means; 0 without checkpoints. Whether a number is
-    there is told when it is read."""
+    there is checked when it is read."""
     steps = checkpoint_steps(workdir)
     wanted = parse_step(step)
     if isinstance(wanted, int):

@@ -18,7 +18,7 @@ from engram_jax.config.difference import differences
 from engram_jax.config.errors import UserError
 from engram_jax.distributed import processes
 
-# What decides no result: where and how fast a run computes, when it looks, saves and tells, what is
+# What decides no result: where and how fast a run computes, when it evaluates, saves and reports, what is
 # done with a model afterwards. Of the two paths the content is compared (text, tokenizer).
 FREE = (
     "name",
@@ -45,7 +45,7 @@ FREE = (
 )
 # A run's position in its data is that of one stream of batches; no other can be continued.
 DATA = "data"
-# What text there is, and which of it is held out; the other keys of DATA cut it into batches.
+# What text there is, and which of it is held out; the other keys of DATA make batches of it.
 TEXT = tuple(
     f"{DATA}.{key}"
     for key in (
@@ -93,7 +93,7 @@ def check_opened(config: Config, workdir: Path, step: str, accept: Sequence[str]
 
 
 def check_text(workdir: Path, trained_on: Any, found: str, accept: Sequence[str]) -> bool:
-    """Whether the text at hand is the run's; raises UserError if it is not and neither DATA nor a
+    """Whether this text is the run's; raises UserError if it is not and neither DATA nor a
     key of TEXT is accepted. Both are fingerprints of text, split and tokenizer."""
     if trained_on is None or trained_on == found:
         return True
@@ -140,7 +140,7 @@ def listed(changes: Changes, keys: Sequence[str]) -> str:
 
 
 def stored_config(workdir: Path, step: int) -> Config | None:
-    """As `recorded`; tells what could not be compared."""
+    """As `recorded`; warns of what could not be compared."""
     launch = launch_of(workdir, step)
     if launch is None:
         processes.warn(

@@ -21,7 +21,7 @@ _SLICE = 0.5  # seconds between two looks at whether another process has failed
 class SaveBarrier:
     """Where processes wait for each other during a save, in the background; an Orbax BarrierSyncFn.
 
-    Orbax's own barrier knows only that somebody is missing, after a timeout of 20 minutes. In this
+    Orbax's own barrier knows only that a process is missing, after a timeout of 20 minutes. In this
     one a process that failed says so by `fail`, and those who wait raise PeerError within a second.
     """
 
@@ -87,7 +87,7 @@ def _get(key: str) -> str | None:
 
 
 def _all_here(name: str) -> bool:
-    """On process 0: whether everybody has come. It looks often at first, then every `_SLICE`."""
+    """On process 0: whether every process has come. It looks often at first, then every `_SLICE`."""
     end, pause = time.monotonic() + _SLICE, 0.002
     while len(key_value_store().key_value_dir_get(name)) < jax.process_count():
         if time.monotonic() > end:

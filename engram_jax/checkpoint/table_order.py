@@ -21,7 +21,7 @@ from engram_jax.model.program import Program, table_format
 
 
 def save(program: Program, checkpointer: Checkpointer, step: int, state: Any, **about: Any) -> bool:
-    """`Checkpointer.save` of a state as it lies on the program's mesh. about: its other arguments.
+    """`Checkpointer.save` of a state as it is sharded over the program's mesh. about: its other arguments.
 
     state: a dataclass whose `memory` has the tables by layer id (training/state.py).
 
@@ -58,7 +58,7 @@ def _reordered(program: Program, order: Callable, state: Any, *, donate: bool) -
 
 @lru_cache
 def _mover(order: Callable, mesh: Mesh, layout: TableLayout, donate: bool) -> Callable:
-    """Compiled once for all saves; the result lies as the training step wants it."""
+    """Compiled once for all saves; the result is sharded as the training step wants it."""
     return jax.jit(
         partial(order, mesh, layout),
         donate_argnums=0 if donate else (),

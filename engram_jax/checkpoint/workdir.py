@@ -71,7 +71,7 @@ def locked(workdir: Path) -> Iterator[None]:
     """Make `workdir` and keep other launches from training in it meanwhile.
 
     The lock goes with the process, however that ends. One process of a run holds it; on a file
-    system without locks nobody does. Raises UserError if another launch has it.
+    system without locks none does. Raises UserError if another launch has it.
     """
     with contextlib.ExitStack() as stack:
         agree(lambda: _lock(workdir, stack))

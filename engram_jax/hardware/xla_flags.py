@@ -18,7 +18,7 @@ _ASYNC_ALL_TO_ALL = {"xla_tpu_enable_async_all_to_all": True}
 
 # lax.ragged_dot of bfloat16, forward and both gradients, as a kernel of exactly the FLOPs needed.
 # By default it is a dense product of every row with every expert: 8 times the FLOPs with 8 experts
-# on a chip. A v5p takes the kernel by itself; the option changes nothing there.
+# on a chip. A v5p takes the kernel without it; the option changes nothing there.
 _RAGGED_DOT_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": True}
 
 OPTIONS: dict[str, dict[str, bool | int | str]] = {

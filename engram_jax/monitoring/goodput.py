@@ -121,6 +121,6 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _kept(launch: dict[str, Any], step: int) -> dict[str, Any]:
-    """The launch with the steps that a run resumed at `step` stands on."""
+    """The launch with the steps that a run resumed at `step` builds on."""
     saved = {name: seconds for name, seconds in launch["saved"].items() if int(name) <= step}
     return {**launch, "saved": saved, "training_seconds": max(saved.values(), default=0.0)}

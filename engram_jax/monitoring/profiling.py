@@ -32,7 +32,7 @@ def parse_window(text: str, steps: int) -> tuple[int, int]:
 class ProfileWindow:
     """Context that records `window`, if any, into `workdir`/profile; each process its own file.
 
-    first_step: where the launch starts; what of the window lies before is not recorded.
+    first_step: where the launch starts; the part of the window before it is not recorded.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ def git_commit(package: Path) -> dict[str, Any] | None:
     """{"commit": ..., "dirty": ...} of the checkout that `package` is tracked in.
 
     dirty: tracked files differ from the commit. None without git, outside a checkout, and for a
-    package that only lies in somebody else's checkout (a virtual environment, say).
+    package that is only inside another checkout (a virtual environment, say).
     """
     try:
         _git(package, "ls-files", "--error-unmatch", "__init__.py")

@@ -267,7 +267,7 @@ def gate_figure(
 ) -> Figure:
     """Text with every token on a background as strong as its gate.
 
-    tokens: T pieces of text. gates: [L, T] in [0, 1], mean over the branches. layers: L names.
+    tokens: T strings. gates: [L, T] in [0, 1], mean over the branches. layers: L names.
     columns: characters per line at most.
     """
     pieces = _typeset(tokens, columns)

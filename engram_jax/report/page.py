@@ -1,4 +1,4 @@
-"""A report's sections as one HTML file that stands alone, and as Markdown beside its pictures."""
+"""A report's sections as one self-contained HTML file, and as Markdown beside its pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Section:
 
 
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section], root: Path) -> str:
-    """root: the folder of the file, which the pictures lie below."""
+    """root: the folder of the file, which the pictures are below."""
 
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", " ")

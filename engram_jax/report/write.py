@@ -38,9 +38,9 @@ _FOLDER = "report"
 
 @dataclass(frozen=True)
 class GateSample:
-    """Gates on a piece of text.
+    """Gates on a text.
 
-    tokens: T pieces of text. gates: float [L, T], one row per Engram layer, mean over the branches.
+    tokens: T strings. gates: float [L, T], one row per Engram layer, mean over the branches.
     layers: names of the L layers.
     """
 

@@ -170,7 +170,7 @@ class EngineThread:
 
     def _submit(self, group: Group, sequences: Sequences) -> None:
         if not group.accepted.set_running_or_notify_cancel():
-            return  # nobody waits for it any more
+            return  # its caller has left
         ids: list[int] = []
         try:
             for prompt, params in sequences:

@@ -22,7 +22,7 @@ class Limits:
 
     body: bytes. seconds: in which the head and then the body of a request must arrive.
     sequences: prompts times n of one request; not more than the engine's queue takes.
-    requests: completions at once, before they are queued. retry_after: s, told with 429 and 503.
+    requests: completions at once, before they are queued. retry_after: s, sent with 429 and 503.
     """
 
     body: int = 1 << 20
