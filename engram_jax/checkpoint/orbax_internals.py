@@ -96,7 +96,7 @@ class MetaHandler(ocp.JsonCheckpointHandler):
 
 
 class _Written:
-    """An Orbax future: `futures`, then `afterwards`; a failure is reported to the other processes."""
+    """An Orbax future: `futures`, then `afterwards`; the other processes learn of a failure."""
 
     def __init__(
         self,

@@ -18,8 +18,8 @@ from engram_jax.config.difference import differences
 from engram_jax.config.errors import UserError
 from engram_jax.distributed import processes
 
-# What decides no result: where and how fast a run computes, when it evaluates, saves and reports, what is
-# done with a model afterwards. Of the two paths the content is compared (text, tokenizer).
+# What decides no result: where and how fast a run computes, when it evaluates, saves and reports,
+# what is done with a model afterwards. Of the two paths the content is compared (text, tokenizer).
 FREE = (
     "name",
     "tokenizer.path",

@@ -87,7 +87,7 @@ def _get(key: str) -> str | None:
 
 
 def _all_here(name: str) -> bool:
-    """On process 0: whether every process has come. It looks often at first, then every `_SLICE`."""
+    """On process 0: whether all processes have come; looks often at first, then every `_SLICE`."""
     end, pause = time.monotonic() + _SLICE, 0.002
     while len(key_value_store().key_value_dir_get(name)) < jax.process_count():
         if time.monotonic() > end:

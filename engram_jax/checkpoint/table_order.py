@@ -21,7 +21,7 @@ from engram_jax.model.program import Program, table_format
 
 
 def save(program: Program, checkpointer: Checkpointer, step: int, state: Any, **about: Any) -> bool:
-    """`Checkpointer.save` of a state as it is sharded over the program's mesh. about: its other arguments.
+    """`Checkpointer.save` of a state on the program's mesh. about: its other arguments.
 
     state: a dataclass whose `memory` has the tables by layer id (training/state.py).
 

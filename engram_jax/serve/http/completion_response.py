@@ -34,7 +34,7 @@ class TokenTexts:
         self._prompts: dict[Prompt, Listed] = {}
 
     def text(self, token: int, inside: bool = True) -> str:
-        """The token's text behind other text, or at a beginning. A part of a character is "bytes:" and
+        """Its text behind other text, or at a beginning. A part of a character is "bytes:" and
         its bytes, as with OpenAI; without a tokenizer, "token_id:" and the id."""
         if (token, inside) not in self._texts:
             self._texts[token, inside] = self._text(token, inside)
