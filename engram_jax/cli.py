@@ -14,34 +14,22 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from engram_jax.aot import PROGRAMS, TRAIN
 from engram_jax.checkpoint import run_settings
 from engram_jax.checkpoint.workdir import parse_step
-from engram_jax.config import Config
+from engram_jax.config import ROW_FORMATS, Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
 from engram_jax.run import command_line
 
-NAMES = (
-    "train",
-    "evaluate",
-    "generate",
-    "serve",
-    "export-memory",
-    "count-memory",
-    "describe",
-    "compile",
-)
-OPENS_A_RUN = NAMES[:5]
+OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
 NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: serve/open_engine.py
 WITHOUT_PROCESSES = ("describe", "compile")  # they look at no device and read no data
-PROGRAMS = ("train", "decode", "prefill")
-ROW_FORMATS = ("float32", "bfloat16", "fp8")
 Accepted = tuple[str, ...]
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file under configs/; default: what the --workdir of a run has stored."
 )
-_MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(NAMES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(
     "json", False, "describe, evaluate, compile: one JSON object on standard output."
@@ -51,7 +39,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: the TPU slice, for example v5p:4x4x8; none needs to be there."
 )
 _PROGRAM = flags.DEFINE_string(
-    "program", "train", "compile: the step of training, or of serving: decode or prefill."
+    "program", TRAIN, "compile: the step of training, or of serving: decode or prefill."
 )
 _PROFILE = flags.DEFINE_string(
     "profile", None, "train: START:STOP, the steps to record a trace of."
@@ -216,13 +204,17 @@ def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
         sys.exit(1)
 
 
-MODES: dict[str, Callable[[Config, Path, Accepted], None]] = dict(
-    zip(
-        NAMES,
-        (_train, _evaluate, _generate, _serve, _export_memory, _count_memory, _describe, _compile),
-        strict=True,
-    )
-)
+MODES: dict[str, Callable[[Config, Path, Accepted], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "serve": _serve,
+    "export-memory": _export_memory,
+    "count-memory": _count_memory,
+    "describe": _describe,
+    "compile": _compile,
+}
+_MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 
 
 def _or(names: Sequence[str]) -> str:

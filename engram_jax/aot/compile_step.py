@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import Addressing, build_addressing, load_tokenizer
-from engram_jax.aot import step_cost
+from engram_jax.aot import PREFILL, TRAIN, step_cost
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
 from engram_jax.aot.topology import Topology, parse_topology, slice_topology, slices_of
 from engram_jax.config import PAPER, Config
@@ -30,7 +30,6 @@ from engram_jax.sharding.rules import BATCH, P, make_mesh
 from engram_jax.training.state import TrainingProgram, TrainState, abstract_state, build_training
 from engram_jax.training.step import jit_train_step
 
-TRAIN, DECODE, PREFILL = PROGRAMS = ("train", "decode", "prefill")
 SHARE_OF_CANONICAL = 0.766  # of a tokenizer's ids, where neither is known (DeepSeek-V3's)
 
 

@@ -112,7 +112,7 @@ def restore_weights(
 
 
 def _trained_length(metadata: dict[str, Any], workdir: Path, step: int, config: Config) -> int:
-    """From the checkpoint; one of before has it from the launch that made it, or from `config`."""
+    """From the checkpoint; for one of an earlier version from its launch, or from `config`."""
     if "seq_len" in metadata:
         return int(metadata["seq_len"])
     return (recorded(workdir, step) or config).data.seq_len

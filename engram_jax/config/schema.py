@@ -24,6 +24,7 @@ MODEL, BF16, FP8 = "model", "bf16", "fp8"
 DEVICE, HOST, DISK = "device", "host", "disk"
 ALL_LAYERS = -1
 LOCAL_BPE = "local-bpe"
+ROW_FORMATS = ("float32", "bfloat16", "fp8")  # of stored rows (memory/store/row_format.py)
 ROWWISE_ADAM, DENSE_ADAM = "rowwise_adam", "dense_adam"
 
 # An address is an int32, and the 32-bit hash (addressing/hash_jax.py) needs 4 * head size <= 2**32.

@@ -18,7 +18,7 @@ def cache_folder(given: str = "") -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, shared: bool = True) -> Iterator[BinaryIO]:
-    """A new file to read and write, which becomes `path` at the end, on the disk with its name.
+    """A new file to read and write, which becomes `path` at the end, flushed to the disk.
 
     On any exception, `path` stays as it was and nothing is left beside it; a process that is killed
     leaves PATH.partial. shared: others may be writing the same path at the same time; what a killed
@@ -35,11 +35,12 @@ def replacing(path: Path, *, shared: bool = True) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
+    with contextlib.suppress(OSError):  # the new name, too; some network file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,8 +28,6 @@ from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, on_tpu, r
 from engram_jax.sharding.shard_view import ShardView
 
 Params = dict[str, Any]
-
-
 PLANNED_DISTINCT = 0.75  # of a device's lookups, where it has not been measured
 
 

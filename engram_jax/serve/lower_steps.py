@@ -31,7 +31,8 @@ class LoweredSteps:
 
 def lower_steps(program: Program, serve: ServeConfig, *, prefill: bool) -> LoweredSteps:
     """One step of decoding (serve.sequences x 1 token), or of prefilling (serve.prefill_sequences x
-    serve.prefill_chunk tokens), without log-probabilities."""
+    serve.prefill_chunk tokens), without log-probabilities. Rows are taken to be in table_dtype,
+    whatever a memory file would hold."""
     steps, mesh = EngineSteps(program, serve), program.mesh
     replicated = NamedSharding(mesh, P())
     batch = serve.prefill_sequences if prefill else serve.sequences

@@ -29,6 +29,8 @@ def addresses_of(case: str) -> tuple[int, np.ndarray]:
         return ROWS, np.full(SHAPE, 17)
     if case == "one owner":  # row a lies on device a mod 8
         return ROWS, rng.integers(0, ROWS // 8, SHAPE) * 8 + 3
+    if case == "three rows of the first owner":  # one more than a capacity of 2
+        return ROWS, np.resize(np.array([0, 8, 16]), SHAPE)
     if case == "the last row of every device":
         return 256, rng.integers(31 * 8, 256, SHAPE)
     if case == "empty shards":  # of 3 rows, five devices have none
@@ -48,6 +50,7 @@ def addresses_of(case: str) -> tuple[int, np.ndarray]:
 CASES = (
     "one row",
     "one owner",
+    "three rows of the first owner",
     "the last row of every device",
     "empty shards",
     "every row different",
@@ -224,12 +227,73 @@ def test_types_do_not_follow_those_of_the_surroundings(devices, x64):
     assert all(re.search(r":(i32|f32|u16)\[", line) for line in sent), sent  # u16: bits of bfloat16
 
 
+def wide(jaxpr):
+    """What is 64 bits wide in a program, besides the inside of JAX's argsort and single numbers."""
+    for equation in jaxpr.eqns:
+        if equation.params.get("name") == "argsort":
+            continue
+        for out in equation.outvars:
+            if out.aval.shape and out.aval.dtype.itemsize == 8:
+                yield f"{equation.primitive} -> {out.aval}"
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)  # open, or closed over constants
+            if hasattr(inner, "eqns"):
+                yield from wide(inner)
+
+
+def test_nothing_is_computed_in_64_bits():
+    """Where JAX would by default: a TPU has no 64-bit integers."""
+    exchange = Exchange(make_mesh(MeshConfig()), TableLayout(ROWS, 8), 2)
+    with jax.enable_x64(True):
+        program = jax.make_jaxpr(lambda *given: parts(exchange, *given))(*shapes(exchange))
+        assert list(wide(jax.make_jaxpr(lambda: jnp.arange(3) + 1)().jaxpr))  # it is seen
+    assert list(wide(program.jaxpr)) == []
+
+
+def fetched(table, addresses, dtype):
+    """Rows of a table [ROWS, DIM] as 8 devices get them in `dtype`."""
+    mesh = make_mesh(MeshConfig())
+    exchange = Exchange(mesh, TableLayout(ROWS, 8), 2)
+    padded = np.zeros((exchange.layout.stored, DIM), np.float32)
+    padded[:ROWS] = table
+    ids = placed(exchange, addresses.astype(np.int32), LOOKUPS)
+
+    @jax.jit
+    def fetch(table, ids):
+        stored = stored_order(mesh, exchange.layout, table)
+        return exchange.fetch(stored, ids, exchange.plan(ids), dtype)
+
+    return np.asarray(fetch(placed(exchange, padded, ROW_SHARDED), ids))
+
+
+def test_rows_are_rounded_to_bfloat16_at_any_magnitude():
+    """To nearest, ties to even, as ml_dtypes does; normal numbers of every exponent."""
+    rng = np.random.default_rng(5)
+    exponents = np.resize(np.arange(-126, 128), (ROWS, DIM))
+    table = np.ldexp(rng.uniform(1, 2, (ROWS, DIM)), exponents).astype(np.float32)
+    table *= rng.choice([-1, 1], table.shape)
+    addresses = np.resize(rng.permutation(ROWS), SHAPE)
+    expected = table.astype(jnp.bfloat16)[addresses]
+    found = fetched(table, addresses, jnp.bfloat16)
+    np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16))
+
+
+def test_rows_for_a_network_in_float64():
+    _, addresses = addresses_of("random")
+    table = np.random.default_rng(6).normal(size=(ROWS, DIM)).astype(np.float32)
+    with jax.enable_x64(True):
+        found = fetched(table, addresses, jnp.float64)
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, table.astype(np.float64)[addresses])
+
+
 def test_one_device_exchanges_nothing():
     """No collective in the program, no round but one, and a table is in its order already."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     exchange = Exchange(mesh, TableLayout(ROWS, 1), 2)
     program = str(jax.make_jaxpr(lambda *given: parts(exchange, *given))(*shapes(exchange)))
     assert not [word for word in ("all_to_all", "psum", "pmax", "while") if word in program]
+    assert int(exchange.plan(jnp.zeros(SHAPE, jnp.int32)).rounds) == 1
     table = jnp.zeros((ROWS, DIM))
     assert natural_order(mesh, exchange.layout, table) is table
     assert stored_order(mesh, exchange.layout, table) is table

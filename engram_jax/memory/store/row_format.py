@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
+from engram_jax.config import ROW_FORMATS
 from engram_jax.config.errors import UserError
 from kernels_pallas import e8m0
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import jax
 
 GROUP = 32  # columns of an FP8 row under one scale, as in DeepSeek-V4.1
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
+_ITEM_BYTES = dict(zip(ROW_FORMATS, (4, 2, 1), strict=True))
 _PIECE = 1 << 16  # rows checked at a time
 _E4M3_MAX = 448.0
 
