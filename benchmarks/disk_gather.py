@@ -45,6 +45,11 @@ def measure(folder: Path) -> Result:
     def fresh() -> np.ndarray:
         return np.unique(rng.integers(0, ROWS, LOOKUPS + 100))[:LOOKUPS]
 
+    def read(ids: np.ndarray, piece: np.ndarray) -> None:
+        parts = [piece] if len(piece) == len(ids) else np.array_split(piece, len(piece) // 128 or 1)
+        for part in parts:
+            source.gather(ids[part], tuple(o[part[0] : part[-1] + 1] for o in out))
+
     def gather(ahead: int, threads: int) -> float:
         """Microseconds per row. One caller: large requests are shared by the cores."""
         forget()
@@ -52,19 +57,7 @@ def measure(folder: Path) -> Result:
         pieces = np.array_split(np.arange(len(ids)), threads)
         file_table.AHEAD = ahead
         try:
-            workers = [
-                threading.Thread(
-                    target=lambda p=p: (
-                        [
-                            source.gather(ids[q], tuple(o[q[0] : q[-1] + 1] for o in out))
-                            for q in np.array_split(p, max(1, len(p) // 128))
-                        ]
-                        if threads > 1
-                        else source.gather(ids, out)
-                    )
-                )
-                for p in pieces
-            ]
+            workers = [threading.Thread(target=read, args=(ids, piece)) for piece in pieces]
             began = time.perf_counter()
             for worker in workers:
                 worker.start()

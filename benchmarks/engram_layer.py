@@ -57,8 +57,8 @@ def build(variant: str, rows_per_head: int) -> Callable[[], None]:
         param_dtype=jnp.float32,
         rngs=nnx.Rngs(0),
     )
-    graphdef, params = nnx.split(module)
-    params = nnx.to_pure_dict(params)
+    graphdef, state = nnx.split(module)
+    params = nnx.to_pure_dict(state)
     adamw = optax.adamw(1e-3)
     rng = np.random.default_rng(0)
     shape = (BATCH, LENGTH, config.heads)

@@ -25,8 +25,9 @@ from configs import engram27b
 from engram_jax.aot.compile_step import _addressing
 from engram_jax.aot.compiling import compile_with_text
 from engram_jax.aot.data_movement import collectives, large_copies
+from engram_jax.aot.hlo_parser import parse_hlo
 from engram_jax.aot.topology import slice_topology
-from engram_jax.config import parse_config as parse_config
+from engram_jax.config import parse_config
 from engram_jax.hardware.xla_flags import options_for
 from engram_jax.memory.exchange import LOOKUPS, ROW_SHARDED, Exchange
 from engram_jax.sharding.rules import make_mesh
@@ -105,7 +106,7 @@ def _exchanged(exchange: Exchange, program: Any, topology: Any) -> tuple[dict, d
 def _received(lowered: Any, topology: Any, shard: list) -> dict[str, Any]:
     """By the first round's all-to-alls: those of rows are the ones in floating point."""
     _, text, seconds = compile_with_text(lowered, options_for(topology.generation))
-    module = parse_config(text)
+    module = parse_hlo(text)
     moved = [c for c in collectives(module) if not c.unknown_trips and not c.conditional]
     swaps = sorted((c for c in moved if c.kind == "all-to-all"), key=lambda c: -c.bytes)
     return {
@@ -133,7 +134,7 @@ def _gathered(exchange: Exchange, program: Any, topology: Any) -> dict[str, Any]
         fits = True
     except Exception as error:  # too much HBM: the text is there all the same
         text, seconds, fits = getattr(error, "text", ""), getattr(error, "seconds", 0.0), False
-    found = collectives(parse_config(text)) if text else []
+    found = collectives(parse_hlo(text)) if text else []
     return {
         "bytes": sum(c.bytes for c in found),
         "kinds": sorted({c.kind for c in found}),

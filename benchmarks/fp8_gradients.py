@@ -51,7 +51,8 @@ def variants(config: Config) -> dict[str, Config]:
 
 def _with(config: Config, keys: dict[str, str]) -> Config:
     """In float32 but for what `keys` say of the projection."""
-    engram = dataclasses.replace(config.model.engram, **keys)
+    changes: dict[str, Any] = dict(keys)
+    engram = dataclasses.replace(config.model.engram, **changes)
     model = dataclasses.replace(config.model, dtype="float32", engram=engram)
     return dataclasses.replace(config, model=model)
 
@@ -108,7 +109,7 @@ def of_run(workdir: Path, wanted: str) -> None:
 def of_gaussians(seeds: int) -> None:
     """Of the gate: bfloat16 with its arguments rounded, too, FP8 of float32 arguments."""
     forms = {"bf16": (jnp.bfloat16, None)} | {f"fp8 {r}": (jnp.float32, r) for r in RECIPES}
-    found = {name: [] for name in forms}
+    found: dict[str, list[Any]] = {name: [] for name in forms}
     for seed in range(seeds):
         exact = _gaussian(jnp.float32, None, seed)
         for name, (dtype, recipe) in forms.items():

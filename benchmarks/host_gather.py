@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def real_text(source: HostTable, batches: list[np.ndarray]) -> tuple[list[Figure
         for part, buffer in zip(rows, out, strict=True):
             gather_rows(part, inverse, buffer)
 
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "numpy.take": take,
         "numpy.take into a buffer": take_into,
         "distinct rows": deduplicated,
@@ -238,7 +239,8 @@ def measure() -> Result:
     text = open_text(ROWS_PER_HEAD)
     addresses = np.concatenate(list(text.addresses(text.tokens[: TOKENS * 400])))
     batches = [addresses[i * TOKENS : (i + 1) * TOKENS].reshape(-1) for i in range(0, 400, 10)]
-    figures, details = [], {}
+    figures: list[Any] = []
+    details: dict[str, Any] = {}
     for huge_pages in (True, False):
         some, raw = random_rows(text.rows, huge_pages)
         figures, details = figures + some, details | raw

@@ -51,7 +51,7 @@ def inputs(arguments: Any, seed: int) -> Any:
             return jnp.ones(like.shape, like.dtype)
         return (jax.random.normal(key, like.shape, jnp.float32) * 0.1).astype(like.dtype)
 
-    return tree.unflatten([make(*pair) for pair in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(tree, [make(*pair) for pair in zip(leaves, keys, strict=True)])
 
 
 def seconds_of(

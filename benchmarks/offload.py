@@ -133,7 +133,8 @@ def in_turns(
             engine.submit(prompt, own)
     names = list(made)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    from_disk, fed = dict.fromkeys(names, 0), []
+    from_disk = dict.fromkeys(names, 0)
+    fed: list[bool] = []
     first = made[names[0]].stats()["prompt_tokens"]
     for turn in itertools.count():
         if not any(engine.busy for engine in made.values()):
