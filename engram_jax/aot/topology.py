@@ -24,12 +24,14 @@ EXAMPLES = '"v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4"'
 class Topology:
     """A slice: its name, and the topology devices that a mesh for compilation is made of.
 
+    wraps: for each dimension, whether it is a ring (Generation.wraps).
     devices: descriptions of devices; they can neither hold arrays nor run programs.
     hbm_capacity_bytes, peak_flops: of one device, see Generation (hardware/generations.py).
     """
 
     name: str
     generation: str
+    wraps: tuple[bool, ...]
     devices: tuple[Any, ...]
     chips: int
     devices_per_chip: int
@@ -72,7 +74,14 @@ def slice_topology(name: str) -> Topology:
         raise UserError('compiling for a TPU needs libtpu: pip install -e ".[tpu]"')
     try:
         with _loadable():
-            description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            # Without `wrap` libtpu describes a mesh, not a torus, whatever the slice, and compiles
+            # other collectives. It takes three entries for two dimensions, too, and in three it
+            # accepts links that a slice does not have.
+            wraps = generation.wraps(size)
+            three = (*wraps, False)[:3]
+            description = topologies.get_topology_desc(
+                platform="tpu", topology_name=name, wrap=three
+            )
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
@@ -85,6 +94,7 @@ def slice_topology(name: str) -> Topology:
     return Topology(
         name,
         generation.name,
+        wraps,
         tuple(devices),
         chips,
         generation.devices_per_chip,
