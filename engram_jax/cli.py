@@ -25,6 +25,20 @@ from engram_jax.run import command_line
 OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
 NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: serve/open_engine.py
 WITHOUT_PROCESSES = ("describe", "compile")  # they look at no device and read no data
+# The flags that only some modes read. The others do not ignore them, they refuse them.
+MODES_OF_FLAGS = {
+    "json": ("describe", "evaluate", "compile"),
+    "prompt": ("generate",),
+    "topology": ("compile",),
+    "program": ("compile",),
+    "dump_hlo": ("compile",),
+    "profile": ("train",),
+    "step": ("evaluate", "generate", "serve", "export-memory"),
+    "accept_changes": OPENS_A_RUN,
+    "output": ("export-memory", "count-memory"),
+    "format": ("export-memory",),
+    "tokens": ("count-memory",),
+}
 Accepted = tuple[str, ...]
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -40,6 +54,9 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _PROGRAM = flags.DEFINE_string(
     "program", TRAIN, "compile: the step of training, or of serving: decode or prefill."
+)
+_DUMP_HLO = flags.DEFINE_string(
+    "dump_hlo", None, "compile: a folder to keep the compiler's text (HLO) of the step in."
 )
 _PROFILE = flags.DEFINE_string(
     "profile", None, "train: START:STOP, the steps to record a trace of."
@@ -92,11 +109,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"--tokens={_TOKENS.value}: must be at least 1")
     if _PROGRAM.value not in PROGRAMS:
         raise UserError(f"--program={_PROGRAM.value}: must be {_or(PROGRAMS)}")
-    if _PROFILE.value is not None and mode != "train":
-        raise UserError(f"--profile={_PROFILE.value}: only --mode=train has steps to record")
+    for name, modes in MODES_OF_FLAGS.items():
+        if flags.FLAGS[name].present and mode not in modes:
+            raise UserError(f"--{name}: only for --mode={', '.join(modes)}")
     run_settings.check_accepted(_ACCEPT.value)
-    if _ACCEPT.value and mode not in OPENS_A_RUN:
-        raise UserError(f"--accept_changes: only for --mode={', '.join(OPENS_A_RUN)}")
     parse_step(_STEP.value)
     if mode in NEEDS_SERVE:
         require("serve", f"--mode={mode}")
@@ -195,7 +211,13 @@ def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.aot import compile_step
 
     topology, program = _TOPOLOGY.value or "", _PROGRAM.value
-    report = compile_step.compile_step(config, topology, program)
+    dump = None if _DUMP_HLO.value is None else Path(_DUMP_HLO.value)
+    try:
+        if dump:
+            dump.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dump_hlo={dump}: no folder there: {error.strerror}") from error
+    report = compile_step.compile_step(config, topology, program, dump)
     if not report["fits"]:
         tell = functools.partial(print, file=sys.stderr, flush=True)
         report["smallest_slice"] = compile_step.smallest_slice(config, topology, program, tell)

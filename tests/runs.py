@@ -86,6 +86,12 @@ def flags_of(overrides: Mapping[str, Any]) -> list[str]:
     return [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
+def in_mode(mode: str) -> list[str]:
+    """The flags that start a mode, with what it cannot do without."""
+    needed = {"generate": ["--prompt=a"], "export-memory": ["--output=/none/x"]}
+    return [f"--mode={mode}", *needed.get(mode, [])]
+
+
 def small_run(corpus: Path, workdir: Path, **overrides: Any) -> list[str]:
     """The arguments that train the small model on `corpus`; what is prepared lies beside it.
 

@@ -12,7 +12,17 @@ import pytest
 
 from engram_jax.run.command_line import reported
 from kernels_pallas.dispatch import UnsupportedError
-from tests.runs import ROOT, TINY, Outcome, launched, refused, run_process, small_run, write_corpus
+from tests.runs import (
+    ROOT,
+    TINY,
+    Outcome,
+    in_mode,
+    launched,
+    refused,
+    run_process,
+    small_run,
+    write_corpus,
+)
 
 AMONG_TWO = ("--coordinator_address=localhost:1234", "--num_processes=2", "--process_id=0")
 FLAGS = [
@@ -47,7 +57,14 @@ FLAGS = [
     ([TINY, "--profile=-1:3"], "--profile=-1:3", "START:STOP"),
     ([TINY, "--profile=7:7"], "--profile=7:7", "START below STOP"),
     ([TINY, "--profile=3:9", "--config.train.steps=8"], "--profile=3:9", "config.train.steps = 8"),
-    ([TINY, "--profile=3:9", "--mode=evaluate"], "--profile=3:9", "--mode=train"),
+    ([TINY, "--profile=3:9", "--mode=evaluate"], "--profile: only for --mode=train"),
+    ([TINY, "--topology=v5p:2x2x1"], "--topology: only for --mode=compile"),
+    ([TINY, "--step=best"], "--step: only for --mode=evaluate, generate, serve, export-memory"),
+    ([TINY, "--mode=serve", "--json"], "--json: only for --mode=describe, evaluate, compile"),
+    (
+        [TINY, "--mode=compile", "--topology=v5p:2x2x1", "--dump_hlo=launch.py"],
+        "--dump_hlo=launch.py: no folder there: File exists",
+    ),
     ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
     ([TINY, "--mode=evaluate", "--step=-1"], "--step=-1", "latest, best or a step number"),
     (["--config.train.steps=3", TINY], "--config.train.steps=3", "before"),
@@ -128,9 +145,9 @@ def test_missing_data(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("mode", ["--mode=evaluate", "--mode=generate"])
+@pytest.mark.parametrize("mode", ["evaluate", "generate"])
 def test_workdir_without_a_model(run, tmp_path, mode):
-    line = refused(run(mode, "--prompt=a"), f"--workdir={tmp_path / 'run'}", "no trained model")
+    line = refused(run(*in_mode(mode)), f"--workdir={tmp_path / 'run'}", "no trained model")
     assert "--mode=train" in line
     assert not (tmp_path / "run").exists()
 
@@ -214,6 +231,7 @@ def test_help_lists_the_flags():
         "--config",
         "--mode",
         "--profile",
+        "--dump_hlo",
         "--workdir",
         "--prompt",
         "--step",

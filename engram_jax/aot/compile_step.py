@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,12 +34,16 @@ from engram_jax.training.step import jit_train_step
 SHARE_OF_CANONICAL = 0.766  # of a tokenizer's ids, where neither is known (DeepSeek-V3's)
 
 
-def compile_step(config: Config, topology_name: str, program_name: str = TRAIN) -> dict[str, Any]:
+def compile_step(
+    config: Config, topology_name: str, program_name: str = TRAIN, dump: Path | None = None
+) -> dict[str, Any]:
     """`step_cost.examine` of the compiled step, with the mesh and the cost of the row exchange.
 
     topology_name: "v5p:4x4x8". program_name: "train": one update of the whole batch; "decode" or
       "prefill": what the inference engine runs for one more token of serve.sequences sequences, or
       for serve.prefill_chunk tokens of serve.prefill_sequences prompts.
+    dump: a folder to keep the compiler's texts in, as NAME_PROGRAM_SLICE.STAGE.txt
+      (`compiling.STAGES`; serving's programs with their names behind PROGRAM).
 
     Raises UserError for an unknown slice and for a mesh that does not fit it or the model.
     """
@@ -51,33 +56,49 @@ def compile_step(config: Config, topology_name: str, program_name: str = TRAIN) 
         "accumulation": config.train.accumulation,
         "xla_options": options_of(mesh),
     }
+    label = f"{config.name}_{program_name}"
+
+    def keep(label: str) -> Path | None:
+        return dump and dump / f"{label}_{topology_name.replace(':', '_')}"
+
     if program_name == TRAIN:
         program = build_training(config, _addressing(config), mesh)
         about["global_batch_tokens"] = config.data.batch_size * config.data.seq_len
         about["state_bytes"] = _state_bytes(abstract_state(program))
         if program.layouts:
             about["exchange"] = exchange_of(program)
-        return about | _examined(program, *_train(program), topology)
+        return about | _examined(program, *_train(program), topology, keep(label))
     serving = build_program(config, _addressing(config), mesh)
     steps = _lowered(serving, program_name)
     prompts = config.serve.prefill_sequences * config.serve.prefill_chunk
     about["global_batch_tokens"] = prompts if program_name == PREFILL else config.serve.sequences
     about["state_bytes"] = _kept_bytes(steps)
     parts = {
-        name: _examined(serving, lowered, (steps.cache if "rows" not in name else ()), topology)
+        name: _examined(
+            serving,
+            lowered,
+            steps.cache if "rows" not in name else (),
+            topology,
+            keep(f"{label}_{name.replace(' ', '_')}"),
+        )
         for name, lowered in steps.programs.items()
     }
     return about | step_cost.together(parts, sum(about["state_bytes"].values()))
 
 
 def _examined(
-    program: Program, lowered: jax.stages.Lowered, state: Any, topology: Topology
+    program: Program,
+    lowered: jax.stages.Lowered,
+    state: Any,
+    topology: Topology,
+    keep: Path | None,
 ) -> dict[str, Any]:
-    """The report of one program, compiled. state: its donated arguments."""
+    """The report of one program, compiled. state: its donated arguments; keep: as in
+    `compile_with_text`."""
     dim = program.config.model.engram.dim
     tables = [(layout.rows_per_device, dim) for layout in program.layouts.values()]
     try:
-        compiled, text, seconds = compile_with_text(lowered, options_of(program.mesh))
+        compiled, text, seconds = compile_with_text(lowered, options_of(program.mesh), keep=keep)
     except DoesNotFitError as error:
         return step_cost.does_not_fit(error, topology, state, tables)
     return step_cost.examine(compiled, text, topology, state, tables, seconds)

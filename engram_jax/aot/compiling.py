@@ -13,6 +13,10 @@ from typing import Any
 
 import jax
 
+from engram_jax.hardware import storage
+
+# XLA's dumps of the optimized module: before and after libtpu has chosen how operations run.
+STAGES = ("after_optimizations", "after_codegen")
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -68,7 +72,8 @@ def compile_with_text(
     lowered: jax.stages.Lowered,
     options: Mapping[str, Any] | None = None,
     *,
-    stage: str = "after_optimizations",
+    stage: str = STAGES[0],
+    keep: Path | None = None,
 ) -> tuple[jax.stages.Compiled, str, float]:
     """Compile; return the program, the text of its optimized module, and the seconds it took.
 
@@ -78,7 +83,10 @@ def compile_with_text(
     Args:
       lowered: from `jax.jit(...).lower(...)`.
       options: XLA's compiler options (hardware/xla_flags.py).
-      stage: which of XLA's dumps; "after_codegen" also has the VMEM that kernels use.
+      stage: which of STAGES; "after_codegen" also has the VMEM that kernels use and the compiler's
+        estimates of cycles.
+      keep: a path without its ending; the texts are kept as KEEP.STAGE.txt, one for each stage that
+        the compiler reached. The folder is made.
 
     Raises:
       DoesNotFitError: too little HBM. Other errors of the compiler are raised unchanged.
@@ -93,8 +101,18 @@ def compile_with_text(
             if not is_hbm_shortage(str(error)):
                 raise
             raise _does_not_fit(str(error), Path(folder), time.perf_counter() - start) from error
+        finally:
+            if keep is not None:
+                _keep(Path(folder), keep)
         seconds = time.perf_counter() - start
         return compiled, _dumped(Path(folder), f"{stage}.txt"), seconds
+
+
+def _keep(folder: Path, keep: Path) -> None:
+    keep.parent.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        if text := _dumped(folder, f"{stage}.txt"):
+            storage.write_text(keep.with_name(f"{keep.name}.{stage}.txt"), text)
 
 
 @contextlib.contextmanager

@@ -61,8 +61,9 @@ def assert_no_table_is_copied(report: dict) -> None:
     assert report["aliased_fraction"] == 1.0, report["not_aliased"]
 
 
-def test_a_training_step_that_fits():
-    code, report, err = compiled("engram_tiny", "v5e:2x2", **TINY)
+def test_a_training_step_that_fits(tmp_path):
+    dump = tmp_path / "made" / "hlo"
+    code, report, err = compiled("engram_tiny", "v5e:2x2", f"--dump_hlo={dump}", **TINY)
     assert code == 0, err
     assert set(report) >= KEYS
     assert report["fits"] and report["peak_hbm_bytes"] < report["hbm_capacity_bytes"]
@@ -76,6 +77,11 @@ def test_a_training_step_that_fits():
     ids_and_rows = {exchange["rows_received"] * 4: 1, exchange["bytes_received"]: 2}
     assert {c["bytes"] // c["count"]: c["count"] for c in first} == ids_and_rows
     assert exchange["bytes_received"] == exchange["rows_received"] * 80 * 4
+    texts = {path.name: path.read_text() for path in dump.iterdir()}
+    name = "engram_tiny_train_v5e_2x2"
+    assert set(texts) == {f"{name}.after_optimizations.txt", f"{name}.after_codegen.txt"}
+    assert all(text.startswith("HloModule jit_train_step") for text in texts.values())
+    assert "estimated_cycles" in texts[f"{name}.after_codegen.txt"]
 
 
 @pytest.mark.slow
@@ -89,12 +95,16 @@ def test_bfloat16_tables_and_network():
 
 
 @pytest.mark.parametrize("program", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
-def test_the_engine_s_step(program):
+def test_the_engine_s_step(program, tmp_path):
     """The engine's own programs: the page pool is updated in place, the table is not copied."""
-    code, report, err = compiled("engram_tiny", "v5e:2x2", f"--program={program}", **TINY)
+    flags = f"--program={program}", f"--dump_hlo={tmp_path}"
+    code, report, err = compiled("engram_tiny", "v5e:2x2", *flags, **TINY)
     assert code == 0, err
     assert report["program"] == program and report["fits"]
     assert list(report["programs"]) == ["first", "rows 1", "span 1", "sample"]
+    for name in ("first", "rows_1", "span_1", "sample"):
+        file = tmp_path / f"engram_tiny_{program}_{name}_v5e_2x2.after_codegen.txt"
+        assert file.read_text().startswith("HloModule jit_")
     assert_no_table_is_copied(report)
     kept = sum(report["state_bytes"].values())
     assert report["peak_hbm_bytes"] > report["argument_bytes"] >= kept

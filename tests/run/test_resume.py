@@ -26,7 +26,7 @@ from tests.kills import (
     signal_when,
     start,
 )
-from tests.runs import SMALL, Outcome, launched, small_config, small_run
+from tests.runs import SMALL, Outcome, in_mode, launched, small_config, small_run
 
 STEPS = SMALL["train.steps"]
 
@@ -132,8 +132,8 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_serves(corpus, undis
     largest = max((checkpoint / "state").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
-    for mode in ("--mode=train", "--mode=evaluate", "--mode=generate"):
-        outcome = launched(*small_run(corpus, workdir), mode, "--prompt=document")
+    for mode in ("train", "evaluate", "generate"):
+        outcome = launched(*small_run(corpus, workdir), *in_mode(mode))
         name = str(largest.relative_to(checkpoint))
         refused(outcome, str(checkpoint), name, "complete checkpoints beside it", "18, 21")
     shutil.rmtree(checkpoint)

@@ -19,7 +19,7 @@ from engram_jax.monitoring.metrics import read_metrics
 from engram_jax.run import resume
 from tests.kills import assert_same_run, finished, launches
 from tests.run.test_resume import contents, copy_of
-from tests.runs import SMALL, launched, refused, small_config, small_run
+from tests.runs import SMALL, in_mode, launched, refused, small_config, small_run
 
 STEPS = SMALL["train.steps"]
 
@@ -60,7 +60,7 @@ def test_no_mode_gives_the_runs_result_under_other_settings(corpus, undisturbed,
     theirs, ours = DECISIVE[key]
     before = contents(undisturbed)
     for mode in ("train", "evaluate", "generate", "export-memory"):
-        change = [f"--config.{key}={ours}", f"--mode={mode}", "--prompt=a", "--output=/none/x"]
+        change = [f"--config.{key}={ours}", *in_mode(mode)]
         line = refused(launched(*small_run(corpus, undisturbed), *change))
         assert f"config.{key} is {theirs!r} there and {ours!r} here" in line
         fixed = mode == "train" and key.startswith("data.")
@@ -220,8 +220,9 @@ def test_overrides_of_a_stored_configuration_are_checked_likewise(undisturbed):
 def test_another_text_is_scored_on_purpose_only(corpus, undisturbed, tmp_path):
     other = shutil.copytree(corpus, tmp_path / "text")
     (other / "new.txt").write_text("a document more\n" * 9)
-    arguments = [f"--workdir={undisturbed}", f"--config.data.path={other}", "--mode=evaluate"]
-    arguments += [f"--config.data.cache_dir={tmp_path / 'cache'}", "--json"]
+    training = [f"--workdir={undisturbed}", f"--config.data.path={other}"]
+    training += [f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    arguments = [*training, "--mode=evaluate", "--json"]
     outcome = launched(*arguments)
     assert outcome.code == 2 and outcome.out == ""
     assert "config.data: the text" in outcome.err and "--accept_changes=data" in outcome.err
@@ -233,7 +234,7 @@ def test_another_text_is_scored_on_purpose_only(corpus, undisturbed, tmp_path):
     assert "held out here may be among what it was trained on" in accepted.err
     # Training goes on with none but its own.
     digest = launches(undisturbed)[-1]["data"]["digest"]
-    outcome = launched(*arguments, "--mode=train", "--accept_changes=data.path")
+    outcome = launched(*training, "--accept_changes=data.path")
     assert outcome.code == 2 and "is not the text that the run in" in outcome.err
     assert f"digest {digest}: go back to it" in outcome.err
 
