@@ -61,12 +61,17 @@ def test_one_step_equals_differentiation_through_the_tables(accumulation):
     new, metrics = jit_train_step(program)(copy(state), batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    of_tables = float(jax.jit(optax.tree.norm)(grad_tables))
+    np.testing.assert_allclose(metrics["grad_norm_memory"], of_tables, rtol=1e-4)
     factor = config.clip_norm / norm
     rate = float(program.rate(jnp.int32(0))) * config.memory_lr_multiplier
     for k, table in new.memory.items():
         g = np.asarray(grad_tables[k], np.float64) * factor
-        touched = np.unique(batch_addresses(program, batch)[k])
+        addresses = np.asarray(batch_addresses(program, batch)[k])
+        touched = np.unique(addresses)
         assert int(metrics[f"rows_touched/{k}"]) == len(touched)
+        assert float(metrics[f"distinct/{k}"]) == np.float32(len(touched) / addresses.size)
+        assert int(metrics[f"extra_rounds/{k}"]) == 0
         assert relative(table.mu, (1 - config.adam_b1) * g) < 1e-4
         assert relative(table.nu, (1 - config.adam_b2) * g * g) < 1e-4
         expected = np.asarray(state.memory[k].rows, np.float64)
@@ -135,6 +140,23 @@ def test_hit_rate_and_utilisation_count_trained_rows():
     assert float(again["hit_rate/1"]) == pytest.approx(trained / touched)
 
 
+def test_gates_are_means_over_real_tokens():
+    program, state = tiny()
+    step = jit_train_step(program)
+    batch = random_batch(program.config, accumulate_padding=True)
+    one, none = np.zeros_like(batch["segments"]), np.zeros_like(batch["segments"])
+    one[2, 7] = 1
+    for segments in (batch["segments"], one, none):
+        given = {**batch, "segments": segments}
+        _, metrics = step(copy(state), given)
+        rows, _ = fetch_rows(program, state.memory, batch_addresses(program, given))
+        model = program.model(state.params, state.router_bias)
+        output = model(given["tokens"], rows, given["positions"], segments)
+        gates = np.asarray(output.gates["1"], np.float64)[segments > 0]  # [tokens, M]
+        expected = gates.sum(0) / max(len(gates), 1)
+        np.testing.assert_allclose(metrics["gate/1"], expected, rtol=1e-5)
+
+
 def test_loads_count_real_tokens_and_move_the_bias():
     program, state = tiny()
     ffn = program.config.model.ffn
@@ -178,16 +200,31 @@ def test_tables_are_updated_in_place():
     assert stats.temp_size_in_bytes < table_bytes / 4
 
 
-def test_the_state_keeps_its_types():
-    """Else the second step compiles again."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_state_keeps_its_types(wide):
+    """Else the second step compiles again. wide: where JAX allows numbers of 64 bits."""
     program, _ = tiny()
-    state = abstract_state(program)
-    after, _ = jax.eval_shape(partial(train_step, program), state, random_batch(program.config))
+    batch = random_batch(program.config)
 
     def types(tree):
         return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.weak_type), tree)
 
+    with jax.enable_x64(wide):
+        state = abstract_state(program)
+        after, _ = jax.eval_shape(partial(train_step, program), state, batch)
     assert types(after) == types(state)
+
+
+def test_metrics_of_a_model_without_memory_have_the_same_types():
+    memory, _ = tiny()
+    config = tiny_config(**{"model.engram.layers": ()})
+    found = []
+    for program in (memory, build_training(config, None)):
+        batch = random_batch(program.config)
+        _, metrics = jax.eval_shape(partial(train_step, program), abstract_state(program), batch)
+        found.append({k: str(x.dtype) for k, x in metrics.items() if not k.endswith("/1")})
+    assert found[0] == found[1]
+    assert found[0]["grad_norm_memory"] == "float32"
 
 
 def test_evaluation_is_the_training_loss_before_the_step():
