@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from engram_jax.config import DENSE_ADAM, ROWWISE_ADAM
 from engram_jax.sharding.rules import names
 from engram_jax.training.loss import token_losses
 from engram_jax.training.optim import optimizer
@@ -112,9 +113,13 @@ def test_it_learns_a_repeated_batch():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_halts():
-    program, state = tiny()
+@pytest.mark.parametrize("memory", [ROWWISE_ADAM, DENSE_ADAM])
+def test_a_step_that_is_not_finite_changes_nothing_and_halts(memory):
+    program, state = tiny(**{"optimizer.memory_optimizer": memory})
     step, batch = jit_train_step(program), random_batch(program.config)
+    good, metrics = step(copy(state), batch)
+    assert metrics["finite"] and not good.halted
+    assert np.any(np.asarray(good.memory["1"].rows) != np.asarray(state.memory["1"].rows))
     poisoned = {**batch, "loss_mask": np.full_like(batch["loss_mask"], np.inf)}
     after, metrics = step(copy(state), poisoned)
     assert not metrics["finite"] and bool(after.halted)
