@@ -21,21 +21,20 @@ import jax
 
 from engram_jax.aot.one_chip import compile_operation
 from engram_jax.aot.topology import slice_topology
+from engram_jax.hardware.generations import GENERATIONS
 from kernels_pallas.cases import Case
 
 OPS = ("engram_gate", "short_conv", "mhc")
 SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-# HBM bandwidth of a device, bytes/s: cloud.google.com/tpu/docs, half a chip's for tpu7x.
-BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9, "tpu7x": 7380e9 / 2}
 NATIVE_FP8 = ("tpu7x",)  # twice the bfloat16 rate; elsewhere e4m3 is multiplied as bfloat16
 
 
 def measure(case: Case, name: str) -> dict[str, Any]:
     """Of one case on one slice: floor and, for every variant, bytes, temporaries and VMEM."""
     topology = slice_topology(name)
-    generation = topology.generation
+    generation, bandwidth = topology.generation, GENERATIONS[topology.generation].hbm_bandwidth
     rate = topology.peak_flops * (2 if case.fp8 and generation in NATIVE_FP8 else 1)
-    seconds = {"bytes": case.bytes / BANDWIDTH[generation], "FLOPs": case.flops / rate}
+    seconds = {"bytes": case.bytes / bandwidth, "FLOPs": case.flops / rate}
     bound = max(seconds, key=lambda k: seconds[k])
     found: dict[str, Any] = {
         "floor_bytes": case.bytes,
@@ -49,7 +48,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
             "bytes": operation.bytes,
             "temp_bytes": operation.memory.temp,
             "vmem_bytes": operation.vmem,
-            "moving_us": round(operation.bytes / BANDWIDTH[generation] * 1e6, 1),
+            "moving_us": round(operation.bytes / bandwidth * 1e6, 1),
         }
     return found
 

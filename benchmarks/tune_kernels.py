@@ -25,9 +25,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks import kernels
-from benchmarks.kernels_aot import BANDWIDTH, OPS, SLICES
+from benchmarks.kernels_aot import OPS, SLICES
 from engram_jax.aot.one_chip import compile_operation
 from engram_jax.aot.topology import Topology, slice_topology
+from engram_jax.hardware.generations import GENERATIONS
 from kernels_pallas import traffic, tuning
 from kernels_pallas.cases import OURS, Case
 
@@ -52,10 +53,10 @@ def moved(topology: Topology, case: Case) -> int:
 
 def cost(topology: Topology, case: Case, blocks: dict[str, int]) -> tuple[float, int, int]:
     """(seconds by the roofline, bytes, - columns) under the blocks that are being tried."""
-    generation, found = topology.generation, moved(topology, case)
-    busy = min(1.0, blocks.get("columns", 256) / MATRIX_UNIT[generation])
+    generation, found = GENERATIONS[topology.generation], moved(topology, case)
+    busy = min(1.0, blocks.get("columns", 256) / MATRIX_UNIT[generation.name])
     products = case.flops / (topology.peak_flops * busy)
-    return max(found / BANDWIDTH[generation], products), found, -blocks.get("columns", 0)
+    return max(found / generation.hbm_bandwidth, products), found, -blocks.get("columns", 0)
 
 
 def fits(topology: Topology, case: Case) -> bool:

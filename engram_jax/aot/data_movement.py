@@ -81,7 +81,7 @@ def collectives(text: str | Module) -> list[Collective]:
     module = parse_hlo(text) if isinstance(text, str) else text
     found: dict[tuple, Collective] = {}
     for place in _places(module, module.entry, _Place(1, False, False)):
-        for one in _in_computation(module, place.computation):
+        for one in collectives_in(module, place.computation):
             one = replace(
                 one,
                 count=place.count,
@@ -131,8 +131,8 @@ def _places(module: Module, computation: Computation, place: _Place) -> Iterator
             yield from _places(module, module.computations[name], inner)
 
 
-def _in_computation(module: Module, computation: Computation) -> Iterator[Collective]:
-    """The collectives among a computation's own instructions, each run once."""
+def collectives_in(module: Module, computation: Computation) -> Iterator[Collective]:
+    """The collectives among a computation's own instructions, each counted as run once."""
     starts = any(
         'custom_call_target="AsyncCollectiveStart"' in i.attributes
         for i in computation.instructions.values()

@@ -1,4 +1,4 @@
-"""TPU generations: memory, peak and shape of one device, with the sources of the figures."""
+"""TPU generations: memory, speeds and shape of one device, with the sources of the figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ class Generation:
       with whole_cubes, only if all dimensions are (below).
     devices_per_chip: JAX devices; a tpu7x chip shows as two, every other as one.
     hbm_bytes: of one device, what a program can use (below).
+    hbm_bandwidth: of one device, bytes/s.
     flops: bfloat16 FLOP/s of one device, Google's published peak (below).
+    clock: of its matrix units, Hz: the unit of libtpu's estimates of cycles (below).
+    axis_bandwidth: bytes/s that a chip receives over one axis of the torus, from both neighbours.
     device_kinds: `jax.Device.device_kind`, of a described device first; real ones may have another.
     """
 
@@ -27,7 +30,10 @@ class Generation:
     whole_cubes: bool
     devices_per_chip: int
     hbm_bytes: int
+    hbm_bandwidth: float
     flops: float
+    clock: float
+    axis_bandwidth: float
     device_kinds: tuple[str, ...]
 
     def wraps(self, size: Sequence[int]) -> tuple[bool, ...]:
@@ -46,13 +52,69 @@ class Generation:
 # same cubes, likewise).
 # In two dimensions they are those of the pod of 16x16; libtpu refuses others ("All wrap-around
 # dimensions must be of length 16").
-# flops of a chip: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x): 197, 459, 918, 2307 TFLOP/s.
+# flops and hbm_bandwidth of a chip: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x): 197, 459,
+# 918, 2307 TFLOP/s and 819, 2765, 1640, 7380 GB/s.
+# clock: the one at which a device's matrix units make the peak, flops / (2 x units x side^2),
+# rounded to 10 MHz: v5e 4 units of 128x128 (jax-ml.github.io/scaling-book/tpus names 1.5 GHz, too),
+# v5p 8 of 128x128, v6e and tpu7x 4 of 256x256. Google's page says two units for v6e; with four,
+# libtpu's estimate of a product of 4096^3 is 1.15 times its arithmetic (v5e, v5p, tpu7x: 1.03,
+# 1.04, 1.24), with two it would be 0.58.
+# axis_bandwidth: "bidirectional ICI bandwidth per link" of the same book. tpu7x: an assumption, as
+# v5p, since both have 1200 GB/s per chip, in both directions, over three axes (cloud.google.com).
 GENERATIONS = {
     g.name: g
     for g in (
-        Generation("v5e", 2, 16, False, 1, 16126 * MIB, 197e12, ("TPU v5 lite", "TPU v5e")),
-        Generation("v5p", 3, 4, True, 1, 98025 * MIB, 459e12, ("TPU v5", "TPU v5p")),
-        Generation("v6e", 2, 16, False, 1, 31992 * MIB, 918e12, ("TPU v6 lite", "TPU v6e")),
-        Generation("tpu7x", 3, 4, True, 2, 97012 * MIB, 2307e12 / 2, ("TPU7x",)),
+        Generation(
+            name="v5e",
+            dimensions=2,
+            wrap_length=16,
+            whole_cubes=False,
+            devices_per_chip=1,
+            hbm_bytes=16126 * MIB,
+            hbm_bandwidth=819e9,
+            flops=197e12,
+            clock=1.5e9,
+            axis_bandwidth=9e10,
+            device_kinds=("TPU v5 lite", "TPU v5e"),
+        ),
+        Generation(
+            name="v5p",
+            dimensions=3,
+            wrap_length=4,
+            whole_cubes=True,
+            devices_per_chip=1,
+            hbm_bytes=98025 * MIB,
+            hbm_bandwidth=2765e9,
+            flops=459e12,
+            clock=1.75e9,
+            axis_bandwidth=1.8e11,
+            device_kinds=("TPU v5", "TPU v5p"),
+        ),
+        Generation(
+            name="v6e",
+            dimensions=2,
+            wrap_length=16,
+            whole_cubes=False,
+            devices_per_chip=1,
+            hbm_bytes=31992 * MIB,
+            hbm_bandwidth=1640e9,
+            flops=918e12,
+            clock=1.75e9,
+            axis_bandwidth=1.8e11,
+            device_kinds=("TPU v6 lite", "TPU v6e"),
+        ),
+        Generation(
+            name="tpu7x",
+            dimensions=3,
+            wrap_length=4,
+            whole_cubes=True,
+            devices_per_chip=2,
+            hbm_bytes=97012 * MIB,
+            hbm_bandwidth=7380e9 / 2,
+            flops=2307e12 / 2,
+            clock=2.2e9,
+            axis_bandwidth=1.8e11,
+            device_kinds=("TPU7x",),
+        ),
     )
 }
