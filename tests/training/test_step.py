@@ -1,7 +1,7 @@
 """The training step against plain differentiation through the tables, and itself in parts."""
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,13 @@ from engram_jax.training.step import (
 from tests.tiny import random_batch, tiny, tiny_addressing, tiny_config
 
 CLIPPED = {"optimizer.clip_norm": 0.05}
+
+
+@lru_cache
+def stepping(**overrides):
+    """`tiny`, and its step, compiled once for all tests of the same overrides."""
+    program, state = tiny(**overrides)
+    return program, state, jit_train_step(program)
 
 
 def copy(state):
@@ -54,12 +61,12 @@ def relative(a, b):
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_step_equals_differentiation_through_the_tables(accumulation):
     """Loss, clipped global norm, moments, rows after one step of Adam, all from dense gradients."""
-    program, state = tiny(**{"train.accumulation": accumulation, **CLIPPED})
+    program, state, step = stepping(**{"train.accumulation": accumulation, **CLIPPED})
     config, batch = program.config.optimizer, random_batch(program.config)
     loss, (grad_params, grad_tables) = dense_gradients(program, state, batch)
     norm = float(jax.jit(optax.tree.norm)((grad_params, grad_tables)))
     assert norm > config.clip_norm  # clipping takes part
-    new, metrics = jit_train_step(program)(copy(state), batch)
+    new, metrics = step(copy(state), batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     of_tables = float(jax.jit(optax.tree.norm)(grad_tables))
@@ -90,10 +97,9 @@ def test_one_step_equals_differentiation_through_the_tables(accumulation):
 
 
 def test_accumulation_trains_as_the_whole_batch():
-    whole, state = tiny(**{"train.accumulation": 1, **CLIPPED})
-    parts, _ = tiny(**{"train.accumulation": 2, **CLIPPED})
+    whole, state, step_one = stepping(**{"train.accumulation": 1, **CLIPPED})
+    _, _, step_many = stepping(**{"train.accumulation": 2, **CLIPPED})
     one, many = copy(state), copy(state)
-    step_one, step_many = jit_train_step(whole), jit_train_step(parts)
     for i in range(5):
         batch = random_batch(whole.config, seed=i)
         one, a = step_one(one, batch)
@@ -104,8 +110,8 @@ def test_accumulation_trains_as_the_whole_batch():
 
 
 def test_it_learns_a_repeated_batch():
-    program, state = tiny()
-    state, step = copy(state), jit_train_step(program)
+    program, state, step = stepping()
+    state = copy(state)
     batch, losses = random_batch(program.config), []
     for _ in range(60):
         state, metrics = step(state, batch)
@@ -115,8 +121,9 @@ def test_it_learns_a_repeated_batch():
 
 @pytest.mark.parametrize("memory", [ROWWISE_ADAM, DENSE_ADAM])
 def test_a_step_that_is_not_finite_changes_nothing_and_halts(memory):
-    program, state = tiny(**{"optimizer.memory_optimizer": memory})
-    step, batch = jit_train_step(program), random_batch(program.config)
+    keys = {} if memory == ROWWISE_ADAM else {"optimizer.memory_optimizer": memory}
+    program, state, step = stepping(**keys)
+    batch = random_batch(program.config)
     good, metrics = step(copy(state), batch)
     assert metrics["finite"] and not good.halted
     assert np.any(np.asarray(good.memory["1"].rows) != np.asarray(state.memory["1"].rows))
@@ -131,8 +138,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_halts(memory):
 
 def test_hit_rate_and_utilisation_count_trained_rows():
     """A row counts as trained once a gradient has reached it (a masked target sends none)."""
-    program, state = tiny()
-    step = jit_train_step(program)
+    program, state, step = stepping()
     batch = random_batch(program.config)
     state, first = step(copy(state), batch)
     assert float(first["hit_rate/1"]) == 0
@@ -146,27 +152,30 @@ def test_hit_rate_and_utilisation_count_trained_rows():
 
 
 def test_gates_are_means_over_real_tokens():
-    program, state = tiny()
-    step = jit_train_step(program)
+    program, state, step = stepping()
     batch = random_batch(program.config, accumulate_padding=True)
     one, none = np.zeros_like(batch["segments"]), np.zeros_like(batch["segments"])
     one[2, 7] = 1
+
+    @jax.jit
+    def gates_of(batch):
+        rows, _ = fetch_rows(program, state.memory, batch_addresses(program, batch))
+        model = program.model(state.params, state.router_bias)
+        return model(batch["tokens"], rows, batch["positions"], batch["segments"]).gates["1"]
+
     for segments in (batch["segments"], one, none):
         given = {**batch, "segments": segments}
         _, metrics = step(copy(state), given)
-        rows, _ = fetch_rows(program, state.memory, batch_addresses(program, given))
-        model = program.model(state.params, state.router_bias)
-        output = model(given["tokens"], rows, given["positions"], segments)
-        gates = np.asarray(output.gates["1"], np.float64)[segments > 0]  # [tokens, M]
+        gates = np.asarray(gates_of(given), np.float64)[segments > 0]  # [tokens, M]
         expected = gates.sum(0) / max(len(gates), 1)
         np.testing.assert_allclose(metrics["gate/1"], expected, rtol=1e-5)
 
 
 def test_loads_count_real_tokens_and_move_the_bias():
-    program, state = tiny()
+    program, state, step = stepping()
     ffn = program.config.model.ffn
     batch = random_batch(program.config, accumulate_padding=True)
-    after, metrics = jit_train_step(program)(copy(state), batch)
+    after, metrics = step(copy(state), batch)
     load = np.asarray(metrics["load"])
     real = np.count_nonzero(batch["segments"])
     np.testing.assert_array_equal(load.sum(1), np.full(2, real * ffn.top_k))
@@ -177,12 +186,11 @@ def test_loads_count_real_tokens_and_move_the_bias():
 
 
 def test_host_addresses_train_the_same():
-    program, state = tiny()
+    program, state, step = stepping()
     batch = random_batch(program.config)
     from engram_jax.addressing import BatchAddresser
 
     addresses = BatchAddresser(program.addressing)(batch["tokens"], batch["segments"])
-    step = jit_train_step(program)
     _, device = step(copy(state), batch)
     _, host = step(copy(state), {**batch, "addresses": addresses})
     assert float(device["loss"]) == float(host["loss"])
@@ -233,12 +241,12 @@ def test_metrics_of_a_model_without_memory_have_the_same_types():
 
 
 def test_evaluation_is_the_training_loss_before_the_step():
-    program, state = tiny()
+    program, state, step = stepping()
     batch = random_batch(program.config)
     total, count = jax.jit(partial(eval_step, program))(
         state.params, state.router_bias, state.memory, batch
     )
-    _, metrics = jit_train_step(program)(copy(state), batch)
+    _, metrics = step(copy(state), batch)
     np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
     assert float(count) == batch["loss_mask"].sum()
 
@@ -246,9 +254,8 @@ def test_evaluation_is_the_training_loss_before_the_step():
 def test_a_table_changes_no_other_parameters_start():
     program, _ = tiny()
     bigger, _ = tiny(**{"model.engram.rows_per_head": (71,)})
-    jax.tree.map(
-        np.testing.assert_array_equal, init_state(program).params, init_state(bigger).params
-    )
+    ours, theirs = (jax.jit(partial(init_state, p))().params for p in (program, bigger))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 EXPECTED_OPTIMIZERS = {
