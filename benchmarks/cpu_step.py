@@ -1,0 +1,139 @@
+"""The demo's training step and its base model's on this CPU, beside torch and an earlier commit.
+
+    python -m benchmarks.cpu_step [--torch PYTHON] [--before CHECKOUT] [--json PATH]
+
+base   configs/moe_tiny.py with one residual stream and AdamW: no Engram module, no mHC to speak of,
+       no Muon. torch runs the same sizes (benchmarks/torch_step.py, which says how to install it).
+demo   configs/engram_tiny.py, the whole step.
+
+--torch: the Python of an environment with torch and transformers. --before: another checkout of
+this repository, run with this environment's packages. Every program is a process of its own; they
+take turns step by step, the others waiting for their input, so whatever else the machine does meets
+all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.harness import Figure, Result
+
+MODELS = ("base", "demo")
+ROUNDS, WARM_UP = 40, 5
+
+
+def work(model: str) -> None:
+    """For every line of standard input one step, and its seconds; first, those of compiling."""
+    import dataclasses
+
+    import optax
+
+    from benchmarks.demo_model import Training, batches, demo_config, demo_program
+    from configs import moe_tiny
+    from engram_jax.config import parse_config
+
+    if model == "demo":
+        program = demo_program(demo_config())
+    else:
+        config = moe_tiny.get_config()
+        config.model.hyper.streams = 1
+        program = demo_program(parse_config(config))
+        keys = program.config.optimizer
+        adamw = optax.adamw(
+            program.rate, b1=keys.adam_b1, b2=keys.adam_b2, weight_decay=keys.weight_decay
+        )
+        program = dataclasses.replace(program, tx=adamw)
+    start = time.perf_counter()
+    training = Training(program, batches(program.config))
+    training()
+    print(time.perf_counter() - start, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        training()
+        print(time.perf_counter() - start, flush=True)
+
+
+class Worker:
+    """A process that makes a step when asked. first: its first line."""
+
+    def __init__(self, command: list[str], folder: Path):
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.first = self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise SystemExit(f"{' '.join(map(str, self.process.args))}: ended")  # type: ignore[arg-type]
+        return line
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+
+def measure(torch: Path | None, before: Path | None) -> Result:
+    file = Path(__file__).resolve()
+    folders = {"": harness.ROOT} | ({"before, ": before.resolve()} if before else {})
+    workers = {
+        prefix + model: Worker([sys.executable, str(file), "--worker", model], folder)
+        for model in MODELS
+        for prefix, folder in folders.items()
+    }
+    details: dict[str, object] = {
+        "compile_seconds": {name: float(worker.first) for name, worker in workers.items()}
+    }
+    if torch:
+        workers["torch, base"] = Worker(
+            [str(torch), str(file.with_name("torch_step.py"))], file.parent
+        )
+        details["torch"] = workers["torch, base"].first
+    rounds = [{k: w.step() for k, w in workers.items()} for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+    seconds = {name: [one[name] for one in rounds] for name in workers}
+
+    def ratio(ours: str, theirs: str) -> float:
+        """The median over rounds of what took place side by side."""
+        return statistics.median(one[ours] / one[theirs] for one in rounds)
+
+    figures = [Figure(k, 1e3 * statistics.median(s), "ms") for k, s in seconds.items()]
+    if torch:
+        figures.append(Figure("base to torch", ratio("base", "torch, base"), "x", at_most=1.0))
+    if before:
+        figures.append(Figure("base to before", ratio("base", "before, base"), "x"))
+        figures.append(Figure("demo to before", ratio("demo", "before, demo"), "x", at_most=0.75))
+    details["seconds"] = seconds
+    setting = f"16 x 128 tokens a step, float32; medians of {ROUNDS} rounds in turns"
+    return Result("cpu_step", setting, figures, details)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--torch", type=Path, metavar="PYTHON")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--worker", choices=MODELS, help=argparse.SUPPRESS)
+    flags, rest = parser.parse_known_args()
+    if flags.worker:
+        work(flags.worker)
+    else:
+        harness.main(lambda: measure(flags.torch, flags.before), rest)
+
+
+if __name__ == "__main__":
+    main()
