@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import harness
@@ -61,13 +62,14 @@ def work(model: str) -> None:
 
 
 class Worker:
-    """A process that makes a step when asked. first: its first line."""
+    """A process that makes a step when asked. first: its first line; folder: of its packages."""
 
-    def __init__(self, command: list[str], folder: Path):
+    def __init__(self, python: str, file: Path, arguments: Sequence[str], folder: Path | None):
+        # -P: the script's own folder is not searched; its kernels.py would hide other packages.
+        paths = {"PYTHONPATH": str(folder)} if folder else {}
         self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(folder)},
+            [python, "-P", str(file), *arguments],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | paths,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -78,7 +80,7 @@ class Worker:
         assert self.process.stdout
         line = self.process.stdout.readline().strip()
         if not line:
-            raise SystemExit(f"{' '.join(map(str, self.process.args))}: ended")  # type: ignore[arg-type]
+            raise SystemExit(f"{self.process.args!r}: ended")
         return line
 
     def step(self) -> float:
@@ -93,7 +95,7 @@ def measure(torch: Path | None, before: Path | None) -> Result:
     file = Path(__file__).resolve()
     folders = {"": harness.ROOT} | ({"before, ": before.resolve()} if before else {})
     workers = {
-        prefix + model: Worker([sys.executable, str(file), "--worker", model], folder)
+        prefix + model: Worker(sys.executable, file, ["--worker", model], folder)
         for model in MODELS
         for prefix, folder in folders.items()
     }
@@ -101,9 +103,7 @@ def measure(torch: Path | None, before: Path | None) -> Result:
         "compile_seconds": {name: float(worker.first) for name, worker in workers.items()}
     }
     if torch:
-        workers["torch, base"] = Worker(
-            [str(torch), str(file.with_name("torch_step.py"))], file.parent
-        )
+        workers["torch, base"] = Worker(str(torch), file.with_name("torch_step.py"), [], None)
         details["torch"] = workers["torch, base"].first
     rounds = [{k: w.step() for k, w in workers.items()} for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
     seconds = {name: [one[name] for one in rounds] for name in workers}
