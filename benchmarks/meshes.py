@@ -34,6 +34,7 @@ from benchmarks.predict_step import predict, rounded
 from engram_jax.aot.topology import parse_topology
 from engram_jax.config import Config, parse_config
 from engram_jax.config.errors import UserError
+from engram_jax.hardware.storage import write_text
 
 GIB = 1 << 30
 DEFAULT = harness.ROOT / "benchmarks" / "results" / "meshes.json"
@@ -194,9 +195,7 @@ def stored(path: Path) -> list[dict[str, Any]]:
 def store(path: Path, record: dict[str, Any]) -> None:
     """Add a record to the file; an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps({"records": [*stored(path), record]}, indent=1) + "\n")
-    new.replace(path)
+    write_text(path, json.dumps({"records": [*stored(path), record]}, indent=1) + "\n")
 
 
 def compile_in_a_process(

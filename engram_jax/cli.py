@@ -7,6 +7,7 @@ import functools
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,12 +212,7 @@ def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.aot import compile_step
 
     topology, program = _TOPOLOGY.value or "", _PROGRAM.value
-    dump = None if _DUMP_HLO.value is None else Path(_DUMP_HLO.value)
-    try:
-        if dump:
-            dump.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--dump_hlo={dump}: no folder there: {error.strerror}") from error
+    dump = None if _DUMP_HLO.value is None else _writable_folder("dump_hlo", _DUMP_HLO.value)
     report = compile_step.compile_step(config, topology, program, dump)
     if not report["fits"]:
         tell = functools.partial(print, file=sys.stderr, flush=True)
@@ -224,6 +220,18 @@ def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
     print(json.dumps(report) if _JSON.value else compile_step.as_table(report))
     if not report["fits"]:
         sys.exit(1)
+
+
+def _writable_folder(flag: str, value: str) -> Path:
+    """The folder that a flag names, made if need be: told before minutes of work, not after."""
+    if not value:
+        raise UserError(f"--{flag}=: has no value, a folder")
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=value):
+            return Path(value)
+    except OSError as error:
+        raise UserError(f"--{flag}={value}: cannot be written to: {error.strerror}") from error
 
 
 MODES: dict[str, Callable[[Config, Path, Accepted], None]] = {

@@ -25,6 +25,7 @@ from tests.runs import (
 )
 
 AMONG_TWO = ("--coordinator_address=localhost:1234", "--num_processes=2", "--process_id=0")
+COMPILE = (TINY, "--mode=compile", "--topology=v5p:2x2x1")
 FLAGS = [
     ([], "--config: missing", "configs/engram_tiny.py"),
     (["--config"], "no such file"),
@@ -61,10 +62,9 @@ FLAGS = [
     ([TINY, "--topology=v5p:2x2x1"], "--topology: only for --mode=compile"),
     ([TINY, "--step=best"], "--step: only for --mode=evaluate, generate, serve, export-memory"),
     ([TINY, "--mode=serve", "--json"], "--json: only for --mode=describe, evaluate, compile"),
-    (
-        [TINY, "--mode=compile", "--topology=v5p:2x2x1", "--dump_hlo=launch.py"],
-        "--dump_hlo=launch.py: no folder there: File exists",
-    ),
+    ([*COMPILE, "--dump_hlo=launch.py"], "--dump_hlo=launch.py: cannot be written to: File exists"),
+    ([*COMPILE, "--dump_hlo=/proc"], "--dump_hlo=/proc: cannot be written to"),
+    ([*COMPILE, "--dump_hlo="], "--dump_hlo=: has no value, a folder"),
     ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
     ([TINY, "--mode=evaluate", "--step=-1"], "--step=-1", "latest, best or a step number"),
     (["--config.train.steps=3", TINY], "--config.train.steps=3", "before"),

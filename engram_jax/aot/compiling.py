@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from engram_jax.hardware import storage
 
@@ -119,10 +120,12 @@ def _keep(folder: Path, keep: Path) -> None:
 def _without_cache() -> Iterator[None]:
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else JAX keeps to what it decided at the first compilation
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _dumped(folder: Path, ending: str) -> str:
