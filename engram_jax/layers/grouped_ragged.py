@@ -2,13 +2,14 @@
 
 Rows after the last group, and sums over a group without rows, are whatever `ragged_dot` leaves
 there (zeros on a CPU, uninitialised memory elsewhere): they are masked at once, since 0 * NaN is
-not 0.
+not 0. Where every row is in a group there are no such rows, and no pass over them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,9 +25,10 @@ def ragged_forward(
 ) -> tuple[jax.Array, ...]:
     """By slot: outputs [N, d] before weighting; residuals: gate and up products [N, f]."""
     gate, up, down = matrices
+    product = partial(_product, sizes=routing.sizes, whole=routing.whole)
     rows = x[token_and_weight(weights, routing)[0]]
-    g, u = _product(rows, gate, routing.sizes), _product(rows, up, routing.sizes)
-    return _product(gated(g, u), down, routing.sizes), g, u
+    g, u = product(rows, gate), product(rows, up)
+    return product(gated(g, u), down), g, u
 
 
 def ragged_backward(
@@ -44,20 +46,31 @@ def ragged_backward(
     token, weight = token_and_weight(weights, routing)
     rows, drows = x[token], dy[token]
     sizes = routing.sizes
-    h, dg, du, dweight = expert_backward(g, u, _transposed(drows, down, sizes), weight)
-    dx = _transposed(dg, gate, sizes) + _transposed(du, up, sizes)
+    transposed = partial(_transposed, sizes=sizes, whole=routing.whole)
+    h, dg, du, dweight = expert_backward(g, u, transposed(drows, down), weight)
+    dx = transposed(dg, gate) + transposed(du, up)
     return dx, dweight, _outer(rows, dg, sizes), _outer(rows, du, sizes), _outer(h, drows, sizes)
 
 
-def _product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-    """rows [N, a] times each group's matrix [a, b]: [N, b], zero after the last group."""
+def _product(
+    rows: jax.Array, matrices: jax.Array, sizes: jax.Array, whole: bool = False
+) -> jax.Array:
+    """rows [N, a] times each group's matrix [a, b]: [N, b], zero after the last group.
+
+    whole: there are no rows after the last group.
+    """
+    products = lax.ragged_dot(rows, matrices, sizes)
+    if whole:
+        return products
     inside = jnp.arange(len(rows)) < jnp.sum(sizes)
-    return jnp.where(inside[:, None], lax.ragged_dot(rows, matrices, sizes), 0)
+    return jnp.where(inside[:, None], products, 0)
 
 
-def _transposed(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+def _transposed(
+    rows: jax.Array, matrices: jax.Array, sizes: jax.Array, whole: bool = False
+) -> jax.Array:
     """rows [N, f] times each group's matrix [d, f], transposed: [N, d]."""
-    return _product(rows, matrices.swapaxes(1, 2), sizes)
+    return _product(rows, matrices.swapaxes(1, 2), sizes, whole)
 
 
 def _outer(rows: jax.Array, drows: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,17 @@ class Routing:
     order: int32 [N], slot -> assignment t * k + j.
     slots: int32 [T, k], the inverse: assignment -> slot.
     sizes: int32 [E], slots per expert; the groups follow one another in the order of experts.
+    whole: every slot is in a group: the sizes add up to N.
     """
 
     order: jax.Array
     slots: jax.Array
     sizes: jax.Array
+    whole: bool = field(default=False, metadata={"static": True})
+
+    def first(self, count: int) -> Routing:
+        """The groups of the first `count` experts; the slots after them are in none."""
+        return Routing(self.order, self.slots, self.sizes[:count])
 
 
 def sort_by_expert(experts: jax.Array, count: int) -> Routing:
@@ -38,7 +44,7 @@ def sort_by_expert(experts: jax.Array, count: int) -> Routing:
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     slots = jnp.zeros_like(flat).at[order].set(index, unique_indices=True)
     sizes = jnp.sum(flat[:, None] == jnp.arange(count, dtype=jnp.int32), axis=0, dtype=jnp.int32)
-    return Routing(order, slots.reshape(experts.shape), sizes)
+    return Routing(order, slots.reshape(experts.shape), sizes, whole=True)
 
 
 def token_and_weight(weights: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:

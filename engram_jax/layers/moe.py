@@ -23,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 from engram_jax.config import FeedForwardConfig
 from engram_jax.layers.feed_forward import SwiGLU
 from engram_jax.layers.grouped_matmul import routed_swiglu
-from engram_jax.layers.grouped_routing import Routing, sort_by_expert
+from engram_jax.layers.grouped_routing import sort_by_expert
 from engram_jax.layers.norm import compute_dtype
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
@@ -126,8 +126,7 @@ class MoE(nnx.Module):
         x, chosen, weights = (lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weights))
         mine = chosen - lax.axis_index("expert") * count
         elsewhere = (mine < 0) | (mine >= count)
-        routing = sort_by_expert(jnp.where(elsewhere, count, mine), count + 1)
-        routing = Routing(routing.order, routing.slots, routing.sizes[:count])
+        routing = sort_by_expert(jnp.where(elsewhere, count, mine), count + 1).first(count)
         y = routed_swiglu(x, weights, routing, *matrices, chunk=x.shape[0] // 2)
         y = lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
         return shard.psum_tensor(y)
