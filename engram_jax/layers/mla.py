@@ -16,7 +16,6 @@ L = capacity of the cache, S = new tokens of a step.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -27,16 +26,12 @@ from jax.typing import DTypeLike
 
 from engram_jax.config import AttentionConfig
 from engram_jax.layers import splash
+from engram_jax.layers.attention import MASKED, causal_attention, softmax
+from engram_jax.layers.linear import linear
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.rope import apply_rope, rope_tables
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
-MASKED = -1e30  # finite: a row without any visible key still gives numbers, not NaN
-
-# Queries in the first quarter of a sequence need no keys of the other three: in Q parts, causal
-# attention computes (Q + 1) / 2Q of the square of scores (5/8 at 4) and holds less of it at a time.
-# Short sequences are not worth the code: one part per 128 tokens.
-QUERY_PARTS, PART = 4, 128
 PAGED_BLOCK = 256  # tokens of a paged cache that attention takes at a time
 
 
@@ -93,33 +88,15 @@ class MLA(nnx.Module):
           [B, T, d] in `dtype`.
         """
         query, latent, key_rope = self._project(x, positions)
-        key_weights, value_weights = self._kv_b()
-        keys = jnp.einsum("btr,rhn->bhtn", latent, key_weights)
-        values = jnp.einsum("btr,rhv->bhtv", latent, value_weights)
-        shared = jnp.broadcast_to(key_rope[:, None], (*keys.shape[:3], key_rope.shape[-1]))
+        up = linear(latent, self.kv_b_proj[...].astype(self.dtype))
+        up = up.reshape(*x.shape[:2], -1, self.config.nope_dim + self.config.v_dim)
+        keys, values = jnp.split(up, [self.config.nope_dim], axis=-1)
+        shared = jnp.broadcast_to(key_rope[:, :, None], (*keys.shape[:3], key_rope.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
-        query = query.transpose(0, 2, 1, 3)
-        if shard.on_tpu and splash.usable(x.shape[1]):
-            mixed = splash.attention(query, keys, values, segments, self.scale)
-        else:
-            mixed = self._attention(query, keys, values, segments)
+        on_tpu = shard.on_tpu and splash.usable(x.shape[1])
+        attend = splash.attention if on_tpu else causal_attention
+        mixed = attend(query, keys, values, segments, self.scale)
         return self._output(mixed, shard)
-
-    def _attention(
-        self, query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array
-    ) -> jax.Array:
-        """[B, h, T, n + p] twice and [B, h, T, v] -> [B, T, h, v]."""
-        length = query.shape[2]
-        count = max(1, min(QUERY_PARTS, length // PART))
-        bounds = [length * i // count for i in range(count + 1)]
-        parts = []
-        for start, end in itertools.pairwise(bounds):
-            same = segments[:, start:end, None] == segments[:, None, :end]
-            causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-            scores = self._dot("bhsn,bhtn->bhst", query[:, :, start:end], keys[:, :, :end])
-            weights = self._softmax(scores, (same & causal)[:, None])
-            parts.append(jnp.einsum("bhst,bhtv->bshv", weights, values[:, :, :end]))
-        return jnp.concatenate(parts, axis=1)
 
     def init_cache(self, batch: int, capacity: int) -> MLACache:
         """An empty cache for `batch` sequences of at most `capacity` tokens."""
@@ -159,7 +136,7 @@ class MLA(nnx.Module):
         scores = self._dot("bshr,blr->bshl", absorbed, cache.latent)
         scores = scores + self._dot("bshp,blp->bshl", rope, cache.key_rope)
         visible = jnp.arange(cache.latent.shape[1]) <= positions[..., None]
-        weights = self._softmax(scores, visible[:, :, None])
+        weights = softmax(scores * self.scale, visible[:, :, None]).astype(self.dtype)
         mixed = jnp.einsum("bshl,blr->bshr", weights, cache.latent)
         heads = jnp.einsum("bshr,rhv->bshv", mixed, value_weights)
         return self._output(heads, shard), cache
@@ -260,12 +237,12 @@ class MLA(nnx.Module):
         config = self.config
         x = x.astype(self.dtype)
         cos, sin = rope_tables(positions, config.rope_dim, config.rope_theta)
-        query = x @ self.q_proj[...].astype(self.dtype)
+        query = linear(x, self.q_proj[...].astype(self.dtype))
         query = query.reshape(*x.shape[:2], -1, config.nope_dim + config.rope_dim)
         nope, rope = jnp.split(query, [config.nope_dim], axis=-1)
         rope = apply_rope(rope, cos[:, :, None], sin[:, :, None])
         query = jnp.concatenate([nope, rope], axis=-1)
-        down = x @ self.kv_a_proj[...].astype(self.dtype)
+        down = linear(x, self.kv_a_proj[...].astype(self.dtype))
         latent, key_rope = jnp.split(down, [config.kv_lora_rank], axis=-1)
         return query, self.kv_norm(latent), apply_rope(key_rope, cos, sin)
 
@@ -279,12 +256,7 @@ class MLA(nnx.Module):
     def _dot(self, dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(dimensions, a, b, preferred_element_type=compute_dtype(a))
 
-    def _softmax(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
-        """Over the last axis in at least float32, out in `dtype`."""
-        scores = jnp.where(visible, scores * self.scale, MASKED)
-        return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-
     def _output(self, heads: jax.Array, shard: ShardView) -> jax.Array:
         """[B, S, h, v] -> [B, S, d]."""
         merged = heads.reshape(*heads.shape[:2], -1)
-        return shard.psum_tensor(merged @ self.o_proj[...].astype(self.dtype))
+        return shard.psum_tensor(linear(merged, self.o_proj[...].astype(self.dtype)))

@@ -1,6 +1,6 @@
 """Attention on TPU by JAX's splash attention kernel (Pallas), which never writes out the scores.
 
-The plain form (mla.py) holds [h, T, T] scores of a sequence, 1 GiB in bfloat16 at the paper's
+The plain form (attention.py) holds [h, T, T] scores of a sequence, 1 GiB in bfloat16 at the paper's
 32 heads and 4,096 tokens, and writes and reads them several times, and again in the gradient.
 """
 
@@ -29,7 +29,7 @@ def attention(
     """Causal attention within each document.
 
     Args:
-      query: [B, h, T, n]; keys: the same; values: [B, h, T, v]. `usable(T)`.
+      query, keys: [B, T, h, n]; values: [B, T, h, v]. `usable(T)`.
       segments: int32 [B, T], document of each token.
       scale: of the scores.
       interpret: run the kernel's program without a TPU (slow; for tests).
@@ -37,6 +37,7 @@ def attention(
     Returns:
       [B, T, h, v] in query's dtype.
     """
+    query, keys, values = (x.swapaxes(1, 2) for x in (query, keys, values))
     heads, length = query.shape[1:3]
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     sizes = splash.BlockSizes(

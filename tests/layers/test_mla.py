@@ -6,6 +6,7 @@ from flax import nnx
 
 from engram_jax.config import AttentionConfig
 from engram_jax.layers import splash
+from engram_jax.layers.attention import causal_attention
 from engram_jax.layers.mla import MLA
 from tests.layers.filled import filled
 from tests.oracle.mla import attention
@@ -207,7 +208,7 @@ def test_queries_cut_in_parts_give_the_same(part, monkeypatch):
         )
 
     whole = run(x)
-    monkeypatch.setattr("engram_jax.layers.mla.PART", part)
+    monkeypatch.setattr("engram_jax.layers.attention.PART", part)
     cut = run(x)
     np.testing.assert_allclose(cut[0], whole[0], rtol=1e-5)
     np.testing.assert_allclose(cut[1], whole[1], rtol=1e-4, atol=1e-4)
@@ -219,8 +220,8 @@ def test_the_kernel_for_tpus_is_the_same_attention():
     length, rng = 2 * splash.BLOCK, np.random.default_rng(0)
     config = AttentionConfig(heads=2, nope_dim=16, rope_dim=8, v_dim=12, kv_lora_rank=6)
     module = build(7, config)
-    query, keys = (jnp.asarray(rng.normal(size=(1, 2, length, 24)), jnp.float32) for _ in "qk")
-    values = jnp.asarray(rng.normal(size=(1, 2, length, 12)), jnp.float32)
+    query, keys = (jnp.asarray(rng.normal(size=(1, length, 2, 24)), jnp.float32) for _ in "qk")
+    values = jnp.asarray(rng.normal(size=(1, length, 2, 12)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(1, length, 2, 12)), jnp.float32)
     ends = np.array([0, 3, 300, 301, 700, 1000])
     segments = jnp.asarray(np.searchsorted(ends, np.arange(length))[None], jnp.int32)
@@ -236,7 +237,9 @@ def test_the_kernel_for_tpus_is_the_same_attention():
     (_, ours), grads = differentiate(
         lambda *qkv: splash.attention(*qkv, segments, module.scale, interpret=True)
     )
-    (_, plain), expected = differentiate(lambda *qkv: module._attention(*qkv, segments))
+    (_, plain), expected = differentiate(
+        lambda *qkv: causal_attention(*qkv, segments, module.scale)
+    )
     np.testing.assert_allclose(ours, plain, atol=1e-5)
     for one, other in zip(grads, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
