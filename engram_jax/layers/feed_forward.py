@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from engram_jax.layers.linear import flat
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 
@@ -40,4 +41,6 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array, shard: ShardView = UNSHARDED) -> jax.Array:
         x = x.astype(self.dtype)
         gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        return shard.psum_tensor(gated(x @ gate, x @ up) @ down)
+        rows = flat(x)
+        y = gated(rows @ gate, rows @ up) @ down
+        return shard.psum_tensor(y.reshape(x.shape))

@@ -12,6 +12,7 @@ none).
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,17 @@ def keys_and_value(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _projected(rows: jax.Array, weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """rows [..., C] times weights [C, M + 1, d] of the same dtype, in at least float32. JAX's own
-    gradient would multiply in float32, the kernels multiply in the rows' dtype."""
-    return _product(rows, weights, ([rows.ndim - 1], [0]))
+    gradient would multiply in float32, the kernels multiply in the rows' dtype.
+
+    All products are of matrices: with more axes XLA's CPU compiler transposes the operands."""
+    out = _product(_matrix(rows, 1), _matrix(weights, 2), ([1], [0]))
+    return out.reshape(*rows.shape[:-1], *weights.shape[1:])
+
+
+def _matrix(x: jax.Array, axes: int) -> jax.Array:
+    """x with its last `axes` axes as one, and the others as one."""
+    columns = math.prod(x.shape[-axes:])
+    return x.reshape(x.size // columns, columns)
 
 
 def _product(a: jax.Array, b: jax.Array, contracted: tuple[list[int], list[int]]) -> jax.Array:
@@ -62,10 +72,9 @@ def _projected_forward(
 
 def _projected_backward(dtype: jnp.dtype, kept: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, weights, like = kept
-    g = g.astype(dtype)
-    last, tokens = g.ndim - 1, list(range(g.ndim - 2))
-    d_rows = _product(g, weights, ([last - 1, last], [1, 2]))
-    d_weights = jnp.moveaxis(_product(g, rows, (tokens, tokens)), 2, 0)
+    gradient = _matrix(g.astype(dtype), 2)
+    d_rows = _product(gradient, _matrix(weights, 2), ([1], [1])).reshape(rows.shape)
+    d_weights = _product(_matrix(rows, 1), gradient, ([0], [0])).reshape(weights.shape)
     return d_rows.astype(like.dtype), d_weights.astype(like.dtype)
 
 
