@@ -33,6 +33,9 @@ def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
     Returns:
       [n, n, P]: rows sum to one up to eps, columns approximately.
     """
+    if len(logits) == 1:  # one stream: the softmax is 1, whatever the logits
+        alone = _balance(jnp.full((1, 1, 1), 1 + eps, logits.dtype), iterations - 1, eps)
+        return jnp.broadcast_to(alone, logits.shape)
     kernel = jax.nn.softmax(logits, axis=0) + eps
     return _balance(kernel, iterations - 1, eps)
 
