@@ -23,7 +23,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from engram_jax.layers.grouped_ragged import (
@@ -112,14 +111,15 @@ def _by_slots_forward(
 ) -> tuple[jax.Array, ...]:
     """The weighted sum over a token's slots [T, d]; then the residuals of `compute`."""
     y, *kept = compute(x, weights, routing, *matrices)
-    wide = weights[..., None] * y[routing.slots].astype(weights.dtype)
-    return jnp.sum(wide, axis=1).astype(x.dtype), *kept
+    slots = routing.slots.T
+    total = sum(w[:, None] * y[s].astype(w.dtype) for w, s in zip(weights.T, slots, strict=True))
+    return total.astype(x.dtype), *kept
 
 
 def _by_slots_backward(compute: Callable, *residuals: Any) -> tuple[jax.Array, ...]:
     slots = residuals[2].slots
     dx, dweights, *dmatrices = compute(*residuals)
-    return jnp.sum(dx[slots], axis=1), dweights[slots], *dmatrices
+    return sum(dx[s] for s in slots.T), dweights[slots], *dmatrices
 
 
 def _forgetful_forward(compute: Callable, *inputs: Any) -> tuple[jax.Array, ...]:

@@ -19,6 +19,11 @@ from engram_jax.sharding.shard_view import GATHERED, UNSHARDED, ShardView
 
 DENSE, MOE = "dense", "moe"
 
+# Training unrolls the scan over up to so many blocks: a CPU copies each block's parameters out of
+# the stack and what is kept for the backward pass into one, a tenth of the demo's step. A TPU
+# gains nothing, and compile time would grow with the blocks.
+UNROLLED = 8
+
 
 class Block(nnx.Module):
     """Attention and feed-forward, each between the pre and post mixing of its own hyper-connection.
@@ -107,7 +112,7 @@ class Stack(nnx.Module):
     """`count` blocks of one kind from layer `first` on.
 
     Their parameters are stacked on axis 0 and run by lax.scan, so compile time does not depend on
-    `count`.
+    `count` (but for short stacks away from TPUs: UNROLLED).
     """
 
     def __init__(self, config: ModelConfig, kind: str, first: int, count: int, *, rngs: nnx.Rngs):
@@ -138,7 +143,8 @@ class Stack(nnx.Module):
         elif shard.axes.devices > 1:  # a layer's weights are gathered again, not kept
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             body = jax.checkpoint(body, policy=policy)
-        return jax.lax.scan(body, x, state)
+        unroll = not shard.on_tpu and self.count <= UNROLLED
+        return jax.lax.scan(body, x, state, unroll=unroll)
 
     def _split(self) -> tuple[Any, Any]:
         """The blocks' graphdef and their stacked parameters, by name."""

@@ -84,6 +84,9 @@ def forward(
         )
         return shard.psum_batch((loss, statistics(output, batch["segments"])))
 
+    inputs = {k: batch[k] for k in INPUTS}
+    if program.mesh.size == 1:  # shard_map's gradient would be all-reduced over one device
+        return on_device(params, dict(rows), bias, inputs)
     sequences = P(BATCH)
     run = jax.shard_map(
         on_device,
@@ -92,7 +95,7 @@ def forward(
         out_specs=P(),
         check_vma=False,
     )
-    return run(params, dict(rows), bias, {k: batch[k] for k in INPUTS})
+    return run(params, dict(rows), bias, inputs)
 
 
 def statistics(output: Output, segments: jax.Array) -> Metrics:
