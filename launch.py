@@ -17,7 +17,11 @@ configuration that is stored there. On a TPU slice give every host the same comm
 
 from __future__ import annotations
 
-from engram_jax.cli import run
+from engram_jax.hardware.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # before anything is loaded
+
+    from engram_jax.cli import run
+
     run()

@@ -1,1 +1,2 @@
-"""The machines: TPU generations, peak FLOP/s, compiler options, loops compiled for the CPU."""
+"""The machines: TPU generations, peak FLOP/s, compiler options, loops compiled for the CPU,
+huge pages."""

@@ -1,4 +1,4 @@
-"""XLA's compiler options per TPU generation, each with its reason.
+"""XLA's compiler options per TPU generation and for CPUs, each with its reason.
 
 Passed as `jax.jit(..., compiler_options=options_of(mesh))`: they belong to one program and need no
 environment variable. Only what changes the compiled program is here (libtpu 0.0.52; a small
@@ -21,7 +21,16 @@ _ASYNC_ALL_TO_ALL = {"xla_tpu_enable_async_all_to_all": True}
 # on a chip. A v5p takes the kernel without it; the option changes nothing there.
 _RAGGED_DOT_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": True}
 
+# Matrix products by Eigen instead of YNNPACK, which keeps the reductions: YNNPACK uses one core for
+# products of less than 1,024 rows or in batches, and its threads wait for one another where other
+# operations run beside it. With both, the demo's step takes up to a fifth longer (2 cores, jax
+# 0.10.2: benchmarks/cpu_step.py).
+_EIGEN_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+CPU = "cpu"  # a CPU's device kind
+
 OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    CPU: {**_EIGEN_PRODUCTS},
     "v5e": {**_RAGGED_DOT_KERNEL},
     "v5p": {**_ASYNC_ALL_TO_ALL},
     "v6e": {**_ASYNC_ALL_TO_ALL, **_RAGGED_DOT_KERNEL},
@@ -36,7 +45,7 @@ OPTIONS: dict[str, dict[str, bool | int | str]] = {
 
 
 def options_for(generation: str | None) -> dict[str, bool | int | str]:
-    """The compiler options for "v5e", "v5p", "v6e" or "tpu7x"; none for anything else (a CPU, an
+    """The compiler options for "v5e", "v5p", "v6e", "tpu7x" or "cpu"; none for anything else (an
     accelerator that libtpu does not compile for), whose compiler would refuse them."""
     return dict(OPTIONS.get(generation or "", {}))
 
@@ -44,5 +53,7 @@ def options_for(generation: str | None) -> dict[str, bool | int | str]:
 def options_of(mesh: Mesh) -> dict[str, bool | int | str]:
     """The compiler options for a mesh's devices, real or described."""
     kind = mesh.devices.flat[0].device_kind
+    if kind == CPU:
+        return options_for(CPU)
     named = (g.name for g in GENERATIONS.values() if kind in g.device_kinds)
     return options_for(next(named, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
@@ -47,7 +48,20 @@ def test_of_a_mesh(tpu_slice, generation):
     assert options_of(tpu_slice(SLICES[generation])[1]) == OPTIONS[generation]
 
 
+def test_on_a_cpu_products_are_not_ynnpacks():
+    """Of one program, its product is YNNPACK's by default; its sums over rows are with the options,
+    too."""
+    options, x = options_of(make_mesh(MeshConfig())), jnp.ones((512, 512))
+    assert options == OPTIONS["cpu"]
+
+    def library(function, options):
+        text = jax.jit(function, compiler_options=options).lower(x).compile().as_text()
+        return "__ynn_fusion" in text
+
+    assert library(lambda x: x @ x, {}) and not library(lambda x: x @ x, options)
+    assert library(lambda x: jnp.sum(x * x, axis=1), options)
+
+
 def test_nothing_for_other_machines():
-    assert options_of(make_mesh(MeshConfig())) == {}
-    assert set(OPTIONS) == set(GENERATIONS)
-    assert options_for("cpu") == options_for(None) == {}
+    assert set(OPTIONS) == {*GENERATIONS, "cpu"}
+    assert options_for("NVIDIA H200") == options_for(None) == {}
