@@ -10,8 +10,9 @@ demo   configs/engram_tiny.py, the whole step.
 allocator's huge pages, which launch.py sets for us (engram_jax/hardware/huge_pages.py), and the
 faster one counts. --before: another checkout of this repository, run with this environment's
 packages and as its own launch.py would be. Every program is a process of its own; they take turns
-step by step, the others waiting for their input, so whatever else the machine does meets all of
-them.
+of a few steps, the others waiting for their input, so whatever else the machine does meets all of
+them. A turn's first steps do not count: a virtual machine may have given the memory that a program
+freed back to its host meanwhile, which a run without pauses never meets.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from benchmarks.harness import Figure, Result
 TUNABLE = "glibc.malloc.hugetlb"  # not imported: earlier commits have no module for it
 
 MODELS = ("base", "demo")
-ROUNDS, WARM_UP = 40, 5
+ROUNDS, UNCOUNTED, COUNTED = 12, 3, 6  # turns of each program; a turn's steps
 
 
 def work(model: str) -> None:
@@ -103,6 +104,11 @@ class Worker:
             raise SystemExit(f"{self.process.args!r}: ended")
         return line
 
+    def turn(self) -> float:
+        """Seconds of a step: the median of some, after some more."""
+        steps = [self.step() for _ in range(UNCOUNTED + COUNTED)]
+        return statistics.median(steps[UNCOUNTED:])
+
     def step(self) -> float:
         """Seconds of one more step."""
         assert self.process.stdin
@@ -126,11 +132,11 @@ def measure(torch: Path | None, before: Path | None) -> Result:
     for name, tunables in theirs.items():
         workers[name] = Worker(str(torch), file.with_name("torch_step.py"), tunables=tunables)
         details["torch"] = workers[name].first
-    rounds = [{k: w.step() for k, w in workers.items()} for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+    rounds = [{k: w.turn() for k, w in workers.items()} for _ in range(ROUNDS)]
     seconds = {name: [one[name] for one in rounds] for name in workers}
 
     def ratio(ours: str, theirs: str) -> float:
-        """The median over rounds of what took place side by side."""
+        """The median over rounds, whose turns took place side by side."""
         return statistics.median(one[ours] / one[theirs] for one in rounds)
 
     figures = [Figure(k, 1e3 * statistics.median(s), "ms") for k, s in seconds.items()]
@@ -141,7 +147,7 @@ def measure(torch: Path | None, before: Path | None) -> Result:
         figures.append(Figure("base to before", ratio("base", "before, base"), "x"))
         figures.append(Figure("demo to before", ratio("demo", "before, demo"), "x", at_most=0.75))
     details["seconds"] = seconds
-    setting = f"16 x 128 tokens a step, float32; medians of {ROUNDS} rounds in turns"
+    setting = f"16 x 128 tokens a step, float32; medians of {ROUNDS} turns of {COUNTED} steps"
     return Result("cpu_step", setting, figures, details)
 
 
