@@ -157,7 +157,7 @@ class Exchange:
     def _plan(self, addresses: jax.Array) -> ExchangePlan:
         n, length = self.layout.devices, self.layout.rows_per_device
         addresses = addresses.reshape(-1)
-        distinct = find_distinct(addresses % n * length + addresses // n)
+        distinct = find_distinct(addresses % n * length + addresses // n, n * length)
         rounds = self._rounds(distinct.rows) if n > 1 else jnp.ones((), jnp.int32)
         return ExchangePlan(_listed(distinct), rounds)
 

@@ -60,10 +60,17 @@ class Distinct:
     count: jax.Array
 
 
-def find_distinct(addresses: jax.Array) -> Distinct:
-    """The distinct rows among addresses int32 [N]."""
-    order = jnp.argsort(addresses, stable=True).astype(jnp.int32)
-    ordered = addresses[order]
+def find_distinct(addresses: jax.Array, below: int = LARGEST) -> Distinct:
+    """The distinct rows among addresses int32 [N], all in [0, below)."""
+    lookups = addresses.size
+    if below * lookups <= LARGEST:
+        # One sort of unique keys: a CPU sorts them 4 times as fast as pairs.
+        index = jnp.arange(lookups, dtype=jnp.int32)
+        keys = jnp.sort(addresses * lookups + index)
+        ordered, order = keys // lookups, keys % lookups
+    else:
+        order = jnp.argsort(addresses, stable=True).astype(jnp.int32)
+        ordered = addresses[order]
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     slot = jnp.cumsum(first, dtype=jnp.int32) - 1
     # The k-th distinct address is where `first` is true for the k-th time.

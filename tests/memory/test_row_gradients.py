@@ -8,6 +8,7 @@ import pytest
 from engram_jax.config import MAX_LOOKUPS, MAX_TABLE_ROWS, OptimizerConfig
 from engram_jax.memory import table
 from engram_jax.memory.row_gradients import (
+    LARGEST,
     deduplicate,
     find_distinct,
     out_of_range,
@@ -79,6 +80,26 @@ def test_equal_rows_are_added_in_the_order_of_their_lookups():
     assert sum_equal(parts, distinct)[:, 0].tolist() == [5, 0, 0, 0]
     program = str(jax.make_jaxpr(find_distinct)(jnp.zeros(4, jnp.int32)))
     assert "is_stable=True" in program and "is_stable=False" not in program
+
+
+@pytest.mark.parametrize("below", [9, LARGEST // 300, LARGEST // 300 + 1])
+@pytest.mark.parametrize("x64", [False, True])
+def test_any_bound_of_the_rows_finds_the_same(below, x64):
+    """Up to LARGEST // N one sort of unique keys does it; the largest key of all is used."""
+    rng = np.random.default_rng(below)
+    addresses = np.concatenate([rng.integers(0, below, 150), rng.integers(below - 5, below, 150)])
+    addresses = np.append(addresses[:-1], below - 1).astype(np.int32)
+    with jax.enable_x64(x64):
+        found = find_distinct(jnp.asarray(addresses), below)
+        sorts = str(jax.make_jaxpr(find_distinct, static_argnums=1)(addresses, below))
+    assert {x.dtype.name for x in jax.tree.leaves(found)} == {"int32"}
+    assert ("num_keys=1" in sorts) and ("argsort" in sorts) == (below * 300 > LARGEST)
+    rows, slot = np.unique(addresses, return_inverse=True)
+    order = np.argsort(addresses, kind="stable")
+    np.testing.assert_array_equal(found.order, order)
+    np.testing.assert_array_equal(found.slot, slot[order])
+    np.testing.assert_array_equal(found.rows[: len(rows)], rows)
+    assert int(found.count) == len(rows)
 
 
 def numpy_sparse_adam(rows, mu, nu, dense, touched, rate, step, config):
