@@ -20,8 +20,8 @@ from engram_jax.sharding.shard_view import GATHERED, UNSHARDED, ShardView
 DENSE, MOE = "dense", "moe"
 
 # Training unrolls the scan over up to so many blocks: a CPU copies each block's parameters out of
-# the stack and what is kept for the backward pass into one, a tenth of the demo's step. A TPU
-# gains nothing, and compile time would grow with the blocks.
+# the stack and what is kept for the backward pass into one, a tenth of the demo's step. On TPUs
+# unrolled blocks hold much more memory (docs/log.md: Meshes by prediction).
 UNROLLED = 8
 
 
