@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,19 +17,25 @@ from engram_jax.layers.grouped_routing import Routing, expert_backward, token_an
 
 @dataclass(frozen=True)
 class _Tile:
-    """`width` slots from `first`; those with `mine` belong to `expert` and to this tile."""
+    """`width` slots from `first`; those with `mine` belong to `expert` and to this tile.
+
+    masked: the others must keep what they have; if not, later tiles write them anyway.
+    """
 
     expert: jax.Array
     first: jax.Array
     width: int
     mine: jax.Array
+    masked: bool
 
     def read(self, rows: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(rows, self.first, self.width)
 
     def write(self, rows: jax.Array, values: jax.Array) -> jax.Array:
-        mine = self.mine.reshape(-1, *(1,) * (rows.ndim - 1))
-        values = jnp.where(mine, values.astype(rows.dtype), self.read(rows))
+        values = values.astype(rows.dtype)
+        if self.masked:
+            mine = self.mine.reshape(-1, *(1,) * (rows.ndim - 1))
+            values = jnp.where(mine, values, self.read(rows))
         return lax.dynamic_update_slice_in_dim(rows, values, self.first, 0)
 
     def of_expert(self, matrices: jax.Array) -> jax.Array:
@@ -63,12 +70,15 @@ def _for_each_tile(routing: Routing, body: Callable[[_Tile, Any], Any], carry: A
     end = last_slot[expert]
     first = jnp.minimum(start, slots - width)  # a tile never reaches past the end of the arrays
 
-    def step(i: jax.Array, carry: Any) -> Any:
+    def step(masked: bool, i: jax.Array, carry: Any) -> Any:
         index = first[i] + jnp.arange(width, dtype=jnp.int32)
         mine = (index >= start[i]) & (index < end[i])
-        return body(_Tile(expert[i], first[i], width, mine), carry)
+        return body(_Tile(expert[i], first[i], width, mine, masked), carry)
 
-    return lax.fori_loop(0, last_tile[-1], step, carry)
+    # What such a tile writes behind its own slots, the tiles after it write again: they go up.
+    inside = jnp.sum(start + width <= last_slot[-1], dtype=jnp.int32)
+    carry = lax.fori_loop(0, inside, partial(step, False), carry)
+    return lax.fori_loop(inside, last_tile[-1], partial(step, True), carry)
 
 
 def tiled_forward(
