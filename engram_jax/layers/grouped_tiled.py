@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,24 +18,27 @@ from engram_jax.layers.grouped_routing import Routing, expert_backward, token_an
 class _Tile:
     """`width` slots from `first`; those with `mine` belong to `expert` and to this tile.
 
-    masked: the others must keep what they have; if not, later tiles write them anyway.
+    mine: bool [width], or None where all of them do.
     """
 
     expert: jax.Array
     first: jax.Array
     width: int
-    mine: jax.Array
-    masked: bool
+    mine: jax.Array | None
 
     def read(self, rows: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(rows, self.first, self.width)
 
     def write(self, rows: jax.Array, values: jax.Array) -> jax.Array:
         values = values.astype(rows.dtype)
-        if self.masked:
+        if self.mine is not None:
             mine = self.mine.reshape(-1, *(1,) * (rows.ndim - 1))
             values = jnp.where(mine, values, self.read(rows))
         return lax.dynamic_update_slice_in_dim(rows, values, self.first, 0)
+
+    def own(self, values: jax.Array) -> jax.Array:
+        """values [width], zero in slots that belong to other experts or tiles."""
+        return values if self.mine is None else jnp.where(self.mine, values, 0)
 
     def of_expert(self, matrices: jax.Array) -> jax.Array:
         return lax.dynamic_index_in_dim(matrices, self.expert, keepdims=False)
@@ -58,27 +60,41 @@ def _tile_width(slots: int, experts: int) -> int:
 
 
 def _for_each_tile(routing: Routing, body: Callable[[_Tile, Any], Any], carry: Any) -> Any:
-    """Run body over as many tiles as the groups need (a dynamic trip count: no gradients)."""
+    """Run body over as many tiles as the groups need (dynamic trip counts: no gradients).
+
+    First the full tiles of all groups, which need no mask, then what is left of each group.
+    """
     slots, experts = routing.order.size, routing.sizes.size
     width = _tile_width(slots, experts)
-    tiles = (routing.sizes + width - 1) // width
-    last_tile, last_slot = jnp.cumsum(tiles), jnp.cumsum(routing.sizes)
-    tile = jnp.arange((slots + experts * (width - 1)) // width, dtype=jnp.int32)
-    expert = jnp.sum(tile[:, None] >= last_tile, axis=1, dtype=jnp.int32)
-    expert = jnp.minimum(expert, experts - 1)  # tiles after the last one, never run
-    start = (last_slot - routing.sizes)[expert] + (tile - (last_tile - tiles)[expert]) * width
-    end = last_slot[expert]
-    first = jnp.minimum(start, slots - width)  # a tile never reaches past the end of the arrays
+    end = jnp.cumsum(routing.sizes)
+    full = routing.sizes // width
+    begin, rest = end - routing.sizes, end - routing.sizes % width
+    owner, within, full_tiles = _listed(full, slots // width)
+    start = begin[owner] + within * width
+    unfinished, _, rests = _listed(jnp.sign(end - rest), min(slots, experts))
 
-    def step(masked: bool, i: jax.Array, carry: Any) -> Any:
-        index = first[i] + jnp.arange(width, dtype=jnp.int32)
-        mine = (index >= start[i]) & (index < end[i])
-        return body(_Tile(expert[i], first[i], width, mine, masked), carry)
+    def whole(i: jax.Array, carry: Any) -> Any:
+        return body(_Tile(owner[i], start[i], width, None), carry)
 
-    # What such a tile writes behind its own slots, the tiles after it write again: they go up.
-    inside = jnp.sum(start + width <= last_slot[-1], dtype=jnp.int32)
-    carry = lax.fori_loop(0, inside, partial(step, False), carry)
-    return lax.fori_loop(inside, last_tile[-1], partial(step, True), carry)
+    def part(i: jax.Array, carry: Any) -> Any:
+        expert = unfinished[i]
+        first = jnp.minimum(rest[expert], slots - width)  # not past the end of the arrays
+        index = first + jnp.arange(width, dtype=jnp.int32)
+        mine = (index >= rest[expert]) & (index < end[expert])
+        return body(_Tile(expert, first, width, mine), carry)
+
+    carry = lax.fori_loop(0, full_tiles, whole, carry)
+    return lax.fori_loop(0, rests, part, carry)
+
+
+def _listed(counts: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """counts int32 [E], in sum at most `most` -> for every one of the things that are counted, in
+    order, whose it is and its number among those: int32 [most] each; and how many there are."""
+    last = jnp.cumsum(counts)
+    index = jnp.arange(most, dtype=jnp.int32)
+    owner = jnp.sum(index[:, None] >= last, axis=1, dtype=jnp.int32)
+    owner = jnp.minimum(owner, counts.size - 1)  # entries after the last one
+    return owner, index - (last - counts)[owner], last[-1]
 
 
 def tiled_forward(
@@ -118,7 +134,7 @@ def tiled_backward(
         where = tile.read(token)
         rows, drows = x[where], dy[where]
         # Weight zero for other experts' slots: they add nothing to this one's gradients.
-        own = jnp.where(tile.mine, tile.read(weight), 0)
+        own = tile.own(tile.read(weight))
         dh = drows @ tile.of_expert(down).T
         h, dg, du, dw = expert_backward(tile.read(g), tile.read(u), dh, own)
         return (
