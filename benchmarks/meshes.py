@@ -84,14 +84,15 @@ _EXPERTS_128 = (
     Candidate(fsdp=64, expert=2),
     Candidate(fsdp=128),
     Candidate(fsdp=128, accumulation=2),
+    Candidate(data=2, fsdp=64),
 )
 _EXPERTS_256 = (
     Candidate(fsdp=256, accumulation=5),
     Candidate(fsdp=256),
+    Candidate(data=2, fsdp=128, accumulation=5),
+    Candidate(data=2, fsdp=128),
     Candidate(fsdp=128, expert=2, accumulation=5),
-    Candidate(fsdp=64, expert=4, accumulation=5),
     Candidate(fsdp=32, expert=8, accumulation=5),
-    Candidate(fsdp=32, expert=8),
 )
 _DENSE_128 = (
     Candidate(fsdp=128),

@@ -43,9 +43,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.seq_len = 4096
     config.data.batch_size = 1280
 
-    # Microbatches: 2 leave each of 128 devices (v5p:4x4x8) 5 sequences at a time; 256 need 1 or 5.
-    # --mode=compile shows what that costs on a slice; docs/scaling.md has the paper's models.
-    config.train.accumulation = 2
+    # The fastest mesh on v5p:4x4x8 by prediction (docs/scaling.md): two replicas, each sharded over
+    # half of the devices. v5e and v6e need more microbatches: --config.train.accumulation=5.
+    config.mesh.data = 2
     config.train.steps = 50_000
     config.optimizer.peak_lr = 4e-4
     config.optimizer.warmup_steps = 2000

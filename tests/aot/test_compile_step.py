@@ -168,5 +168,5 @@ def test_the_paper_s_models(config):
     assert code == 0, err
     assert report["global_batch_tokens"] == 1280 * 4096
     assert_no_table_is_copied(report)
-    assert report["peak_hbm_bytes"] <= 60 * GIB
+    assert report["peak_hbm_bytes"] <= 90 * GIB  # of 95.7: some room for what XLA does not count
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 <= 8 * 10**9
