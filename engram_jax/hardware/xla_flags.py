@@ -7,6 +7,8 @@ program with every collective beside independent matrix products, compiled with 
 
 from __future__ import annotations
 
+import os
+
 from jax.sharding import Mesh
 
 from engram_jax.hardware.generations import GENERATIONS
@@ -51,9 +53,10 @@ def options_for(generation: str | None) -> dict[str, bool | int | str]:
 
 
 def options_of(mesh: Mesh) -> dict[str, bool | int | str]:
-    """The compiler options for a mesh's devices, real or described."""
+    """The compiler options for a mesh's devices, real or described, without those that the user
+    has set in XLA_FLAGS or LIBTPU_INIT_ARGS, which they would override."""
     kind = mesh.devices.flat[0].device_kind
-    if kind == CPU:
-        return options_for(CPU)
     named = (g.name for g in GENERATIONS.values() if kind in g.device_kinds)
-    return options_for(next(named, None))
+    options = options_for(CPU if kind == CPU else next(named, None))
+    said = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+    return {name: value for name, value in options.items() if name not in said}

@@ -3,9 +3,10 @@
     P = softmax(scale Q K^T + mask),   O = P V
     dV = P^T dO,   dS = P (dO V^T - <dO, O>),   dQ = scale dS K,   dK = scale dS^T Q
 
-where <dO, O> is one number per query. Kept for the backward pass: Q, K, V, P and O, no more, which
-on a CPU takes a tenth off a whole training step (benchmarks/cpu_step.py) against the derivative
-that JAX finds. TPUs have a kernel: layers/splash.py.
+where <dO, O> is one number per query. Kept for the backward pass: Q, K, V, P and O (K and V once
+for each part of the queries), which on a CPU takes a tenth off a whole training step
+(benchmarks/cpu_step.py) against the derivative that JAX finds. Reverse mode only: no jax.jvp.
+TPUs have a kernel: layers/splash.py.
 
 Symbols beside config/schema.py's: h heads, S queries, T keys, k and v their widths.
 """
@@ -81,8 +82,11 @@ def _forward(
 def _backward(scale: float, kept: tuple[jax.Array, ...], dout: jax.Array) -> tuple[object, ...]:
     q, k, v, weights, out = kept
     dout, wide = dout.swapaxes(1, 2), weights.dtype
-    along = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
     dweights = _product("bhsv,bhtv->bhst", dout, v)
+    if out.dtype == wide:
+        along = jnp.sum(dout * out, axis=-1, keepdims=True)
+    else:  # O is rounded, and what is left of dP - <dO, O> can be far smaller than either
+        along = jnp.sum(dweights * weights, axis=-1, keepdims=True)
     dscores = (weights * (dweights - along) * scale).astype(q.dtype)
     dvalues = jnp.einsum("bhst,bhsv->bhtv", weights.astype(v.dtype), dout)
     dquery = jnp.einsum("bhst,bhtk->bhsk", dscores, k)

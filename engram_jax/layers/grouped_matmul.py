@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from engram_jax.layers.grouped_ragged import (
@@ -119,7 +120,9 @@ def _by_slots_forward(
 def _by_slots_backward(compute: Callable, *residuals: Any) -> tuple[jax.Array, ...]:
     slots = residuals[2].slots
     dx, dweights, *dmatrices = compute(*residuals)
-    return sum(dx[s] for s in slots.T), dweights[slots], *dmatrices
+    wide = jnp.promote_types(dx.dtype, jnp.float32)
+    total = sum(dx[s].astype(wide) for s in slots.T)
+    return total.astype(dx.dtype), dweights[slots], *dmatrices
 
 
 def _forgetful_forward(compute: Callable, *inputs: Any) -> tuple[jax.Array, ...]:

@@ -19,7 +19,7 @@ from engram_jax.sharding.shard_view import GATHERED, UNSHARDED, ShardView
 
 DENSE, MOE = "dense", "moe"
 
-# Training unrolls the scan over up to so many blocks: a CPU copies each block's parameters out of
+# The scan over up to so many blocks is unrolled: a CPU copies each block's parameters out of
 # the stack and what is kept for the backward pass into one, a tenth of the demo's step. On TPUs
 # unrolled blocks hold much more memory (docs/log.md: Meshes by prediction).
 UNROLLED = 8

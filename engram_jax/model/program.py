@@ -60,7 +60,10 @@ class Program:
         return {k: TableLayout(rows, devices) for k, rows in self.table_rows.items()}
 
     def jit(self, function: Callable, **how: Any) -> jax.stages.Wrapped:
-        """`jax.jit` with the compiler options of the mesh's devices (hardware/xla_flags.py)."""
+        """`jax.jit` with the compiler options of the mesh's devices (hardware/xla_flags.py).
+
+        Because of them JAX refuses it inside another jit, scan or grad: use `function` there.
+        """
         return jax.jit(function, compiler_options=options_of(self.mesh), **how)
 
     def exchanges(self) -> dict[str, Exchange]:

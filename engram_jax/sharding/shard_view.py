@@ -1,9 +1,9 @@
 """The collectives of code that runs on one device of the mesh, inside shard_map.
 
-The differentiated part of a training step is one shard_map: every device has its own sequences and
-its shards of the weights. `ShardView.all_gather` makes whole weights from the shards where they are
-needed; its transpose reduce-scatters the gradients. On a mesh of one device, and outside of
-shard_map (`UNSHARDED`), everything here is the identity.
+The differentiated part of a training step is one shard_map over several devices: every device has
+its own sequences and its shards of the weights. `ShardView.all_gather` makes whole weights from the
+shards where they are needed; its transpose reduce-scatters the gradients. On a mesh of one device,
+and outside of shard_map (`UNSHARDED`), everything here is the identity.
 """
 
 from __future__ import annotations

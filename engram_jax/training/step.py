@@ -68,8 +68,9 @@ def forward(
 ) -> tuple[jax.Array, Metrics]:
     """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`).
 
-    One shard_map: every device runs the network on its sequences, with weights all-gathered when
-    they are needed. Differentiating it leaves each device its own shards of the gradients.
+    One shard_map over several devices: each runs the network on its sequences, with weights
+    all-gathered when they are needed. Differentiating it leaves each device its own shards of the
+    gradients. One device runs the same function as it is.
     """
     shard = program.shard_view
 
@@ -86,7 +87,8 @@ def forward(
 
     inputs = {k: batch[k] for k in INPUTS}
     if program.mesh.size == 1:  # shard_map's gradient would be all-reduced over one device
-        return on_device(params, dict(rows), bias, inputs)
+        with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):  # kernels look there
+            return on_device(params, dict(rows), bias, inputs)
     sequences = P(BATCH)
     run = jax.shard_map(
         on_device,
@@ -264,7 +266,8 @@ def eval_step(
 
 
 def jit_train_step(program: TrainingProgram) -> jax.stages.Wrapped:
-    """The step compiled, its state donated (updated in place)."""
+    """The step compiled, its state donated (updated in place). In other transformations: train_step
+    (see Program.jit)."""
     return program.jit(
         partial(train_step, program),
         out_shardings=(state_shardings(program), NamedSharding(program.mesh, P())),

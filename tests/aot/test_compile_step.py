@@ -12,14 +12,16 @@ import jax
 import numpy as np
 import pytest
 
+from engram_jax.aot.compile_step import _train
 from engram_jax.aot.compiling import compile_with_text, memory_of
 from engram_jax.checkpoint import table_order
 from engram_jax.config import MeshConfig
 from engram_jax.memory.exchange import stored_order
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding.rules import make_mesh
-from engram_jax.training.state import table_format
+from engram_jax.training.state import build_training, table_format
 from tests.runs import ROOT, flags_of, launched
+from tests.tiny import tiny_addressing, tiny_config
 
 GIB = 2**30
 KEYS = {
@@ -82,6 +84,16 @@ def test_a_training_step_that_fits(tmp_path):
     assert set(texts) == {f"{name}.after_optimizations.txt", f"{name}.after_codegen.txt"}
     assert all(text.startswith("HloModule jit_train_step") for text in texts.values())
     assert "estimated_cycles" in texts[f"{name}.after_codegen.txt"]
+
+
+def test_a_slice_of_one_chip_runs_the_kernels(tpu_slice):
+    """Lowered only. There is no shard_map on one device to say what the program is for."""
+    config = tiny_config(**{"model.d_model": 128, "model.engram.d_mem": 128, "data.seq_len": 128})
+    mesh = make_mesh(config.mesh, tpu_slice("v5e:1x1")[0].devices)
+    text = _train(build_training(config, tiny_addressing(config), mesh))[0].as_text()
+    for name in ("engram_gate", "short_conv", "mhc_pre", "mhc_merge"):
+        for kernel in (name, f"{name}_backward"):
+            assert f'kernel_name = "{kernel}"' in text, kernel
 
 
 @pytest.mark.slow

@@ -65,3 +65,13 @@ def test_on_a_cpu_products_are_not_ynnpacks():
 def test_nothing_for_other_machines():
     assert set(OPTIONS) == {*GENERATIONS, "cpu"}
     assert options_for("NVIDIA H200") == options_for(None) == {}
+
+
+def test_what_the_user_has_set_stays(monkeypatch, tpu_slice):
+    (name,) = OPTIONS["cpu"]
+    cpu, v5p = make_mesh(MeshConfig()), tpu_slice(SLICES["v5p"])[1]
+    assert options_of(cpu) == OPTIONS["cpu"]
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=LIBRARY_FUSION_TYPE_DOT")
+    assert options_of(cpu) == {} and options_of(v5p) == OPTIONS["v5p"]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_async_all_to_all=false")
+    assert options_of(v5p) == {}

@@ -64,10 +64,17 @@ def test_output_and_gradients_in_float64(part, monkeypatch):
     assert np.abs(cotangent).max() > 1
 
 
-def test_bfloat16_is_as_near_to_float64_as_its_roundings():
+@pytest.mark.parametrize(("sharp", "mean"), [(1, 0), (3, 3), (10, 3), (30, 3)])
+def test_bfloat16_is_as_near_to_float64_as_its_roundings(sharp, mean):
     """Of the same rounded inputs. Scores, softmax and the sums are in float32; weights and the
-    gradients of scores are rounded once (2^-9 of a value), as are the results."""
-    rounded = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays().items()}
+    gradients of scores are rounded once (2^-9 of a value), as are the results.
+
+    sharp multiplies the scores: few keys get all of the weight, and a query's gradient is what
+    remains of numbers near the mean of the values, which cancel."""
+    values = arrays()
+    values["query"] *= sharp
+    values["values"] += mean
+    rounded = {name: jnp.asarray(x, jnp.bfloat16) for name, x in values.items()}
     with jax.enable_x64():
         wanted = run(plain, {k: jnp.asarray(np.float64(x)) for k, x in rounded.items()})
     for one, other in zip(run(ours, rounded), wanted, strict=True):

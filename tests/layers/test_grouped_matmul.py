@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.layers import grouped_routing
+from engram_jax.layers import grouped_matmul, grouped_routing
 from engram_jax.layers.grouped_matmul import CHUNKED, RAGGED, TILED, routed_swiglu
 from engram_jax.layers.grouped_routing import sort_by_expert
 from tests.oracle.moe import swiglu
@@ -197,3 +197,16 @@ def test_large_key_space_falls_back_to_a_stable_argsort(monkeypatch):
     assert "argsort" in jaxpr
     for a, b in zip(*map(jax.tree.leaves, (sort_by_expert(experts, E), want)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_token_s_gradient_is_rounded_once():
+    """1 + 2^-7 and seven times 2^-8: a sum in bfloat16 would lose or double each of the latter."""
+    k, d = 8, 4
+    routing = sort_by_expert(jnp.arange(k, dtype=jnp.int32)[None], k)
+    parts = np.array([1 + 2**-7] + [2**-8] * (k - 1), np.float32)
+    dx = jnp.broadcast_to(jnp.asarray(parts, jnp.bfloat16)[:, None], (k, d))
+    found, *_ = grouped_matmul._by_slots_backward(
+        lambda *_: (dx, jnp.zeros(k)), None, None, routing, None
+    )
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, jnp.full((1, d), parts.sum(), jnp.bfloat16))
