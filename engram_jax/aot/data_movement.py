@@ -181,16 +181,24 @@ def _is_scattered(instruction: Instruction, computation: Computation, n: int) ->
 
 
 def _group_size(instruction: Instruction, module: Module) -> int:
-    """Devices per group, from `replica_groups={{0,1},{2,3}}` or `=[2,2]<=[4]`; 2 for a permute."""
+    """Devices per group, from `replica_groups={{0,1},{2,3}}`, `=[2,2]<=[4]` or (jax 0.12)
+    `=mesh['a'=2,'b'=2] {'a'}`; 2 for a permute. Raises ValueError for anything else."""
     if instruction.opcode.startswith("collective-permute"):
         return 2
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes)
-    if listed:
+    found = re.search(r"replica_groups=(.*)", instruction.attributes)
+    groups = found[1] if found else "{}"
+    if groups.startswith("{}"):
+        return module.devices
+    if listed := re.match(r"\{\{([\d,]*)\}", groups):
         return len(listed[1].split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", instruction.attributes)
-    if iota:
+    if iota := re.match(r"\[(\d+),(\d+)\]<=", groups):
         return int(iota[2])
-    return module.devices  # replica_groups={}: all devices
+    if mesh := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", groups):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+        # An axis, or a part of one: 'a' or 'a':(4)2, two of its devices.
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    raise ValueError(f"{instruction.name}: replica_groups={groups[:80]} is not understood")
 
 
 # ---- copies --------------------------------------------------------------------------------------

@@ -177,6 +177,13 @@ ENTRY %main (p: f32[10,128]) -> f32[10,128] {
             3840,
             3840,
         ),
+        (  # groups as axes of a mesh: 7/8 of 20480, all of 'a' and a part of 'b'
+            "f32[40,128]{1,0} all-gather(%p), replica_groups=mesh['a'=4,'b'=4] {'a','b':(1)2}, "
+            "use_global_device_ids=true, dimensions={0}",
+            "all-gather",
+            17920,
+            17920,
+        ),
         (  # its sizes are data: the room of the output is the bound
             "f32[64,128] ragged-all-to-all(%p, %p, %p, %p, %p, %p), replica_groups={{0,1}}",
             "ragged-all-to-all",
@@ -189,6 +196,29 @@ def test_forms_of_the_text(line, kind, size, padded):
     found = one(f"{HAND}  ROOT %it = {line}\n}}\n")
     assert (found.kind, found.bytes, found.padded_bytes) == (kind, size, padded)
     assert found.name == "it"
+
+
+def test_groups_in_an_unknown_form_are_an_error():
+    line = "f32[10,128]{1,0} all-reduce(%p), replica_groups=<new>, to_apply=%add"
+    with pytest.raises(ValueError, match="it: replica_groups=<new>, to_apply"):
+        collectives(f"{HAND}  ROOT %it = {line}\n}}\n")
+
+
+def test_an_element_of_a_tuple_written_short():
+    text = f"""{HAND}  %two = (f32[10,128], (s32[4], f32[2,3])) fusion(%p), kind=kLoop, calls=%add
+  ROOT %it = f32[2,3] negate(%two#1#1)
+}}
+"""
+    found = parse_hlo(text).entry.instructions
+    assert list(found) == ["p", "two", "two#1", "two#1#1", "it"]
+    assert found["it"].operands == ("two#1#1",)
+    inner = found["two#1#1"]
+    assert (inner.opcode, inner.operands, inner.attribute("index")) == (
+        "get-tuple-element",
+        ("two#1",),
+        "1",
+    )
+    assert inner.shape == Array("f32", (2, 3)) and not inner.root
 
 
 def test_an_instruction_with_everything():

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from kernels_pallas.dispatch import GPU, Choice, UnsupportedError
 from kernels_pallas.mhc import gpu, tpu, tpu_backward, tpu_blocks, tpu_merge, vjp
 from kernels_pallas.mhc.api import mhc_merge, mhc_pre
 from kernels_pallas.mhc.shapes import TINY, Shape
+from tests.kernels.cuda import lowered_for_cuda
 from tests.kernels.mhc.cases import (
     LIMITS,
     OPTIONS,
@@ -328,5 +328,4 @@ def test_gpu_kernels(shape, dtype):
         ("mhc_pre", functools.partial(gpu.pre, **OPTIONS), args),
         ("mhc_merge", gpu.merge, [*merged[:3], entries]),
     ):
-        lowered = jax.jit(kernel).trace(*operands).lower(lowering_platforms=("cuda",))
-        assert name in lowered.as_text()
+        assert name in lowered_for_cuda(kernel, *operands)
