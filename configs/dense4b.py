@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 1280
 
     # The fastest mesh on v5p:4x4x8 by prediction (docs/scaling.md): two replicas, each sharded over
-    # half of the devices. v5e and v6e need more microbatches: --config.train.accumulation=5.
+    # half of the devices. v5e:16x16 needs microbatches, too: --config.train.accumulation=5.
     config.mesh.data = 2
     config.train.steps = 50_000
     config.optimizer.peak_lr = 4e-4
