@@ -93,7 +93,7 @@ class MLA(nnx.Module):
         keys, values = jnp.split(up, [self.config.nope_dim], axis=-1)
         shared = jnp.broadcast_to(key_rope[:, :, None], (*keys.shape[:3], key_rope.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
-        on_tpu = shard.on_tpu and splash.usable(x.shape[1])
+        on_tpu = shard.platform == "tpu" and splash.usable(x.shape[1])
         attend = splash.attention if on_tpu else causal_attention
         mixed = attend(query, keys, values, segments, self.scale)
         return self._output(mixed, shard)

@@ -19,9 +19,9 @@ from engram_jax.sharding.shard_view import GATHERED, UNSHARDED, ShardView
 
 DENSE, MOE = "dense", "moe"
 
-# The scan over up to so many blocks is unrolled: a CPU copies each block's parameters out of
-# the stack and what is kept for the backward pass into one, a tenth of the demo's step. On TPUs
-# unrolled blocks hold much more memory (docs/log.md: Meshes by prediction).
+# On CPUs the scan over up to so many blocks is unrolled: XLA copies each block's parameters out of
+# the stack there, and what is kept for the backward pass into one, a tenth of the demo's step. On
+# TPUs unrolled blocks hold much more memory (docs/log.md: Meshes by prediction).
 UNROLLED = 8
 
 
@@ -112,7 +112,7 @@ class Stack(nnx.Module):
     """`count` blocks of one kind from layer `first` on.
 
     Their parameters are stacked on axis 0 and run by lax.scan, so compile time does not depend on
-    `count` (but for short stacks away from TPUs: UNROLLED).
+    `count` (but for short stacks on CPUs: UNROLLED).
     """
 
     def __init__(self, config: ModelConfig, kind: str, first: int, count: int, *, rngs: nnx.Rngs):
@@ -143,7 +143,7 @@ class Stack(nnx.Module):
         elif shard.axes.devices > 1:  # a layer's weights are gathered again, not kept
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             body = jax.checkpoint(body, policy=policy)
-        unroll = not shard.on_tpu and self.count <= UNROLLED
+        unroll = shard.platform == "cpu" and self.count <= UNROLLED
         return jax.lax.scan(body, x, state, unroll=unroll)
 
     def _split(self) -> tuple[Any, Any]:

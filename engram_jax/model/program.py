@@ -24,7 +24,7 @@ from engram_jax.layers.moe import RouterBias
 from engram_jax.memory.exchange import ROW_SHARDED, Exchange
 from engram_jax.memory.table import TableLayout
 from engram_jax.model.transformer import Transformer
-from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, on_tpu, row_major, shardings
+from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, row_major, shardings
 from engram_jax.sharding.shard_view import ShardView
 
 Params = dict[str, Any]
@@ -51,7 +51,8 @@ class Program:
     def shard_view(self) -> ShardView:
         """The mesh as the network sees it from inside shard_map."""
         model = self.config.model
-        return ShardView(self.axes, model.dtype, model.ffn.routed_experts, on_tpu(self.mesh))
+        platform = self.mesh.devices.flat[0].platform
+        return ShardView(self.axes, model.dtype, model.ffn.routed_experts, platform)
 
     @property
     def layouts(self) -> dict[str, TableLayout]:

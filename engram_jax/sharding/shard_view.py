@@ -31,13 +31,13 @@ class ShardView:
 
     dtype: what matrices are gathered in, being used in it; None = their own.
     experts: E, all routed experts of a layer.
-    on_tpu: the devices are TPUs, or descriptions of them (--mode=compile).
+    platform: of the devices, or of their descriptions (--mode=compile): "cpu", "gpu" or "tpu".
     """
 
     axes: Axes = ONE_DEVICE
     dtype: DTypeLike | None = None
     experts: int = 0
-    on_tpu: bool = False
+    platform: str = "cpu"
 
     @property
     def whole_experts(self) -> bool:
