@@ -33,7 +33,7 @@ from benchmarks.harness import Figure, Result
 TUNABLE = "glibc.malloc.hugetlb"  # not imported: earlier commits have no module for it
 
 MODELS = ("base", "demo")
-ROUNDS, UNCOUNTED, COUNTED = 12, 3, 6  # turns of each program; a turn's steps
+ROUNDS, UNCOUNTED, COUNTED = 16, 3, 6  # turns of each program; a turn's steps
 
 
 def work(model: str) -> None:
