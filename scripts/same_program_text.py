@@ -41,7 +41,7 @@ def canonical(module: Any) -> str:
         if not config.startswith('{"custom_call_config"'):
             return match[0]
         values = json.loads(config)
-        values["custom_call_config"].pop("debug_locations", None)
+        values["custom_call_config"].pop("debug_locations", None)  # jax 0.12: where it was written
         text = _kernel(base64.b64decode(values["custom_call_config"]["body"]))
         values["custom_call_config"]["body"] = f"kernel {kernels.setdefault(text, len(kernels))}"
         return f"backend_config = {json.dumps(values, sort_keys=True)}"

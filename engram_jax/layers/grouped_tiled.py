@@ -68,10 +68,10 @@ def _for_each_tile(routing: Routing, body: Callable[[_Tile, Any], Any], carry: A
     width = _tile_width(slots, experts)
     end = jnp.cumsum(routing.sizes)
     full = routing.sizes // width
-    begin, rest = end - routing.sizes, end - routing.sizes % width
-    owner, within, full_tiles = _listed(full, slots // width)
-    start = begin[owner] + within * width
-    unfinished, _, rests = _listed(jnp.sign(end - rest), min(slots, experts))
+    rest = end - routing.sizes % width  # where an expert's last, partial tile begins
+    owner, number, full_tiles = _listed(full, slots // width)
+    start = (end - routing.sizes)[owner] + number * width
+    unfinished, _, rests = _listed((rest < end).astype(jnp.int32), min(slots, experts))
 
     def whole(i: jax.Array, carry: Any) -> Any:
         return body(_Tile(owner[i], start[i], width, None), carry)
@@ -88,8 +88,12 @@ def _for_each_tile(routing: Routing, body: Callable[[_Tile, Any], Any], carry: A
 
 
 def _listed(counts: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """counts int32 [E], in sum at most `most` -> for every one of the things that are counted, in
-    order, whose it is and its number among those: int32 [most] each; and how many there are."""
+    """One entry for each of the tiles that are counted, in the order of experts.
+
+    counts: int32 [E], tiles per expert, in sum at most `most`.
+    Returns the expert of each tile and the tile's number among that expert's, int32 [most] both
+    (without meaning after the last tile), and the number of tiles, int32 [].
+    """
     last = jnp.cumsum(counts)
     index = jnp.arange(most, dtype=jnp.int32)
     owner = jnp.sum(index[:, None] >= last, axis=1, dtype=jnp.int32)
