@@ -28,13 +28,16 @@ available = pytest.mark.skipif(
 )
 
 
+def environment(**env):
+    kept = {k: v for k, v in os.environ.items() if k != huge_pages.RESTARTED}
+    return kept | {"PYTHONPATH": str(Path(__file__).parents[2])} | env
+
+
 def start(arguments, **options):
     env = {k: options.pop(k) for k in list(options) if k.isupper()}
-    kept = {k: v for k, v in os.environ.items() if k != huge_pages.RESTARTED}
-    root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, *arguments],
-        env=kept | {"PYTHONPATH": str(root)} | env,
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=60,
@@ -132,8 +135,7 @@ def test_where_the_tunable_is_taken_away_it_is_tried_once(tmp_path):
 def test_closed_streams(tmp_path):
     (tmp_path / "program.py").write_text(BEGINNING)
     command = f"exec {sys.executable} program.py >&- 2>&-"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "GLIBC_TUNABLES": ""}
-    env = {k: v for k, v in env.items() if k != huge_pages.RESTARTED} | {"SAID": "said"}
+    env = environment(GLIBC_TUNABLES="", SAID="said")
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env)
     assert done.returncode == 0
     assert (tmp_path / "said").read_text().count("started") == 2
