@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-PARAMS = "params"  # the network's parameters: an nnx.Rngs stream
+PARAMS = "params"  # the network's parameters: one key per module and layer (Transformer)
 MEMORY = "memory"  # the tables' rows: one key per Engram layer id
 SAMPLING = "sampling"  # generated tokens: one key per token drawn before
 ROUNDING = "rounding"  # rows in bfloat16: one number per Engram layer id
@@ -22,7 +22,12 @@ ROUNDING = "rounding"  # rows in bfloat16: one number per Engram layer id
 
 def stream(seed: ArrayLike, name: str) -> jax.Array:
     """The key for the use `name`. seed: from 0 to 2**32 - 1, traced or not."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return fold_name(jax.random.key(seed), name)
+
+
+def fold_name(key: jax.Array, name: str) -> jax.Array:
+    """The key of a part of what `key` is for."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def number(seed: int, name: str, index: int) -> int:

@@ -115,15 +115,16 @@ class Stack(nnx.Module):
     `count` (but for short stacks on CPUs: UNROLLED).
     """
 
-    def __init__(self, config: ModelConfig, kind: str, first: int, count: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: str, first: int, count: int, *, key: jax.Array):
+        """key: of the blocks of all layers; each draws from this key and its layer id."""
         self.first, self.count, self.remat = first, count, config.remat
 
-        @nnx.split_rngs(splits=count)
-        @nnx.vmap(in_axes=(0, 0))
-        def create(rngs: nnx.Rngs, layer: jax.Array) -> Block:
+        @nnx.vmap
+        def create(layer: jax.Array) -> Block:
+            rngs = nnx.Rngs(params=jax.random.fold_in(key, layer))
             return Block(config, kind, layer, rngs=rngs)
 
-        self.blocks = create(rngs, jnp.arange(first, first + count, dtype=jnp.int32))
+        self.blocks = create(jnp.arange(first, first + count, dtype=jnp.int32))
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, segments: jax.Array, shard: ShardView = UNSHARDED

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engram_jax.config import Config, ModelConfig
+from engram_jax.config.random_streams import fold_name
 from engram_jax.layers.engram import Engram
 from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
@@ -81,6 +82,12 @@ class Output:
 
 
 class Transformer(nnx.Module):
+    """The network of a configuration.
+
+    What a module starts from depends on the seed, its name and its layer alone, and not on which
+    other modules there are: models that differ in one part share the others' initial values.
+    """
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         model = config.model
         vocab, d = config.tokenizer.vocab_size, model.d_model
@@ -89,10 +96,14 @@ class Transformer(nnx.Module):
         self.streams = model.hyper.streams
         self.stage_list = stages(model)
 
-        def matrix(*shape: int) -> nnx.Param:
-            return nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * model.init_std)
+        key = rngs.params()
+        engram_key, block_key = fold_name(key, "engrams"), fold_name(key, "blocks")
 
-        self.embedding = matrix(vocab, d)
+        def matrix(name: str, *shape: int) -> nnx.Param:
+            values = jax.random.normal(fold_name(key, name), shape, param_dtype)
+            return nnx.Param(values * model.init_std)
+
+        self.embedding = matrix("embedding", vocab, d)
         self.engrams = nnx.Dict(
             {
                 str(layer): Engram(
@@ -104,19 +115,19 @@ class Transformer(nnx.Module):
                     dtype=self.dtype,
                     param_dtype=param_dtype,
                     kernels=model.kernels,
-                    rngs=rngs,
+                    rngs=nnx.Rngs(params=jax.random.fold_in(engram_key, layer)),
                 )
                 for layer in model.engram.layers
             }
         )
         self.blocks = nnx.Dict(
             {
-                stage.name: Stack(model, stage.kind, stage.first, stage.count, rngs=rngs)
+                stage.name: Stack(model, stage.kind, stage.first, stage.count, key=block_key)
                 for stage in self.stage_list
             }
         )
         self.norm = RMSNorm(d, model.norm_eps, param_dtype=param_dtype)
-        self.head = None if model.tie_embeddings else matrix(vocab, d)
+        self.head = None if model.tie_embeddings else matrix("head", vocab, d)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [B, T] -> M equal streams [B, T, M, d]; a negative id embeds as id 0."""

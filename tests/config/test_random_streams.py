@@ -9,6 +9,7 @@ import pytest
 
 from engram_jax.config import random_streams
 from engram_jax.model.sampling import key_of_token
+from engram_jax.model.transformer import stages
 from engram_jax.serve.http.completion_request import _seed
 from engram_jax.training.state import build_training, init_state
 from tests.tiny import tiny_addressing, tiny_config
@@ -145,3 +146,38 @@ def test_numbers_for_other_generators_differ():
     assert len(set(numbers)) == len(numbers) and len(set(choices)) == len(choices)
     assert all(0 <= n < 2**32 for n in [*numbers, *choices])
     assert [_seed(seed, 0) for seed in (5, -1, 2**40 + 3)] == [5, 2**32 - 1, 3]
+
+
+def _weights(**changes):
+    """Initial parameters by path; those of a layer under its own id, whichever stack it is in."""
+    config = tiny_config(**{"model.layers": 4, "model.hyper.streams": 2, **changes})
+    state = init_state(build_training(config, tiny_addressing(config)))
+    found = {}
+    for stage in stages(config.model):
+        for i in range(stage.count):
+            layers = state.params["blocks"][stage.name]["blocks"]
+            layer = jax.tree.map(lambda x, i=i: x[i], layers)
+            found["block", stage.first + i] = layer
+    found |= {("engram", k): x for k, x in state.params.get("engrams", {}).items()}
+    return found | {("embedding",): state.params["embedding"]}
+
+
+def test_a_module_starts_the_same_whatever_else_the_model_has():
+    without = _weights(**{"model.engram.layers": ()})
+    one = _weights(**{"model.engram.layers": (1,)})
+    two = _weights(**{"model.engram.layers": (1, 3), "model.ffn.routed_experts": 3})
+    for name, values in without.items():
+        jax.tree.map(np.testing.assert_array_equal, one[name], values)
+    jax.tree.map(np.testing.assert_array_equal, one["engram", "1"], two["engram", "1"])
+    for layer in range(4):
+        same = without["block", layer]["attention"], two["block", layer]["attention"]
+        jax.tree.map(np.testing.assert_array_equal, *same)
+    # The experts of fewer are the first of more.
+    for layer in range(1, 4):
+        for name in ("gate", "up", "down"):
+            few, many = two["block", layer]["ffn"][name], one["block", layer]["ffn"][name]
+            assert len(few) == 3 < len(many)
+            np.testing.assert_array_equal(few, many[:3])
+    # Layers start differently.
+    q_proj = [np.asarray(without["block", layer]["attention"]["q_proj"]) for layer in range(4)]
+    assert len({x.tobytes() for x in q_proj}) == 4
