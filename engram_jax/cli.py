@@ -29,6 +29,7 @@ WITHOUT_PROCESSES = ("describe", "compile")  # they look at no device and read n
 # The flags that only some modes read. The others do not ignore them, they refuse them.
 MODES_OF_FLAGS = {
     "json": ("describe", "evaluate", "compile"),
+    "base": ("describe",),
     "prompt": ("generate",),
     "topology": ("compile",),
     "program": ("compile",),
@@ -48,6 +49,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(
     "json", False, "describe, evaluate, compile: one JSON object on standard output."
+)
+_BASE = flags.DEFINE_string(
+    "base", None, "describe: a configuration file whose budget this one is compared with."
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -202,10 +206,17 @@ def _count_memory(config: Config, workdir: Path, accept: Accepted) -> None:
 
 
 def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
-    from engram_jax.model import describe
+    from engram_jax.model import budgets, describe
 
-    description = describe.describe(config)
-    print(json.dumps(description) if _JSON.value else describe.table(description))
+    base = None
+    if _BASE.value is not None:
+        found = command_line.config_file("base", _BASE.value)
+        base = budgets.budget_of(command_line.config_of(found, "base"))
+    description, budget = describe.describe(config), budgets.budget_of(config)
+    if _JSON.value:
+        print(json.dumps(description | {"budget": budgets.as_dict(budget, base)}))
+    else:
+        print(f"{describe.table(description)}\n\n{budgets.table(budget, base)}")
 
 
 def _compile(config: Config, workdir: Path, accept: Accepted) -> None:

@@ -45,7 +45,7 @@ def parse_command_line(
     argv = _with_config_of_run(list(argv), config_flag)
     for name, value in _arguments(argv):
         if name == config_flag:
-            _check_file(config_flag, value or "")
+            config_file(config_flag, value or "")
         section, _, key = name.partition(".")
         if key and section in (config_flag, f"no{config_flag}"):
             _check_override(config_flag, key, value, negated=section != config_flag)
@@ -147,10 +147,11 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
     return sys.argv
 
 
-def _check_file(config_flag: str, value: str) -> None:
-    """The file must exist, run, and return a configuration (after a colon comes its argument).
+def config_file(config_flag: str, value: str) -> ConfigDict:
+    """What the configuration file FILE or FILE:ARGUMENT, a flag's value, returns.
 
-    config_flags runs it again; its own messages lack the line number or span several lines.
+    It must exist, run, and return a configuration. config_flags runs it again; its own messages
+    lack the line number or span several lines. Raises UserError.
     """
     path, colon, argument = value.partition(":")
     where = f"--{config_flag}={path}"
@@ -173,6 +174,7 @@ def _check_file(config_flag: str, value: str) -> None:
         raise UserError(
             f"{where}: {wrong}; must define get_config() returning an ml_collections.ConfigDict"
         )
+    return found
 
 
 def _check_override(config_flag: str, key: str, value: str | None, *, negated: bool) -> None:
