@@ -72,8 +72,9 @@ class Experiment:
     rates: `optimizer.peak_lr` values to choose from, by family.
     tune: name of the point that a family's rates are tried at, by family.
     tune_seed: the seed they are tried with.
-    axis: what the points' values are, in words; log_axis: they are shown by their logarithm, and a
-      line is fitted to the loss over it.
+    axis: what the loss is shown over, in words. column: the column of the results with its values;
+      "": the points are named things. log_axis: show it by its logarithm, with a line fitted to the
+      loss over it.
     free: makes the point of a value of `key` that is not among `points`; None: there is none.
     """
 
@@ -87,6 +88,7 @@ class Experiment:
     rates: Mapping[str, tuple[float, ...]]
     tune: Mapping[str, str]
     axis: str
+    column: str = ""
     tune_seed: int = 0
     log_axis: bool = False
     free: Callable[[str, float], Point] | None = field(default=None)

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -70,6 +70,33 @@ def config_of(value: Any, config_flag: str) -> config_lib.Config:
             " run, alone)"
         )
     return config_lib.parse_config(value)
+
+
+def given(argv: Sequence[str], name: str) -> str:
+    """The text that a command line gives a flag, the last time; "" if it does not."""
+    return dict(_arguments(argv)).get(name) or ""
+
+
+def overrides(argv: Sequence[str], config_flag: str) -> dict[str, str]:
+    """Key -> text of every --config.KEY=VALUE of a command line that `parse_command_line` took."""
+    found: dict[str, str] = {}
+    for name, value in _arguments(argv):
+        section, _, key = name.partition(".")
+        if key and section == f"no{config_flag}":
+            found[key] = "false"
+        elif key and section == config_flag:
+            found[key] = "true" if value is None or value.startswith("-") else value
+    return found
+
+
+def override(config: ConfigDict, values: Mapping[str, str]) -> None:
+    """Set keys to values that are given as text, as on a command line."""
+    for key, text in values.items():
+        hint: Any = config_lib.Config
+        for name in key.split("."):
+            hint = config_lib.section_types(hint)[name]
+        reader = _READERS[tuple if hint not in _READERS else hint]
+        config.update_from_flattened_dict({key: reader(text)})
 
 
 def reported(function: Callable[..., T]) -> Callable[..., T]:

@@ -1,0 +1,90 @@
+"""A small experiment: what configs/experiments/ declares, at a size that trains in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from engram_jax.lab.experiment import Experiment
+from engram_jax.lab.sweep import load_experiment
+from tests.runs import ROOT, SMALL, environment
+
+_TEXT = '''"""Tables of two sizes beside a model without memory."""
+
+import json
+
+from configs import engram_tiny
+from engram_jax.lab.experiment import Experiment, Point
+
+VALUES = json.loads({values!r})
+
+
+def base():
+    config = engram_tiny.get_config()
+    config.update_from_flattened_dict({{k: tuple(v) if isinstance(v, list) else v for k, v in VALUES.items()}})
+    return config
+
+
+def build(point):
+    config = base()
+    if point.value == 0:
+        config.model.engram.layers = ()
+    elif point.value == 13:  # a run that fails: no such folder of text
+        config.data.path = "/none/such"
+    else:
+        config.model.engram.rows_per_head = (point.value,)
+    return config
+
+
+def point(rows):
+    return Point("rows", rows, "tables" if rows else "none", "Engram" if rows else "MoE")
+
+
+EXPERIMENT = Experiment(
+    name="small",
+    title="Small tables",
+    base=base,
+    build=build,
+    points=tuple(point(rows) for rows in {rows}),
+    baseline="rows=0",
+    seeds=(0, 1),
+    rates={{"MoE": (0.01, 0.02), "Engram": (0.01, 0.02)}},
+    tune={{"MoE": "rows=0", "Engram": "rows=50"}},
+    axis="rows of all tables",
+    column="rows",
+    log_axis=True,
+)
+
+
+def get_config(argument=""):
+    return EXPERIMENT.config(argument)
+'''
+
+
+def write_experiment(path: Path, corpus: Path, rows=(0, 50, 101), **overrides) -> Path:
+    """The experiment's file. overrides: keys with "__" for "."."""
+    places = {"data.path": str(corpus), "data.cache_dir": f"{corpus}-cache"}
+    changed = {key.replace("__", "."): value for key, value in overrides.items()}
+    values = {**SMALL, **places, "train.count_models": False, **changed}
+    path.write_text(_TEXT.format(values=json.dumps(values), rows=tuple(rows)))
+    return path
+
+
+def experiment(path: Path) -> Experiment:
+    return load_experiment(str(path))
+
+
+def sweep_process(file: Path, folder: Path, *arguments: str) -> subprocess.Popen:
+    """`launch.py --mode=sweep` as a process of its own."""
+    command = [sys.executable, str(ROOT / "launch.py"), "--mode=sweep", f"--config={file}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={folder}", *arguments],
+        cwd=ROOT,
+        env={**environment(), "PYTHONPATH": os.fspath(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
