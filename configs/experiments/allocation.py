@@ -21,14 +21,15 @@ from engram_jax.model import budgets
 
 
 def base() -> ml_collections.ConfigDict:
-    """The budget: the pure MoE. Without what an experiment does not use at the end of a run."""
+    """The budget: the pure MoE."""
     return plain(moe_tiny.get_config())
 
 
 def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Without count models and samples at the end of the run."""
+    """Without count models and samples at the end of the run; its last checkpoint alone is kept."""
     config.train.count_models = False
     config.train.samples = ()
+    config.train.keep, config.train.keep_best = 1, 0
     return config
 
 

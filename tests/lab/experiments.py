@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from engram_jax.checkpoint.run_record import add_launch
 from engram_jax.lab.experiment import Experiment
 from engram_jax.lab.sweep import load_experiment
 from tests.runs import ROOT, SMALL, environment
@@ -24,7 +27,9 @@ VALUES = json.loads({values!r})
 
 def base():
     config = engram_tiny.get_config()
-    config.update_from_flattened_dict({{k: tuple(v) if isinstance(v, list) else v for k, v in VALUES.items()}})
+    for key, value in VALUES.items():
+        value = tuple(value) if isinstance(value, list) else value
+        config.update_from_flattened_dict({{key: value}})
     return config
 
 
@@ -87,4 +92,33 @@ def sweep_process(file: Path, folder: Path, *arguments: str) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+    )
+
+
+def finish(plan, launch, loss: float, *, digest: str = "d1", seconds: float = 100.0) -> Path:
+    """Leave in the launch's workdir what a finished run leaves, with this held-out loss."""
+    config, workdir = plan.config(launch), plan.workdir(launch)
+    add_launch(workdir, config, {"digest": digest})
+    text = {"of": "the whole held-out split", "batches": 3, "targets": 600}
+    losses = {
+        "step": config.train.steps,
+        "held_out_loss": {**text, "nats_per_token": {config.name: loss, "unigram counts": 9.0}},
+        "data": {"digest": digest},
+    }
+    (workdir / "losses.json").write_text(json.dumps(losses))
+    account = {"resumed_at": 0, "seconds": seconds, "training_seconds": seconds / 2, "saved": {}}
+    (workdir / "goodput.json").write_text(json.dumps({"launches": [account]}))
+    return workdir
+
+
+def write_documents(workdir: Path, nats: np.ndarray, targets: np.ndarray) -> None:
+    """held_out_documents.npz; the documents in descending order, half of each seen."""
+    order = np.arange(len(nats))[::-1]
+    np.savez(
+        workdir / "held_out_documents.npz",
+        document=order.astype(np.int32),
+        nats=nats[order],
+        targets=targets[order],
+        seen_nats=nats[order] / 4,
+        seen_targets=targets[order] // 2,
     )
