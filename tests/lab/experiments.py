@@ -57,7 +57,7 @@ EXPERIMENT = Experiment(
     baseline="rows=0",
     seeds=(0, 1),
     rates={{"MoE": (0.01, 0.02), "Engram": (0.01, 0.02)}},
-    tune={{"MoE": "rows=0", "Engram": "rows=50"}},
+    tune={{"MoE": "rows=0", "Engram": "rows={tune}"}},
     axis="rows of all tables",
     column="rows",
     log_axis=True,
@@ -74,7 +74,7 @@ def write_experiment(path: Path, corpus: Path, rows=(0, 50, 101), **overrides) -
     places = {"data.path": str(corpus), "data.cache_dir": f"{corpus}-cache"}
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
     values = {**SMALL, **places, "train.count_models": False, **changed}
-    path.write_text(_TEXT.format(values=json.dumps(values), rows=tuple(rows)))
+    path.write_text(_TEXT.format(values=json.dumps(values), rows=tuple(rows), tune=rows[1]))
     return path
 
 
