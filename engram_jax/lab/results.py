@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engram_jax.addressing import plan_layer
 from engram_jax.checkpoint.run_record import config_of_launch, read_launches
 from engram_jax.checkpoint.workdir import RUN
 from engram_jax.config import Config
@@ -19,6 +18,7 @@ from engram_jax.lab.experiment import Launch
 from engram_jax.lab.plan import Plan, attempts, held_out_loss
 from engram_jax.lab.statistics import read_documents
 from engram_jax.model.budgets import Budget, budget_of
+from engram_jax.model.describe import table_geometry
 from engram_jax.monitoring import goodput
 
 Row = dict[str, Any]
@@ -97,11 +97,8 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
 
 def table_size(config: Config) -> tuple[int, int]:
     """Rows of all tables, and how many of them a token looks up."""
-    engram = config.model.engram
-    if not engram.layers:
-        return 0, 0
-    layers = plan_layer(engram, config.tokenizer.vocab_size).values()
-    return sum(layer.rows for layer in layers), sum(layer.heads for layer in layers)
+    layers = table_geometry(config)
+    return sum(layer.rows for layer in layers.values()), len(layers) * config.model.engram.heads
 
 
 def write_table(folder: Path, rows: Sequence[Row]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -67,11 +69,16 @@ def idle_experts(config: Config, counts: dict[str, int]) -> int:
     return params - params * ffn.top_k // max(1, ffn.routed_experts)
 
 
+def table_geometry(config: Config) -> Mapping[int, LayerAddressing]:
+    """As `geometry`, for the sizes alone, for which no tokenizer is read."""
+    tokens = dataclasses.replace(config.tokenizer, path="", canonical_vocab_size=0)
+    return geometry(dataclasses.replace(config, tokenizer=tokens))[0]
+
+
 def table_params(config: Config) -> int:
-    """Numbers in all tables, with their padding: from the primes, no tokenizer is read."""
-    engram = config.model.engram
-    layers = plan_layer(engram, config.tokenizer.vocab_size) if engram.layers else {}
-    return sum(layer.padded_rows for layer in layers.values()) * engram.dim
+    """Numbers in all tables, with their padding."""
+    rows = sum(layer.padded_rows for layer in table_geometry(config).values())
+    return rows * config.model.engram.dim
 
 
 def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
