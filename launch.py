@@ -1,13 +1,14 @@
-"""One program for everything: train, evaluate, generate from, serve, describe or compile a model.
+"""One program: train, evaluate, generate from, serve, describe or compile a model, or run many.
 
     python launch.py --config=configs/engram_tiny.py
     python launch.py --config=configs/engram_tiny.py --mode=generate --prompt="def main("
     python launch.py --config=configs/engram_tiny.py --mode=serve --config.serve.port=8000
     python launch.py --config=configs/engram27b.py --mode=describe --json
     python launch.py --config=configs/engram27b.py --mode=compile --topology=v5p:4x4x8
+    python launch.py --config=configs/experiments/allocation.py --mode=sweep
 
 Modes: train (the default), evaluate, generate, serve, export-memory, count-memory, describe,
-compile. Flags: engram_jax/cli.py.
+compile, sweep. Flags: engram_jax/cli.py.
 
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
 --workdir (default runs/<config.name>); the same command resumes it, and --workdir alone takes the

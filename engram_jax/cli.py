@@ -25,10 +25,12 @@ from engram_jax.run import command_line
 
 OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
 NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: serve/open_engine.py
-WITHOUT_PROCESSES = ("describe", "compile")  # they look at no device and read no data
+# They look at no device and read no data; a sweep's processes do.
+WITHOUT_PROCESSES = ("describe", "compile", "sweep")
 # The flags that only some modes read. The others do not ignore them, they refuse them.
 MODES_OF_FLAGS = {
     "json": ("describe", "evaluate", "compile"),
+    "base": ("describe",),
     "prompt": ("generate",),
     "topology": ("compile",),
     "program": ("compile",),
@@ -39,6 +41,9 @@ MODES_OF_FLAGS = {
     "output": ("export-memory", "count-memory"),
     "format": ("export-memory",),
     "tokens": ("count-memory",),
+    "points": ("sweep",),
+    "seeds": ("sweep",),
+    "report_only": ("sweep",),
 }
 Accepted = tuple[str, ...]
 
@@ -48,6 +53,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(
     "json", False, "describe, evaluate, compile: one JSON object on standard output."
+)
+_BASE = flags.DEFINE_string(
+    "base", None, "describe: a configuration file whose budget this one is compared with."
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -85,6 +93,13 @@ _FORMAT = flags.DEFINE_string(
     "format", "", "export-memory: float32, bfloat16 or fp8; default: as the tables are."
 )
 _TOKENS = flags.DEFINE_integer("tokens", 10_000_000, "count-memory: how many training tokens.")
+_POINTS = flags.DEFINE_list(
+    "points", [], "sweep: the points to run, for example rho=1,rho=0.8; default: all."
+)
+_SEEDS = flags.DEFINE_list("seeds", [], "sweep: the seeds to run; default: all.")
+_REPORT_ONLY = flags.DEFINE_bool(
+    "report_only", False, "sweep: write the report of what is finished, run nothing."
+)
 
 
 @command_line.reported
@@ -115,6 +130,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise UserError(f"--{name}: only for --mode={', '.join(modes)}")
     run_settings.check_accepted(_ACCEPT.value)
     parse_step(_STEP.value)
+    if mode == "sweep":
+        require("lab", "--mode=sweep")
+        require("report", "--mode=sweep")
+        if _COORDINATOR.value is not None:
+            raise UserError(
+                "--coordinator_address: not for --mode=sweep, which runs one process at a time"
+            )
     if mode in NEEDS_SERVE:
         require("serve", f"--mode={mode}")
     return list(argv[:1])
@@ -202,10 +224,17 @@ def _count_memory(config: Config, workdir: Path, accept: Accepted) -> None:
 
 
 def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
-    from engram_jax.model import describe
+    from engram_jax.model import budgets, describe
 
-    description = describe.describe(config)
-    print(json.dumps(description) if _JSON.value else describe.table(description))
+    base = None
+    if _BASE.value is not None:
+        found = command_line.config_file("base", _BASE.value)
+        base = budgets.budget_of(command_line.config_of(found, "base"))
+    description, budget = describe.describe(config), budgets.budget_of(config)
+    if _JSON.value:
+        print(json.dumps(description | {"budget": budgets.as_dict(budget, base)}))
+    else:
+        print(f"{describe.table(description)}\n\n{budgets.table(budget, base)}")
 
 
 def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
@@ -234,6 +263,23 @@ def _writable_folder(flag: str, value: str) -> Path:
         raise UserError(f"--{flag}={value}: cannot be written to: {error.strerror}") from error
 
 
+def _sweep(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.lab import sweep
+
+    values = command_line.overrides(sys.argv, "config")
+    done = sweep.run_sweep(
+        command_line.given(sys.argv, _CONFIG.name),
+        None if _WORKDIR.value is None else Path(_WORKDIR.value),
+        points=_POINTS.value,
+        seeds=_SEEDS.value,
+        overrides=values,
+        override=lambda found: command_line.override(found, values),
+        report_only=_REPORT_ONLY.value,
+    )
+    if not done:
+        sys.exit(1)
+
+
 MODES: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -243,6 +289,7 @@ MODES: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "count-memory": _count_memory,
     "describe": _describe,
     "compile": _compile,
+    "sweep": _sweep,
 }
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 

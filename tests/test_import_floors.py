@@ -26,7 +26,7 @@ FLOORS: tuple[str, ...] = (
     "model data training/optim",
     "training checkpoint",
     "evaluation analysis report serve",
-    "run serve/http aot",
+    "run serve/http aot lab",
 )
 FLOOR_OF = {folder: n for n, folders in enumerate(FLOORS) for folder in folders.split()}
 LOOSE = ("__init__", "__main__", "cli")  # all that may stand outside a folder, above all of them

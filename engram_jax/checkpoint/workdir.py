@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
@@ -82,13 +83,25 @@ def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() != 0:
         return
-    file = stack.enter_context((workdir / ".lock").open("w"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    held = try_lock(workdir / ".lock")
+    if held is None:
         raise UserError(
             f"--workdir={workdir}: another process is training there; wait for it, or give"
             " another --workdir"
-        ) from None
+        )
+    stack.enter_context(held)
+
+
+def try_lock(path: Path) -> TextIO | None:
+    """The open file `path` (made if missing), locked until it is closed here and in every process
+    that has inherited it; None if another has the lock. On a file system without locks, none is
+    held."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
     except OSError:
         pass
+    return file

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -48,12 +50,7 @@ def flops_per_token(config: Config, matrix_params: int) -> float:
 
 def active_params(config: Config, counts: dict[str, int]) -> int:
     """Weights a token is multiplied with, without the token embedding. counts: from `parts`."""
-    ffn, experts = config.model.ffn, counts.get("routed experts", 0)
-    return (
-        sum(counts.values())
-        - counts["token embedding"]
-        - _idle_experts(experts, ffn.top_k, ffn.routed_experts)
-    )
+    return sum(counts.values()) - counts["token embedding"] - idle_experts(config, counts)
 
 
 def training_flops(config: Config, counts: dict[str, int] | None = None) -> float:
@@ -66,9 +63,22 @@ def training_flops(config: Config, counts: dict[str, int] | None = None) -> floa
     return flops_per_token(config, active_params(config, counts) + head)
 
 
-def _idle_experts(params: int, top_k: int, experts: int) -> int:
-    """Of the routed experts' parameters, those that a token does not use."""
-    return params - params * top_k // max(1, experts)
+def idle_experts(config: Config, counts: dict[str, int]) -> int:
+    """Of the routed experts' parameters, those that a token does not use. counts: from `parts`."""
+    ffn, params = config.model.ffn, counts.get("routed experts", 0)
+    return params - params * ffn.top_k // max(1, ffn.routed_experts)
+
+
+def table_geometry(config: Config) -> Mapping[int, LayerAddressing]:
+    """As `geometry`, for the sizes alone, for which no tokenizer is read."""
+    tokens = dataclasses.replace(config.tokenizer, path="", canonical_vocab_size=0)
+    return geometry(dataclasses.replace(config, tokenizer=tokens))[0]
+
+
+def table_params(config: Config) -> int:
+    """Numbers in all tables, with their padding."""
+    rows = sum(layer.padded_rows for layer in table_geometry(config).values())
+    return rows * config.model.engram.dim
 
 
 def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
@@ -99,22 +109,21 @@ def describe(config: Config) -> dict[str, Any]:
     """
     counts = parts(config)
     active, flops = active_params(config, counts), training_flops(config, counts)
-    engram, ffn = config.model.engram, config.model.ffn
+    engram = config.model.engram
     layers, canonical = geometry(config)
-    tables = sum(layer.padded_rows for layer in layers.values()) * engram.dim
+    idle, tables = idle_experts(config, counts), table_params(config)
     if tables:
         counts["engram tables"] = tables
     total = sum(counts.values())
     embedding = counts["token embedding"]
-    idle_experts = _idle_experts(counts.get("routed experts", 0), ffn.top_k, ffn.routed_experts)
-    sparse = idle_experts + tables
+    sparse = idle + tables
     return {
         "name": config.name,
         "total_params": total,
         "active_params": active,
         "engram_params": tables,
         "token_embedding_params": embedding,
-        "rho": idle_experts / sparse if sparse else None,
+        "rho": idle / sparse if sparse else None,
         "flops_per_token": flops,
         "parts": counts,
         "canonical_vocab_size": canonical,

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -45,7 +45,7 @@ def parse_command_line(
     argv = _with_config_of_run(list(argv), config_flag)
     for name, value in _arguments(argv):
         if name == config_flag:
-            _check_file(config_flag, value or "")
+            config_file(config_flag, value or "")
         section, _, key = name.partition(".")
         if key and section in (config_flag, f"no{config_flag}"):
             _check_override(config_flag, key, value, negated=section != config_flag)
@@ -70,6 +70,33 @@ def config_of(value: Any, config_flag: str) -> config_lib.Config:
             " run, alone)"
         )
     return config_lib.parse_config(value)
+
+
+def given(argv: Sequence[str], name: str) -> str:
+    """The text that a command line gives a flag, the last time; "" if it does not."""
+    return dict(_arguments(argv)).get(name) or ""
+
+
+def overrides(argv: Sequence[str], config_flag: str) -> dict[str, str]:
+    """Key -> text of every --config.KEY=VALUE of a command line that `parse_command_line` took."""
+    found: dict[str, str] = {}
+    for name, value in _arguments(argv):
+        section, _, key = name.partition(".")
+        if key and section == f"no{config_flag}":
+            found[key] = "false"
+        elif key and section == config_flag:
+            found[key] = "true" if value is None or value.startswith("-") else value
+    return found
+
+
+def override(config: ConfigDict, values: Mapping[str, str]) -> None:
+    """Set keys to values that are given as text, as on a command line."""
+    for key, text in values.items():
+        hint: Any = config_lib.Config
+        for name in key.split("."):
+            hint = config_lib.section_types(hint)[name]
+        reader = _READERS[tuple if hint not in _READERS else hint]
+        config.update_from_flattened_dict({key: reader(text)})
 
 
 def reported(function: Callable[..., T]) -> Callable[..., T]:
@@ -147,10 +174,11 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
     return sys.argv
 
 
-def _check_file(config_flag: str, value: str) -> None:
-    """The file must exist, run, and return a configuration (after a colon comes its argument).
+def config_file(config_flag: str, value: str) -> ConfigDict:
+    """What the configuration file FILE or FILE:ARGUMENT, a flag's value, returns.
 
-    config_flags runs it again; its own messages lack the line number or span several lines.
+    It must exist, run, and return a configuration. config_flags runs it again; its own messages
+    lack the line number or span several lines. Raises UserError.
     """
     path, colon, argument = value.partition(":")
     where = f"--{config_flag}={path}"
@@ -173,6 +201,7 @@ def _check_file(config_flag: str, value: str) -> None:
         raise UserError(
             f"{where}: {wrong}; must define get_config() returning an ml_collections.ConfigDict"
         )
+    return found
 
 
 def _check_override(config_flag: str, key: str, value: str | None, *, negated: bool) -> None:

@@ -1,0 +1,1 @@
+"""Experiments: many runs at equal budgets, and the tables, plots and intervals of them."""

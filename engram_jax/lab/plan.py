@@ -1,0 +1,146 @@
+"""Which runs an experiment consists of, what each is asked to be, and how far it is.
+
+A sweep's folder holds a workdir for every run, named like the run; `logs/` beside them has what
+each printed and `attempts` of it, `locks/` a file that is locked while the run is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from engram_jax.checkpoint.run_record import recorded
+from engram_jax.checkpoint.run_settings import decisive, listed
+from engram_jax.checkpoint.workdir import LOSSES
+from engram_jax.config import Config, parse_config
+from engram_jax.config.errors import UserError
+from engram_jax.data.cache import read_json, write_json
+from engram_jax.lab.experiment import Experiment, Launch, Point
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of an experiment that one command runs.
+
+    folder: of the sweep. points, seeds: those of the part. override: applies what the command line
+    set to a configuration.
+    """
+
+    experiment: Experiment
+    folder: Path
+    points: tuple[Point, ...]
+    seeds: tuple[int, ...]
+    override: Callable[[ConfigDict], None] = field(default=lambda config: None)
+
+    def config(self, launch: Launch) -> Config:
+        """The configuration a run is asked to have."""
+        config = self.experiment.config(launch.name)
+        self.override(config)
+        return parse_config(config)
+
+    def base(self) -> Config:
+        """The configuration whose budget the points are compared with."""
+        config = self.experiment.base()
+        self.override(config)
+        return parse_config(config)
+
+    def workdir(self, launch: Launch) -> Path:
+        return self.folder / launch.name
+
+    def trials(self) -> tuple[Launch, ...]:
+        """The runs that choose each family's learning rate, for the families of the part."""
+        experiment = self.experiment
+        families = dict.fromkeys(point.family for point in self.points)
+        return tuple(
+            Launch(experiment.point(experiment.tune[family]), experiment.tune_seed, rate)
+            for family in families
+            for rate in experiment.rates[family]
+        )
+
+    def runs(self, rates: Mapping[str, float]) -> tuple[Launch, ...]:
+        """The runs of the part whose family has a rate, seed by seed."""
+        return tuple(
+            Launch(point, seed, rates[point.family])
+            for seed in self.seeds
+            for point in self.points
+            if point.family in rates
+        )
+
+    def losses(self, launch: Launch) -> dict[str, Any] | None:
+        """losses.json of a finished run; None of one that is not.
+
+        Raises UserError if the run in its folder has other settings than it is asked to have.
+        """
+        workdir = self.workdir(launch)
+        found = read_json(workdir / LOSSES)
+        if found is None:
+            return None
+        asked = self.config(launch)
+        stored = recorded(workdir, found["step"])
+        if stored is not None and (changes := decisive(stored, asked)):
+            raise UserError(
+                f"{workdir}: the run there has other settings: {listed(changes, list(changes))};"
+                " go back to them, or give another --workdir"
+            )
+        return found if found["step"] >= asked.train.steps else None
+
+    def chosen_rates(self) -> dict[str, float]:
+        """Of every family with a finished trial, the rate of the lowest held-out loss."""
+        best: dict[str, tuple[float, float]] = {}
+        for launch in self.trials():
+            try:
+                losses = self.losses(launch)
+            except UserError:
+                continue
+            if losses is not None and math.isfinite(held_out_loss(losses)):
+                found = held_out_loss(losses), launch.rate
+                best[launch.point.family] = min(best.get(launch.point.family, found), found)
+        return {family: rate for family, (_, rate) in best.items()}
+
+
+def part(
+    experiment: Experiment,
+    folder: Path,
+    points: Sequence[str],
+    seeds: Sequence[str],
+    override: Callable[[ConfigDict], None],
+) -> Plan:
+    """The part that --points and --seeds name, all of both where they are empty. Points that are
+    not declared, and seeds, may be named, too. Raises UserError."""
+    wrong = [seed for seed in seeds if not seed.isdecimal()]
+    if wrong:
+        raise UserError(f"--seeds={','.join(seeds)}: must be whole numbers >= 0")
+    return Plan(
+        experiment,
+        folder,
+        tuple(dict.fromkeys(map(experiment.point, points))) or experiment.points,
+        tuple(dict.fromkeys(map(int, seeds))) or experiment.seeds,
+        override,
+    )
+
+
+def held_out_loss(losses: Mapping[str, Any]) -> float:
+    """Nats per token of the model, of losses.json: the first entry, before any count model's."""
+    return float(next(iter(losses["held_out_loss"]["nats_per_token"].values())))
+
+
+def log_file(folder: Path, launch: Launch) -> Path:
+    return folder / "logs" / f"{launch.name}.log"
+
+
+def attempts(folder: Path, launch: Launch) -> list[dict[str, Any]]:
+    """What the sweeps on this folder noted of a run's processes, oldest first: start, host,
+    seconds, exit status, and the last line of one that failed."""
+    found = read_json(log_file(folder, launch).with_suffix(".json"))
+    return found if isinstance(found, list) else []
+
+
+def add_attempt(folder: Path, launch: Launch, attempt: Mapping[str, Any]) -> None:
+    path = log_file(folder, launch).with_suffix(".json")
+    write_json(path, [*attempts(folder, launch), json.loads(json.dumps(attempt))])

@@ -1,0 +1,121 @@
+"""The tidy table of an experiment: one row for each finished run, from what its workdir holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engram_jax.checkpoint.run_record import config_of_launch, read_launches
+from engram_jax.checkpoint.workdir import RUN
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.hardware.storage import replacing
+from engram_jax.lab.experiment import Launch
+from engram_jax.lab.plan import Plan, attempts, held_out_loss
+from engram_jax.lab.statistics import read_documents
+from engram_jax.model.budgets import Budget, budget_of
+from engram_jax.model.describe import table_geometry
+from engram_jax.monitoring import goodput
+
+Row = dict[str, Any]
+
+
+def collect(plan: Plan) -> list[Row]:
+    """One row per finished run of the plan: the trials of learning rates, then the runs."""
+    rates = plan.chosen_rates()
+    base = budget_of(plan.base())
+    launches = dict.fromkeys((*plan.trials(), *plan.runs(rates)))
+    rows = []
+    for launch in launches:
+        try:
+            losses = plan.losses(launch)
+        except UserError:  # the sweep shows it; it is no result of this experiment
+            continue
+        if losses is not None:
+            used = launch.rate == rates[launch.point.family] and launch.seed in plan.seeds
+            used = used and launch.point in plan.points
+            rows.append(_row(plan, launch, losses, base, used))
+    return rows
+
+
+def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, used: bool) -> Row:
+    """used: it is a run at the chosen rate, not only a trial of one."""
+    workdir, point = plan.workdir(launch), launch.point
+    launches = read_launches(workdir / RUN)
+    made = [x for x in launches if x.get("resumed_at", 0) < losses["step"]] or launches
+    last = made[-1]
+    config, _ = config_of_launch(workdir, last)
+    budget, size = budget_of(config), table_size(config)
+    tokens = losses["step"] * config.data.batch_size * config.data.seq_len
+    off = budget.mismatch(base)
+    documents = read_documents(workdir)
+    seen, unseen = documents.losses_by_seen() if documents else (None, None)
+    account = goodput.read(workdir)
+    noted = sum(attempt["seconds"] for attempt in attempts(plan.folder, launch))
+    numeric = isinstance(point.value, int | float)
+    return {
+        "experiment": plan.experiment.name,
+        "point": point.name,
+        "axis_value": float(point.value) if numeric else None,
+        "variant": point.variant,
+        "family": point.family,
+        "seed": launch.seed,
+        "learning_rate": launch.rate,
+        "used": used,
+        "held_out_loss": held_out_loss(losses),
+        "held_out_targets": losses["held_out_loss"]["targets"],
+        "seen_loss": seen,
+        "unseen_loss": unseen,
+        "tokens": tokens,
+        "P_tot": budget.total,
+        "P_act": budget.active,
+        "P_sparse": budget.sparse,
+        "flops_per_token": budget.flops,
+        "rho": budget.rho,
+        "rows": size[0],
+        "lookups_per_token": size[1],
+        "tokens_per_row": tokens * size[1] / size[0] if size[0] else None,
+        "mismatch_total": off["total"],
+        "mismatch_active": off["active"],
+        "mismatch_flops": off["flops"],
+        "training_seconds": sum(x["training_seconds"] for x in account),
+        "seconds": max(noted, sum(x["seconds"] for x in account)),
+        "started": launches[0]["time"],
+        "host": last["host"],
+        "device": f"{last['devices']['count']} x {last['devices']['kind']}",
+        "cpus": last["cpus"],
+        "versions": json.dumps({k: v for k, v in last["versions"].items() if v}),
+        "commit": _commit(last),
+        "text_digest": losses["data"]["digest"],
+        "command": last["command"],
+    }
+
+
+def table_size(config: Config) -> tuple[int, int]:
+    """Rows of all tables, and how many of them a token looks up."""
+    layers = table_geometry(config)
+    return sum(layer.rows for layer in layers.values()), len(layers) * config.model.engram.heads
+
+
+def write_table(folder: Path, rows: Sequence[Row]) -> None:
+    """Write results.csv and results.parquet; the columns are those of the rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(folder / "results.csv") as file:
+        file.write(text.getvalue().encode())
+    with replacing(folder / "results.parquet") as file:
+        parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+
+
+def _commit(launch: Mapping[str, Any]) -> str:
+    git = launch.get("git")
+    return "unknown" if not git else git["commit"] + (" with changes" if git["dirty"] else "")

@@ -1,0 +1,92 @@
+"""--mode=sweep: an experiment file, run to the end and reported."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from engram_jax.checkpoint.workdir import check_writable
+from engram_jax.config.errors import UserError
+from engram_jax.lab.experiment import Experiment
+from engram_jax.lab.plan import part
+from engram_jax.lab.report import write_report
+from engram_jax.lab.runner import Sweep
+from engram_jax.lab.status import Screen, all_of, rates, summary
+
+
+def run_sweep(
+    file: str,
+    folder: Path | None,
+    *,
+    points: Sequence[str] = (),
+    seeds: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    override: Callable[[ConfigDict], None] = lambda config: None,
+    report_only: bool = False,
+) -> bool:
+    """Run the experiment that `file` declares; whether all that was asked for is done.
+
+    folder: where its runs live; None: runs/NAME. points, seeds: names of those to run, empty: all.
+    overrides: keys of the configuration with what the command line set them to; override: applies
+    them. report_only: run nothing.
+
+    Raises UserError for a file that declares no experiment, for a point that it does not have, and
+    for a configuration that is not valid: of every run, before the first is started.
+    """
+    experiment = load_experiment(file)
+    folder = folder or Path("runs") / experiment.name
+    check_writable(folder)
+    plan = part(experiment, folder, points, seeds, override)
+    screen = Screen()
+    sweep = Sweep(
+        plan,
+        program(),
+        file,
+        dict(overrides or {}),
+        show=screen.show,
+        finished=lambda: write_report(plan),
+    )
+    plan.base()
+    for launch in all_of(sweep):
+        plan.config(launch)
+    if report_only:
+        return _report(folder, write_report(plan))
+    done = sweep.run()
+    print(f"{rates(sweep)}; {summary(sweep)}")
+    _report(folder, write_report(plan))
+    return done
+
+
+def load_experiment(file: str) -> Experiment:
+    """The EXPERIMENT of a configuration file."""
+    path, colon, argument = file.partition(":")
+    if colon:
+        raise UserError(
+            f"--config={file}: a sweep takes the file alone; its points are named by --points and"
+            f" --seeds, not by :{argument}"
+        )
+    found = runpy.run_path(path).get("EXPERIMENT")
+    if not isinstance(found, Experiment):
+        raise UserError(
+            f"--config={path}: declares no EXPERIMENT; for example"
+            " configs/experiments/allocation.py"
+        )
+    return found
+
+
+def program() -> list[str]:
+    """How this program was started, without its flags."""
+    main = Path(sys.argv[0])
+    if main.name == "__main__.py":
+        return [sys.executable, "-m", "engram_jax"]
+    return [sys.executable, str(main)]
+
+
+def _report(folder: Path, path: Path | None) -> bool:
+    """Say where the report is; whether there is one."""
+    print(f"report: {path}" if path else f"no run in {folder} is finished: no report")
+    return path is not None

@@ -1,0 +1,111 @@
+"""--mode=sweep as a user starts it: refusals, and a sweep of real runs, killed and resumed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from engram_jax.lab.plan import part
+from tests.kills import assert_same_run, last_step, launches
+from tests.lab.experiments import experiment, finish, sweep_process, write_experiment
+from tests.runs import ROOT, TINY, environment, launched, refused, write_corpus
+
+ALLOCATION = f"--config={ROOT / 'configs/experiments/allocation.py'}"
+SWEEP = (ALLOCATION, "--mode=sweep")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((TINY, "--mode=sweep"), "engram_tiny.py: declares no EXPERIMENT"),
+        ((f"{ALLOCATION}:rho=0.8", "--mode=sweep"), "a sweep takes the file alone"),
+        ((*SWEEP, "--points=width=3"), "no point width=3; it has rho=1, rho=0.9"),
+        ((*SWEEP, "--points=rho=0.99"), "rho = 0.99: must be from 0.000 to 0.947"),
+        ((*SWEEP, "--seeds=first"), "--seeds=first: must be whole numbers"),
+        ((*SWEEP, "--config.data.batch_size=0"), "config.data.batch_size = 0: must be positive"),
+        ((*SWEEP, "--workdir=/proc/x"), "/proc cannot be written to"),
+        ((*SWEEP, "--json"), "--json: only for --mode=describe"),
+        ((*SWEEP, "--coordinator_address=a:1"), "--coordinator_address: not for --mode=sweep"),
+        ((ALLOCATION, "--points=rho=1"), "--points: only for --mode=sweep"),
+        ((ALLOCATION, "--seeds=1", "--mode=describe"), "--seeds: only for --mode=sweep"),
+        ((ALLOCATION, "--report_only"), "--report_only: only for --mode=sweep"),
+    ],
+)
+def test_what_a_sweep_refuses(arguments, words, tmp_path):
+    workdir = () if any("--workdir" in a for a in arguments) else (f"--workdir={tmp_path / 'out'}",)
+    refused(launched(*arguments, *workdir), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_what_is_there(tmp_path):
+    file = write_experiment(tmp_path / "small.py", tmp_path / "text")
+    arguments = ("--mode=sweep", f"--config={file}", f"--workdir={tmp_path / 'out'}")
+    nothing = launched(*arguments, "--report_only")
+    assert (nothing.code, nothing.err) == (1, "")
+    assert nothing.out == f"no run in {tmp_path / 'out'} is finished: no report\n"
+    steps = "--config.train.steps=30"
+    plan = part(experiment(file), tmp_path / "out", [], [], lambda config: None)
+    finish(plan, plan.trials()[0], 3.0)
+    found = launched(*arguments, "--report_only")
+    assert (found.code, found.out) == (0, f"report: {tmp_path / 'out' / 'report.html'}\n")
+    # With other settings that run is no result.
+    assert launched(*arguments, "--report_only", steps).out.startswith("no run in")
+
+
+def until(condition, process) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_killed_and_resumed(tmp_path):
+    """SIGTERM in one run, SIGKILL in the next, one that fails: every other is finished, none is
+    trained twice, and its printed command gives the same bits."""
+    corpus = write_corpus(tmp_path / "text")
+    steps = {"train__steps": 900, "train__eval_every": 450, "train__checkpoint_every": 30}
+    file = write_experiment(tmp_path / "small.py", corpus, rows=(0, 101, 13), **steps)
+    out = tmp_path / "out"
+    first, second = out / "rows=0,seed=0,rate=0.01", out / "rows=0,seed=0,rate=0.02"
+    start = (file, out, "--seeds=0", "--config.train.keep=2")
+
+    stopped = sweep_process(*start)
+    until(lambda: last_step(first) > 40, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    text, errors = stopped.communicate(timeout=300)
+    assert (stopped.returncode, errors) == (1, "")
+    assert "0 of 5 done" in text.splitlines()[-2]
+    log = out / "logs" / f"{first.name}.log"
+    assert f"SIGTERM: stopped, checkpoint {last_step(first)}" in log.read_text()
+    assert not second.exists()
+
+    killed = sweep_process(*start)
+    until(lambda: last_step(second) > 40, killed)
+    killed.kill()
+    killed.communicate()
+
+    done = sweep_process(*start)
+    text, errors = done.communicate(timeout=600)
+    assert (done.returncode, errors) == (1, "")
+    assert "rows=13,seed=0" in text and "/none/such" in text
+    assert "4 of 5 done, 1 failed" in text.splitlines()[-2]
+    assert [launch["resumed_at"] > 0 for launch in launches(first)] == [False, True]
+    assert len(launches(second)) == 1  # its process went on alone, and was waited for
+
+    again = sweep_process(*start, "--points=rows=0,rows=101")
+    text, errors = again.communicate(timeout=300)
+    assert (again.returncode, errors) == (0, "")
+    assert "step 0 of" not in text and len(launches(first)) == 2
+
+    ours = out / "rows=101,seed=0,rate=0.01"
+    command = launches(ours)[0]["command"].split()
+    assert command[-2] == "--config.train.keep=2"
+    elsewhere = [*command[:-1], f"--workdir={tmp_path / 'alone'}"]
+    subprocess.run(elsewhere, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert_same_run(corpus, tmp_path / "alone", ours)
+    page = (out / "report.md").read_text()
+    assert "rows=13,seed=0" in page and "failed: exit status 2" in page
+    assert launches(ours)[0]["command"] in page
