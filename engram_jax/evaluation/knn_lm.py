@@ -48,6 +48,7 @@ NEIGHBOURS = (4, 16, 64, 256)
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean squared distance to the nearest key
 WEIGHTS = (0.0, 0.01, 0.02, *(round(0.05 * i, 2) for i in range(1, 20)))
 _QUERIES = 4096  # looked up at a time
+_DIFFERENCES = 128  # of them whose differences to their neighbours exist at a time
 _PROBES = 32  # cells of an inverted file that are searched
 
 
@@ -99,13 +100,28 @@ class Datastore:
             part = slice(start, start + _QUERIES)
             wanted = np.ascontiguousarray(queries[part])
             if self._index is None:
-                distances[part], at = self._faiss.knn(wanted, self._keys, k)
+                at = self._faiss.knn(wanted, self._keys, k)[1]
             else:
-                distances[part], at = self._index.search(wanted, k)
-            # An inverted file may find fewer than k: at is -1 there, and the distance the largest.
+                at = self._index.search(wanted, k)[1]
+            found = self._squares(wanted, at)
+            order = np.argsort(found, axis=1, kind="stable")
+            at = np.take_along_axis(at, order, axis=1)
+            distances[part] = np.take_along_axis(found, order, axis=1)
             hits[part] = (at >= 0) & (self._values[at] == targets[part, None])
-            distances[part][at < 0] = np.inf
-        return np.maximum(distances, 0), hits  # rounding may leave less than 0 of equal vectors
+        return distances, hits
+
+    def _squares(self, queries: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Squared distances to the keys numbered `at` [m, k], infinite for -1: an inverted file may
+        find fewer than k.
+
+        faiss takes |q|^2 + |k|^2 - 2 q k, whose rounding a low temperature would enlarge.
+        """
+        found = np.empty(at.shape, np.float32)
+        for start in range(0, len(at), _DIFFERENCES):
+            part = slice(start, start + _DIFFERENCES)
+            differences = self._keys[at[part]] - queries[part, None]
+            found[part] = np.einsum("mkd,mkd->mk", differences, differences)
+        return np.where(at < 0, np.float32(np.inf), found)
 
 
 def target_probabilities(
