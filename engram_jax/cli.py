@@ -44,7 +44,14 @@ MODES_OF_FLAGS = {
     "points": ("sweep",),
     "seeds": ("sweep",),
     "report_only": ("sweep",),
+    "neighbours": ("evaluate",),
+    "neighbours_text": ("evaluate",),
+    "knn_tokens": ("evaluate",),
+    "knn_index": ("evaluate",),
+    "rag_chunk": ("evaluate",),
+    "rag_passage": ("evaluate",),
 }
+KNN, RAG = "knn", "rag"
 Accepted = tuple[str, ...]
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -100,6 +107,27 @@ _SEEDS = flags.DEFINE_list("seeds", [], "sweep: the seeds to run; default: all."
 _REPORT_ONLY = flags.DEFINE_bool(
     "report_only", False, "sweep: write the report of what is finished, run nothing."
 )
+_NEIGHBOURS = flags.DEFINE_enum(
+    "neighbours", None, [KNN, RAG], "evaluate: score the model with its training text beside it."
+)
+_NEIGHBOURS_TEXT = flags.DEFINE_enum(
+    "neighbours_text",
+    "trained",
+    ["trained", "all"],
+    "neighbours: what the run was trained on, or the whole training split.",
+)
+_KNN_TOKENS = flags.DEFINE_integer(
+    "knn_tokens", 0, "neighbours=knn: the first so many tokens of it; 0 = all.", lower_bound=0
+)
+_KNN_INDEX = flags.DEFINE_enum(
+    "knn_index", "flat", ["flat", "ivf"], "neighbours=knn: exact search, or an inverted file."
+)
+_RAG_CHUNK = flags.DEFINE_integer(
+    "rag_chunk", 0, "neighbours=rag: tokens scored at a time; 0 = seq_len / 4.", lower_bound=0
+)
+_RAG_PASSAGE = flags.DEFINE_integer(
+    "rag_passage", 0, "neighbours=rag: tokens of a passage; 0 = seq_len / 2.", lower_bound=0
+)
 
 
 @command_line.reported
@@ -128,6 +156,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     for name, modes in MODES_OF_FLAGS.items():
         if flags.FLAGS[name].present and mode not in modes:
             raise UserError(f"--{name}: only for --mode={', '.join(modes)}")
+    _check_neighbours()
     run_settings.check_accepted(_ACCEPT.value)
     parse_step(_STEP.value)
     if mode == "sweep":
@@ -140,6 +169,20 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if mode in NEEDS_SERVE:
         require("serve", f"--mode={mode}")
     return list(argv[:1])
+
+
+def _check_neighbours() -> None:
+    """Refuse a neighbour's settings without it, and what neighbours cannot be evaluated with."""
+    chosen = _NEIGHBOURS.value
+    for flag in (_NEIGHBOURS_TEXT, _KNN_TOKENS, _KNN_INDEX, _RAG_CHUNK, _RAG_PASSAGE):
+        wanted = flag.name.split("_")[0]
+        if flags.FLAGS[flag.name].present and (
+            chosen is None or (wanted in (KNN, RAG) and wanted != chosen)
+        ):
+            which = f"={wanted}" if wanted in (KNN, RAG) else ""
+            raise UserError(f"--{flag.name}: only with --neighbours{which}")
+    if chosen and _ACCEPT.value:
+        raise UserError("--neighbours: takes the run as it is; leave --accept_changes out")
 
 
 @command_line.reported
@@ -188,8 +231,27 @@ def _evaluate(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
     from engram_jax.evaluation import held_out
 
+    if _NEIGHBOURS.value:
+        _evaluate_neighbours(config, workdir)
+        return
     result = held_out.evaluate(config, workdir, _STEP.value, accept)
     processes.log(json.dumps(result) if _JSON.value else held_out.table(result))
+
+
+def _evaluate_neighbours(config: Config, workdir: Path) -> None:
+    from engram_jax.distributed import processes
+    from engram_jax.evaluation import knn_lm, neighbours, rag
+    from engram_jax.monitoring.metrics import json_value
+
+    text, step = _NEIGHBOURS_TEXT.value, _STEP.value
+    if _NEIGHBOURS.value == KNN:
+        of_knn = knn_lm.Settings(text, _KNN_TOKENS.value, _KNN_INDEX.value)
+        result = knn_lm.evaluate_knn(config, workdir, step, of_knn)
+    else:
+        of_rag = rag.Settings(text, _RAG_CHUNK.value, _RAG_PASSAGE.value)
+        result = rag.evaluate_rag(config, workdir, step, of_rag)
+    neighbours.write_record(workdir, result)
+    processes.log(json.dumps(json_value(result)) if _JSON.value else neighbours.table(result))
 
 
 def _generate(config: Config, workdir: Path, accept: Accepted) -> None:

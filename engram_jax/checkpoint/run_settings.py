@@ -36,6 +36,7 @@ FREE = (
     "train.keep",
     "train.keep_best",
     "train.count_models",
+    "train.seen_tokens",
     "train.samples",
     "train.sample_tokens",
     "train.hang_seconds",

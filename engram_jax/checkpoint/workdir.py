@@ -2,6 +2,7 @@
 
 run.json                     every launch (checkpoint/run_record.py)
 metrics.jsonl, report.html   what happened (monitoring/metrics.py, report/write.py)
+held_out_documents.npz       losses by document (evaluation/target_losses.py)
 goodput.json, profile/       the time it took (monitoring/goodput.py, monitoring/profiling.py)
 checkpoints/, addressing/    the model (checkpoint/manager.py, addressing/artifact.py)
 tokenizer.json, text.json    its tokenizer (checkpoint/run_tokenizer.py)
@@ -25,6 +26,7 @@ from engram_jax.distributed.consensus import agree
 
 RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
 TEXT, LOSSES = "text.json", "losses.json"
+HELD_OUT_DOCUMENTS = "held_out_documents.npz"
 LOGS = ("metrics.jsonl", "tensorboard", "goodput.json")
 
 

@@ -330,6 +330,8 @@ class TrainConfig:
     keep_best: how many of those with the lowest validation loss are kept, too.
     seed: of the parameters, the tables and stochastic rounding.
     count_models: fit unigram, bigram and Kneser-Ney models to the same training tokens at the end.
+    seen_tokens: the held-out loss is shown by whether the n-gram of context occurs in what the run
+      was trained on, if that is at most so many different tokens; 0 = never.
     samples: prompts that are continued at the end.
     sample_tokens: longest continuation of one.
     hang_seconds: report a hang when no step has ended for that long (10 times as long for the first
@@ -347,6 +349,7 @@ class TrainConfig:
     keep_best: int = 1
     seed: int = 0
     count_models: bool = False
+    seen_tokens: int = 100_000_000
     samples: tuple[str, ...] = ()
     sample_tokens: int = 64
     hang_seconds: float = 600.0

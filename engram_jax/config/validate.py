@@ -67,7 +67,7 @@ _NOT_NEGATIVE = {
     "mesh": "fsdp distinct",
     "data": "max_megabytes workers",
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
-    "train": "keep_best hang_seconds",
+    "train": "keep_best seen_tokens hang_seconds",
     "generate": "temperature",
     "serve": "capacity pages device_cache host_cache drain_seconds",
 }

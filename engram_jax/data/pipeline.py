@@ -126,9 +126,7 @@ def train_batches(
             f"{data.batch_size}; give more text or make one of them smaller"
         )
     batches = (
-        grain.MapDataset.range(len(sequences))
-        .seed(data.seed)
-        .shuffle()
+        _numbers(len(sequences), data.seed)
         .repeat(_ENDLESS // len(sequences))
         .batch(data.batch_size)
         .map(_ReadRows(sequences, slice(None) if rows is None else rows, addresses_fn))
@@ -140,6 +138,24 @@ def train_batches(
         "seq_len": data.seq_len,
     }
     return TrainIterator(batches, identity, data.workers)
+
+
+def _numbers(sequences: int, seed: int) -> grain.MapDataset:
+    """The sequence numbers in the order of the first epoch."""
+    return grain.MapDataset.range(sequences).seed(seed).shuffle()
+
+
+def trained_sequences(
+    prepared: PreparedData, config: Config, batches: int
+) -> tuple[PackedSequences, np.ndarray]:
+    """The training sequences, and which of them the first `batches` global batches contain: their
+    numbers, int64 ascending, each once. All of them after an epoch."""
+    sequences = PackedSequences(prepared.store_train, config.data.seq_len, config.tokenizer.pad_id)
+    wanted = batches * config.data.batch_size
+    if wanted >= len(sequences):
+        return sequences, np.arange(len(sequences))
+    numbers = _numbers(len(sequences), config.data.seed)
+    return sequences, np.sort(np.asarray([int(numbers[i]) for i in range(wanted)], np.int64))
 
 
 def validation_batches(

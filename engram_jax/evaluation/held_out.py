@@ -3,16 +3,17 @@
 validation_loss   over the first train.eval_batches batches of the held-out split: while training
 held_out_loss     over the whole split: at the end of training, and by --mode=evaluate
 
-Both in nats per target, a target being a token that is predicted (`loss_mask`).
+Both in nats per target, a target being a token that is predicted (`loss_mask`). The second is the
+mean of the losses of all targets, each of which is kept (evaluation/target_losses.py).
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,34 @@ from jax.sharding import NamedSharding
 from engram_jax.addressing import as_stored, load_tokenizer, tokenizer_fingerprint
 from engram_jax.checkpoint import table_order
 from engram_jax.checkpoint.manager import Checkpointer
-from engram_jax.checkpoint.run_settings import check_opened, check_text
-from engram_jax.checkpoint.workdir import TOKENIZER, parse_step
+from engram_jax.checkpoint.run_settings import DATA, Changes, check_opened, check_text, covers
+from engram_jax.checkpoint.workdir import (
+    HELD_OUT_DOCUMENTS,
+    TOKENIZER,
+    checkpoint_steps,
+    parse_step,
+)
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
-from engram_jax.data.packing import PackedSequences
+from engram_jax.data.packing import Batch
 from engram_jax.data.placement import place_batch
 from engram_jax.data.run_data import RunData, open_on_all_processes
+from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree
+from engram_jax.evaluation.target_losses import (
+    context_lines,
+    held_out_sequences,
+    losses_by_context,
+    seen_contexts,
+    target_positions,
+    write_documents,
+)
 from engram_jax.model.program import Program
 from engram_jax.sharding.rules import P
 from engram_jax.training.state import TrainState, abstract_state, build_training
-from engram_jax.training.step import eval_step
+from engram_jax.training.step import eval_step, score_step
+
+BY_CONTEXT = "by_context_ngram"
 
 
 @dataclass(frozen=True)
@@ -50,13 +67,49 @@ class Score:
 
 
 class Evaluator:
-    """The mean loss over held-out batches, compiled once."""
+    """Losses over held-out batches; each step is compiled once."""
 
     def __init__(self, program: Program, data: RunData):
         self.program, self.data = program, data
         self._step = program.jit(
             partial(eval_step, program), out_shardings=NamedSharding(program.mesh, P())
         )
+
+    @cached_property
+    def _nats_step(self) -> jax.stages.Wrapped:
+        def nats(*inputs: Any) -> jax.Array:
+            return score_step(self.program, *inputs)[0]
+
+        return self.program.jit(nats, out_shardings=NamedSharding(self.program.mesh, P()))
+
+    def target_nats(self, state: TrainState) -> np.ndarray:
+        """The loss of every held-out target in order, float64 [n]; the same on all processes.
+
+        Raises UserError as `check_held_out`.
+        """
+        check_held_out(self.data)
+        batches = self.data.validation_batches(self.program.mesh)
+        found = [nats.reshape(-1) for nats in self.nats(state, batches)]
+        flat = np.concatenate(found).astype(np.float64)
+        # Sequence i predicts token i T + t + 1 at position t.
+        return flat[target_positions(self.data.prepared.store_valid) - 1]
+
+    def nats(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+        """The losses of every batch's targets, [B, T], 0 where there is none. batches: this
+        process's rows of each."""
+        mesh, size = self.program.mesh, self.program.config.data.batch_size
+
+        def dispatched() -> Iterator[jax.Array]:
+            for batch in batches:
+                placed = place_batch(mesh, batch, size)
+                yield self._nats_step(state.params, state.router_bias, state.memory, placed)
+
+        return fetched(dispatched())
+
+    def whole(self, nats: np.ndarray) -> Score:
+        """The loss over the whole held-out split, from that of its targets."""
+        batches = -(-len(held_out_sequences(self.data)) // self.program.config.data.batch_size)
+        return Score(float(nats.mean()), batches, len(nats))
 
     def score(self, state: TrainState, batches: int | None = None) -> Score:
         """The loss over the first `batches` held-out batches (None: all of them).
@@ -79,11 +132,22 @@ class Evaluator:
         return Score(float(total[0] / total[1]), count, round(total[1]))
 
 
+def fetched(dispatched: Iterable[Any]) -> Iterator[Any]:
+    """The results on the host, each read only after the next is dispatched."""
+    pending = None
+    for result in dispatched:
+        if pending is not None:
+            yield jax.device_get(pending)
+        pending = result
+    if pending is not None:
+        yield jax.device_get(pending)
+
+
 def check_held_out(data: RunData, batches: int | None = None) -> None:
     """Raises UserError if the first `batches` held-out batches (None: all) have no target: their
     mean loss is not defined, and 0 would look like the best one."""
-    config, store = data.config, data.prepared.store_valid
-    sequences = PackedSequences(store, config.data.seq_len, config.tokenizer.pad_id, pad_tail=True)
+    config, sequences = data.config, held_out_sequences(data)
+    store = sequences.store
     count = None if batches is None else batches * config.data.batch_size
     if not sequences.targets(count):
         first = "" if batches is None else f"first {batches} batches of the "
@@ -94,13 +158,29 @@ def check_held_out(data: RunData, batches: int | None = None) -> None:
         )
 
 
-def evaluate(
-    config: Config, workdir: Path, step: str, accept: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Held-out loss of a checkpoint ("latest", "best" or a step) over the whole held-out split.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's checkpoint with its data.
 
-    accept: keys or sections of `config` that may differ from what the run was trained with; with
-      "data" it is scored on another text. The result lists the differences.
+    changes: accepted differences to the settings it was trained with. same_text: whether the data
+    is the run's.
+    """
+
+    workdir: Path
+    data: RunData
+    program: Program
+    state: TrainState
+    step: int
+    changes: Changes
+    same_text: bool
+
+
+def open_checkpoint(
+    config: Config, workdir: Path, step: str, accept: Sequence[str] = ()
+) -> Checkpoint:
+    """A checkpoint ("latest", "best" or a step) and the data to score it on.
+
+    accept: keys or sections of `config` that may differ from what the run was trained with.
 
     Raises UserError if there is no such checkpoint, or if it is of other settings, another model,
     tokenizer or text.
@@ -119,20 +199,56 @@ def evaluate(
     trained_on = position.get("data") if isinstance(position, dict) else None
     fingerprint = data.prepared.fingerprint
     same_text = agree(lambda: check_text(workdir, trained_on, fingerprint, accept))
-    number, state = restored.step, restored.state
-    score = Evaluator(program, data).score(state)
+    return Checkpoint(workdir, data, program, restored.state, restored.step, changes, same_text)
+
+
+def evaluate(
+    config: Config, workdir: Path, step: str, accept: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Held-out loss of a checkpoint over the whole held-out split; arguments and errors as of
+    `open_checkpoint`.
+
+    With "data" in `accept` it is scored on another text. The result lists the differences. Without
+    any, process 0 writes the documents' losses to `workdir` (see `documents_file`), and the result
+    says by what n-grams of context, too.
+    """
+    found = open_checkpoint(config, workdir, step, accept)
+    evaluator = Evaluator(found.program, found.data)
+    nats = evaluator.target_nats(found.state)
+    score = evaluator.whole(nats)
     result = {
         "name": config.name,
-        "step": number,
+        "step": found.step,
         "held_out_loss": score.loss,
         "held_out_batches": score.batches,
         "held_out_targets": score.targets,
         "perplexity": perplexity(score.loss),
-        "bits_per_byte": score.loss / math.log(2) / data.prepared.bytes_per_token,
+        "bits_per_byte": score.loss / math.log(2) / found.data.prepared.bytes_per_token,
     }
-    if changes:
-        result["changed_settings"] = {key: list(values) for key, values in changes.items()}
-    return result if same_text else {**result, "another_text": True}
+    if found.changes:
+        result["changed_settings"] = {key: list(both) for key, both in found.changes.items()}
+    if not found.same_text:
+        return {**result, "another_text": True}
+    if not any(covers([DATA], key) for key in found.changes):  # the run's own batches
+        contexts = seen_contexts(found.data, found.step)
+        result[BY_CONTEXT] = losses_by_context(contexts, {config.name: nats})
+        if not found.changes and jax.process_index() == 0:
+            file = documents_file(workdir, found.step)
+            store = found.data.prepared.store_valid
+            try:
+                write_documents(file, store, nats, contexts, found.step)
+                result["documents"] = str(file)
+            except OSError as error:
+                processes.warn(f"{file} cannot be written: {error.strerror}")
+    return result
+
+
+def documents_file(workdir: Path, step: int) -> Path:
+    """Where the documents' losses after `step` are written: of the newest checkpoint
+    held_out_documents.npz, of another one held_out_documents_STEP.npz."""
+    file = workdir / HELD_OUT_DOCUMENTS
+    newest = max(checkpoint_steps(workdir), default=step)
+    return file if step >= newest else file.with_stem(f"{file.stem}_{step}")
 
 
 def perplexity(loss: float) -> float:
@@ -157,7 +273,11 @@ def check_scored_tokenizer(workdir: Path, data: RunData) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text for a terminal."""
-    return "\n".join(
-        f"{key:18}{value:.4f}" if isinstance(value, float) else f"{key:18}{value}"
-        for key, value in result.items()
-    )
+    lines = []
+    for key, value in result.items():
+        if key == BY_CONTEXT:
+            lines += context_lines(value, result["name"])
+        else:
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            lines.append(f"{key:18}{shown}")
+    return "\n".join(lines)

@@ -65,6 +65,28 @@ def loss_section(losses: Record, name: str) -> Section:
     return Section("Held-out loss", caption, header=header, rows=tuple(rows))
 
 
+def context_section(losses: Record) -> Section | None:
+    """The held-out losses by whether the n-gram of context was seen; None if not searched."""
+    found = losses["held_out_loss"].get("by_context_ngram", {})
+    rows = []
+    for order, sides in found.items():
+        for side, of in sides.items():
+            means = of["nats_per_token"]
+            cells = [
+                "-" if means[title] is None else f"{float(means[title]):.4f}" for title in means
+            ]
+            rows.append((f"{order}-gram {side}", f"{of['targets']:,}", *cells))
+    if not rows:
+        return None
+    titles = list(losses["held_out_loss"]["nats_per_token"])
+    caption = (
+        "Nats per token, by whether the n tokens before a target (raw ids, within document and"
+        " sequence; those an Engram looks up there) stand in what the run was trained on."
+    )
+    header = ("context", "predicted tokens", *titles)
+    return Section("Held-out loss by context", caption, header=header, rows=tuple(rows))
+
+
 def run_rows(records: Sequence[Record], losses: Record, launch: Record) -> Rows:
     """(name, value) pairs of the training run. launch: the last one of run.json."""
     config = launch.get("config", {})

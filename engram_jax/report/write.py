@@ -24,6 +24,7 @@ from engram_jax.report.page import Section, as_html, as_markdown
 from engram_jax.report.tables import (
     Curve,
     configuration_section,
+    context_section,
     curve,
     data_rows,
     launch_rows,
@@ -78,6 +79,8 @@ def write_report(
     launches = [x for x in launches if x["resumed_at"] < losses.get("step", math.inf)] or launches
     launch = launches[-1] if launches else {}
     sections = [loss_section(losses, title)] if losses else []
+    if losses and (by_context := context_section(losses)):
+        sections.append(by_context)
     if records or losses:
         sections.append(Section("Training", rows=run_rows(records, losses, launch)))
     if missing := lacks("report"):

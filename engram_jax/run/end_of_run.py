@@ -13,20 +13,28 @@ import jax
 import numpy as np
 
 from engram_jax.analysis.gates import gates_of_document
-from engram_jax.checkpoint.workdir import LOSSES
+from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS, LOSSES
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.run_data import RunData
 from engram_jax.evaluation.count_models import fit_and_score
-from engram_jax.evaluation.held_out import Evaluator, Score
+from engram_jax.evaluation.held_out import BY_CONTEXT, Evaluator, Score
+from engram_jax.evaluation.target_losses import (
+    context_lines,
+    losses_by_context,
+    seen_contexts,
+    shown,
+    write_documents,
+)
 from engram_jax.hardware.storage import write_text
 from engram_jax.model.decode import Generator
 from engram_jax.model.describe import describe
-from engram_jax.model.program import Weights
+from engram_jax.model.program import Program, Weights
 from engram_jax.monitoring.metrics import MetricsWriter, json_value, read_metrics
 from engram_jax.report.write import GateSample, write_report
 from engram_jax.serve.text_stream import continuation
 from engram_jax.training.state import TrainState, weights_of
+from engram_jax.training.step import touched_rows
 
 GATE_TOKENS = 160
 
@@ -50,7 +58,8 @@ def end_run(
     Returns `loss_record`; process 0 also writes it to `workdir`/losses.json, and the held-out loss
     to the metrics.
     """
-    held_out = evaluator.score(state)
+    of_model = evaluator.target_nats(state)
+    held_out = evaluator.whole(of_model)
     validation = evaluator.score(state, config.train.eval_batches)
     weights = weights_of(evaluator.program, state)
     nats: dict[str, np.ndarray] = {}
@@ -58,13 +67,25 @@ def end_run(
         log("fitting the count models to the same training tokens")
         nats = count_model_nats(config, data)
     losses = loss_record(config.name, int(state.step), data, held_out, validation, nats)
+    contexts = seen_contexts(data, config.train.steps)
+    losses["held_out_loss"][BY_CONTEXT] = losses_by_context(
+        contexts, {config.name: of_model, **nats}
+    )
+    if memory := memory_use(evaluator.program, state):
+        losses["memory"] = memory
     log(loss_table(losses))
+    if not contexts.orders:
+        log(f"n-grams of context: not looked for in {contexts.tokens:,} tokens (train.seen_tokens)")
     samples = continuations(config, data, evaluator, weights)
     for prompt, text in samples:
         log(f"--- {prompt!r} continues:\n{prompt}{text}")
     gates = gate_sample(data, evaluator, weights)
     if jax.process_index() == 0:
         write_held_out(workdir, int(state.step), held_out)
+        write_documents(
+            workdir / HELD_OUT_DOCUMENTS,
+            *(data.prepared.store_valid, of_model, contexts, int(state.step)),
+        )
         text = json.dumps(json_value(losses), indent=1, allow_nan=False)
         write_text(workdir / LOSSES, text + "\n")
         model = describe(config)
@@ -116,6 +137,29 @@ def loss_record(
     }
 
 
+def memory_use(program: Program, state: TrainState) -> dict[str, dict[str, float | int | None]]:
+    """How often the rows of each Engram layer's table were read in training, by layer id.
+
+    Of a table of `rows`: training tokens per row, lookups per row, and per row that was ever
+    trained (`touched_rows`; None if none was). A token looks up H rows of it.
+    """
+    config = program.config
+    tokens = int(state.step) * config.data.batch_size * config.data.seq_len
+    lookups = tokens * config.model.engram.heads
+    used = jax.device_get(jax.jit(touched_rows)(state.memory))
+    found: dict[str, dict[str, float | int | None]] = {}
+    for layer, rows in program.table_rows.items():
+        touched = int(used[layer])
+        found[layer] = {
+            "rows": rows,
+            "tokens_per_row": tokens / rows,
+            "lookups_per_row": lookups / rows,
+            "touched_rows": touched,
+            "lookups_per_touched_row": lookups / touched if touched else None,
+        }
+    return found
+
+
 def loss_table(losses: Mapping[str, Any]) -> str:
     """The held-out losses of `loss_record` as text for a terminal."""
     held_out = losses["held_out_loss"]
@@ -125,6 +169,14 @@ def loss_table(losses: Mapping[str, Any]) -> str:
     for name, loss in held_out["nats_per_token"].items():
         lines.append(f"{name:{width}} {loss:<14.3f}  {bits[name]:.3f}")
     lines.append(f"over {held_out['of']}, {held_out['targets']:,} predicted tokens")
+    name = next(iter(held_out["nats_per_token"]))  # the model's
+    lines += context_lines(held_out.get(BY_CONTEXT, {}), name)
+    for layer, used in losses.get("memory", {}).items():
+        lines.append(
+            f"memory at layer {layer}: {used['tokens_per_row']:,.1f} training tokens and"
+            f" {used['lookups_per_row']:,.1f} lookups per row,"
+            f" {shown(used['lookups_per_touched_row'], 1)} per touched row"
+        )
     return "\n".join([*lines, ""])
 
 

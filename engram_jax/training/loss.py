@@ -38,18 +38,33 @@ def cross_entropy(
       chunk: tokens whose logits exist at a time.
     """
     tokens, width = targets.size, hidden.shape[-1]
-    chunk = min(chunk, tokens)
-    pad = -tokens % chunk
-
-    def chunks(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
-
     return _summed(
-        chunks(hidden.reshape(tokens, width)),
+        _chunks(hidden.reshape(tokens, width), chunk),
         unembedding.astype(hidden.dtype),
-        chunks(targets.reshape(tokens)),
-        chunks(mask.reshape(tokens)),
+        _chunks(targets.reshape(tokens), chunk),
+        _chunks(mask.reshape(tokens), chunk),
     )
+
+
+def target_nats(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int = 1024
+) -> jax.Array:
+    """The loss of every target, nats, float32 (float64) [B, T]: what `cross_entropy` sums.
+
+    Arguments as there. Not for training: its gradient would keep every chunk's logits.
+    """
+    tokens, width = targets.size, hidden.shape[-1]
+    matrix = unembedding.astype(hidden.dtype)
+    parts = _chunks(hidden.reshape(tokens, width), chunk), _chunks(targets.reshape(tokens), chunk)
+    nats = jax.lax.map(lambda part: token_losses(_logits(part[0], matrix), part[1]), parts)
+    return nats.reshape(-1)[:tokens].reshape(targets.shape)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """x [n, ...] -> [ceil(n / c), c, ...] with c = min(chunk, n), the last filled with zeros."""
+    chunk = min(chunk, len(x))
+    pad = -len(x) % chunk
+    return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

@@ -25,9 +25,9 @@ from engram_jax.memory.exchange import ExchangePlan, Sent
 from engram_jax.memory.table import Table, Tables
 from engram_jax.model.block import MOE
 from engram_jax.model.program import Params, Program
-from engram_jax.model.transformer import Output, stages
+from engram_jax.model.transformer import Output, Transformer, stages
 from engram_jax.sharding.rules import BATCH, P, specs
-from engram_jax.training.loss import cross_entropy
+from engram_jax.training.loss import cross_entropy, target_nats
 from engram_jax.training.optim import optimizer, rowwise_adam
 from engram_jax.training.state import TrainingProgram, TrainState, state_shardings
 
@@ -66,24 +66,44 @@ def fetch_rows(
 def forward(
     program: Program, params: Params, rows: Mapping[str, jax.Array], bias: Params, batch: Batch
 ) -> tuple[jax.Array, Metrics]:
-    """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`).
+    """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`)."""
+    shard = program.shard_view
+
+    def result(model: Transformer, output: Output, batch: Batch) -> tuple[jax.Array, Metrics]:
+        loss = cross_entropy(
+            output.hidden, model.unembedding(), batch["targets"], batch["loss_mask"]
+        )
+        return shard.psum_batch((loss, statistics(output, batch["segments"])))
+
+    return run_network(program, params, rows, bias, batch, result, P())
+
+
+def run_network(
+    program: Program,
+    params: Params,
+    rows: Mapping[str, jax.Array],
+    bias: Params,
+    batch: Batch,
+    result: Callable[[Transformer, Output, Batch], Any],
+    out_specs: Any,
+) -> Any:
+    """`result(model, output, batch)` of the network on a batch.
 
     One shard_map over several devices: each runs the network on its sequences, with weights
     all-gathered when they are needed. Differentiating it leaves each device its own shards of the
     gradients. One device runs the same function as it is.
+
+    out_specs: how the result is sharded, P() for what `result` has summed over the devices.
     """
     shard = program.shard_view
 
-    def on_device(params: Params, rows: Any, bias: Params, batch: Batch) -> tuple[jax.Array, Any]:
+    def on_device(params: Params, rows: Any, bias: Params, batch: Batch) -> Any:
         stacks = {"blocks": params["blocks"]}  # a layer's weights are gathered when it runs
         rest = shard.all_gather({k: v for k, v in params.items() if k != "blocks"})
         model = program.model({**rest, **stacks}, bias)
         mask = program.memory_mask(batch["tokens"])
         output = model(batch["tokens"], rows, batch["positions"], batch["segments"], mask, shard)
-        loss = cross_entropy(
-            output.hidden, model.unembedding(), batch["targets"], batch["loss_mask"]
-        )
-        return shard.psum_batch((loss, statistics(output, batch["segments"])))
+        return result(model, output, batch)
 
     inputs = {k: batch[k] for k in INPUTS}
     if program.mesh.size == 1:  # shard_map's gradient would be all-reduced over one device
@@ -94,7 +114,7 @@ def forward(
         on_device,
         mesh=program.mesh,
         in_specs=(specs(params, program.axes), sequences, P(), sequences),
-        out_specs=P(),
+        out_specs=out_specs,
         check_vma=False,
     )
     return run(params, dict(rows), bias, inputs)
@@ -253,7 +273,12 @@ def train_step(
 def utilisation(program: Program, memory: Tables) -> dict[str, jax.Array]:
     """Share of each table's rows that training has touched so far. Reads the moments: O(R)."""
     rows = program.table_rows
-    return {k: jnp.sum(jnp.any(t.nu > 0, axis=1)) / rows[k] for k, t in memory.items()}
+    return {k: touched / rows[k] for k, touched in touched_rows(memory).items()}
+
+
+def touched_rows(memory: Tables) -> dict[str, jax.Array]:
+    """How many of each table's rows training has touched so far, int32 []."""
+    return {k: jnp.sum(jnp.any(t.nu > 0, axis=1)) for k, t in memory.items()}
 
 
 def eval_step(
@@ -263,6 +288,20 @@ def eval_step(
     rows, _ = fetch_rows(program, memory, batch_addresses(program, batch))
     loss, _ = forward(program, params, rows, bias, batch)
     return loss, jnp.sum(batch["loss_mask"])
+
+
+def score_step(
+    program: Program, params: Params, bias: Params, memory: Tables, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """(nats of every target [B, T], 0 where there is none; hidden states after the last norm
+    [B, T, d]) of one batch."""
+    rows, _ = fetch_rows(program, memory, batch_addresses(program, batch))
+
+    def result(model: Transformer, output: Output, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        nats = target_nats(output.hidden, model.unembedding(), batch["targets"])
+        return jnp.where(batch["loss_mask"] > 0, nats, 0), output.hidden
+
+    return run_network(program, params, rows, bias, batch, result, P(BATCH))
 
 
 def jit_train_step(program: TrainingProgram) -> jax.stages.Wrapped:

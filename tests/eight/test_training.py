@@ -1,6 +1,6 @@
 """A training step over 8 devices is the step of one device, whatever the mesh."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from engram_jax.data.placement import place_batch
 from engram_jax.memory.exchange import natural_order
 from engram_jax.sharding.rules import make_mesh
 from engram_jax.training.state import build_training, create_state
-from engram_jax.training.step import jit_train_step
+from engram_jax.training.step import jit_train_step, score_step
 from tests.tiny import random_batch, tiny_addressing, tiny_config
 
 BATCH = 16
@@ -90,6 +90,23 @@ def test_steps_equal_those_of_one_device(mesh):
     with jax.enable_x64(True):
         types = {"model.dtype": "float64", "model.param_dtype": "float64"}
         compare((MESHES | MORE_MESHES)[mesh], 3, 1e-9, **types)
+
+
+def test_losses_of_targets_equal_those_of_one_device():
+    """In the order of the batch, whatever device a sequence lies on."""
+    found = []
+    for mesh in (ONE, EVERY_AXIS):
+        keys = {"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in mesh}}
+        config = tiny_config(**keys)
+        devices = jax.devices()[: 1 if mesh == ONE else 8]
+        program = build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
+        state = create_state(program)
+        batch = place_batch(program.mesh, random_batch(config), BATCH)
+        step = jax.jit(partial(score_step, program))
+        found.append(step(state.params, state.router_bias, state.memory, batch))
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
+    assert len(np.unique(np.asarray(found[0][0]))) > BATCH
 
 
 @pytest.mark.slow

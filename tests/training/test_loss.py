@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.training.loss import cross_entropy
+from engram_jax.training.loss import cross_entropy, target_nats
 
 
 def oracle(hidden, matrix, targets, mask):
@@ -51,3 +51,26 @@ def test_loss_and_gradients(chunk, dtype):
         assert error < tolerance
         scale = np.sum(np.asarray(ours, np.float64) * theirs) / np.sum(theirs**2)
         assert abs(scale - 1) < 3e-3  # of one rounding per entry, not all the same way
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_every_target_s_loss(chunk):
+    """In float64, and what they add up to in float32."""
+    rng = np.random.default_rng(1)
+    hidden, matrix = rng.normal(size=(3, 9, 8)), rng.normal(size=(21, 8))
+    targets = rng.integers(0, 21, (3, 9))
+    ones = np.ones((3, 9))
+    each = [
+        oracle(hidden[at][None], matrix, targets[at][None], ones[at][None])[0]
+        for at in np.ndindex(3, 9)
+    ]
+    with jax.enable_x64(True):
+        found = jax.jit(target_nats, static_argnames="chunk")(
+            jnp.asarray(hidden), jnp.asarray(matrix), jnp.asarray(targets), chunk=chunk
+        )
+        assert found.shape == (3, 9) and found.dtype == jnp.float64
+        np.testing.assert_allclose(np.ravel(found), each, rtol=1e-12)
+    h, w = jnp.asarray(hidden, "float32"), jnp.asarray(matrix, "float32")
+    found = target_nats(h, w, jnp.asarray(targets), chunk=chunk)
+    total = cross_entropy(h, w, jnp.asarray(targets), jnp.asarray(ones, "float32"), chunk=chunk)
+    np.testing.assert_allclose(np.asarray(found, np.float64).sum(), total, rtol=1e-6)

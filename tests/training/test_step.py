@@ -19,6 +19,8 @@ from engram_jax.training.step import (
     eval_step,
     fetch_rows,
     jit_train_step,
+    score_step,
+    touched_rows,
     train_step,
     update_memory,
     utilisation,
@@ -145,6 +147,7 @@ def test_hit_rate_and_utilisation_count_trained_rows():
     trained = np.count_nonzero(np.any(np.asarray(state.memory["1"].nu) > 0, axis=1))
     used = utilisation(program, state.memory)["1"]
     assert float(used) == pytest.approx(trained / program.table_rows["1"])
+    assert int(touched_rows(state.memory)["1"]) == trained
     touched = int(first["rows_touched/1"])
     assert 0.7 * touched < trained <= touched
     _, again = step(state, batch)
@@ -249,6 +252,28 @@ def test_evaluation_is_the_training_loss_before_the_step():
     _, metrics = step(copy(state), batch)
     np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
     assert float(count) == batch["loss_mask"].sum()
+
+
+def test_losses_of_targets_are_those_of_the_whole_logits():
+    """Against the plain model without chunks; they add up to the evaluation's sum."""
+    program, state = tiny()
+    batch = random_batch(program.config, accumulate_padding=True)
+    inputs = state.params, state.router_bias, state.memory, batch
+    nats, hidden = jax.jit(partial(score_step, program))(*inputs)
+    rows, _ = fetch_rows(program, state.memory, batch_addresses(program, batch))
+
+    @jax.jit
+    def plain(params, rows):
+        model = program.model(params, state.router_bias)
+        out = model(batch["tokens"], rows, batch["positions"], batch["segments"])
+        return token_losses(model.logits(out.hidden), batch["targets"]), out.hidden
+
+    losses, expected = plain(state.params, rows)
+    np.testing.assert_allclose(nats, losses * batch["loss_mask"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-5)
+    assert not np.any(np.asarray(nats)[batch["loss_mask"] == 0])
+    total, _ = jax.jit(partial(eval_step, program))(*inputs)
+    np.testing.assert_allclose(np.asarray(nats, np.float64).sum(), total, rtol=1e-6)
 
 
 def test_a_table_changes_no_other_parameters_start():
