@@ -154,7 +154,7 @@ def _modulo(high: jax.Array, low: jax.Array, sizes: np.ndarray) -> jax.Array:
     weight = 2**32 % sizes
     p, w = jnp.asarray(sizes, jnp.uint32), jnp.asarray(weight, jnp.uint32)
     w_quotient = jnp.asarray((weight << 32) // sizes, jnp.uint32)
-    # For a size of 1, 2**32 is one more than a word holds; the quotient is then one less, as it may.
+    # For a size of 1, 2**32 is one more than a word holds. The quotient is one less, as it may be.
     one_quotient = jnp.asarray(np.minimum(2**32 // sizes, _WORD), jnp.uint32)
     quotient = _multiply(high, w_quotient)[0] + _multiply(low, one_quotient)[0]
     rest = high * w + low - quotient * p

@@ -19,8 +19,8 @@ every address is in range. A masked token gets no memory, though: the caller set
 Signs (config.model.engram.signs) make a table a count sketch (Charikar, Chen, Farach-Colton 2002):
 n-grams that share a row read it with signs of their own, so that what one writes is, on average,
 no bias for another. The sign of head j of an order is bit j of a word that the finaliser of
-MurmurHash3 mixes from all 64 bits of h_n: h_n itself has few random bits where they are easy to
-take (its lowest is the parity of the ids), and an address, h_n mod a prime, determines none of them.
+MurmurHash3 mixes from all 64 bits of h_n. (h_n itself has few random bits where they are easy to
+take: its lowest is the parity of the ids.) An address, h_n mod a prime, tells nothing about it.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class LayerAddressing:
         low, high = min(self.head_sizes), max(self.head_sizes)
         if low < 1 or high > MAX_HEAD_SIZE:
             raise UserError(
-                f"{where} would have heads of {low} to {high} rows: must be 1 to {MAX_HEAD_SIZE}"
+                f"{where} would have heads of {low} to {high} rows: must be 2 to {MAX_HEAD_SIZE}"
             )
         if self.padded_rows > MAX_TABLE_ROWS:
             raise UserError(

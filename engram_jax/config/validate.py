@@ -222,7 +222,7 @@ def _engram(engram: EngramConfig, layers: int) -> None:
 
 
 def _variants(engram: EngramConfig, batch_size: int, samples: tuple[str, ...]) -> None:
-    """The lab's switches that exclude each other."""
+    """Switches of the memory's variants (docs/models.md) that exclude each other."""
     key = "model.engram"
     if engram.form == OVER_ENCODING:
         why = f"for model.engram.form = {OVER_ENCODING!r}"

@@ -30,10 +30,10 @@ rows, too. That is what the demo's torch.nn.RMSNorm(eps=None) adds from torch 2.
 a checkpoint's meaning when model.dtype changes. (Up to torch 2.6 it was the input's own, 2^-7 for
 bfloat16, which makes a key of rms 0.2 come out 9 % smaller.)
 
-Two switches take the module apart, in any form (docs/lab.md: Variants):
+Two switches take the module apart, in any form (docs/models.md: Variants):
 
     gate          "one" or "learned": no context, so no keys and no norms of them (constant_gate.py)
-    multi_branch  False: one branch for all streams, as in the paper's ablation (section 4). Its
+    multi_branch  False: one branch for all streams, as in the paper's ablation. Its
                   query is the streams' mean; key, gate, value and convolution are one each, and the
                   result is added to every stream.
 

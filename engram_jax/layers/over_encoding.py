@@ -1,6 +1,6 @@
 """OverEncoding (Over-Tokenized Transformer, arXiv 2501.16975): n-grams in the input embedding.
 
-The comparison of the Engram paper's "infinite memory" experiment (section 3): the same hashed
+The comparison of the Engram paper's "infinite memory" experiment: the same hashed
 tables, the same rows, but nothing decides per token what to do with them. With e_n the concatenated
 rows of order n (d_mem / orders wide) and W_n one matrix per order, the network's input is
 
@@ -77,15 +77,15 @@ class OverEncoding(nnx.Module):
 
     def init_tail(self, batch: int, dtype: DTypeLike) -> None:
         """No state is carried from token to token."""
-        return None
+        return
 
     def cached(
         self,
         rows: jax.Array,
         streams: jax.Array,
-        tail: None,
+        tail: jax.Array | None,
         valid: jax.Array,
         mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Prefill or decode: a position depends on no other."""
         return self(rows, streams, None, mask)[0], tail

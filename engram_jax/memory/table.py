@@ -55,6 +55,13 @@ class Table:
     mu: jax.Array | None
     nu: jax.Array | None
 
+    @property
+    def moments(self) -> tuple[jax.Array, jax.Array]:
+        """(mu, nu). Raises ValueError for a frozen table."""
+        if self.mu is None or self.nu is None:
+            raise ValueError("a frozen table has no moments")
+        return self.mu, self.nu
+
 
 # The tables of a model by layer id ("1", "14"): strings, being pytree keys and checkpoint names.
 Tables = Mapping[str, Table]

@@ -50,7 +50,7 @@ PARAMETERS: dict[str, Parameter] = {
     # Engram: [d_mem, M + 1, d], M + 1 separate maps d_mem -> d; the short convolution
     "projection": Parameter(MUON, (None, None, "embed"), fan_in=-3),
     "taps": Parameter(ADAMW_NO_DECAY),
-    # its variants (docs/lab.md): a constant gate per branch, a vector per class of case, OverEncoding
+    # its variants (docs/models.md): a constant gate per branch, vectors of case, OverEncoding
     "gate_logit": Parameter(ADAMW_NO_DECAY),
     "case": Parameter(ADAMW_NO_DECAY),
     "order_projections": Parameter(MUON, (None, None, "embed")),
