@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from engram_jax.addressing.case_classes import build_case_classes
 from engram_jax.addressing.compression import build_compression
 from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
 from engram_jax.addressing.tokenizer import (
@@ -26,26 +27,31 @@ from engram_jax.addressing.tokenizer import (
     tokenizer_fingerprint,
     tokenizer_size,
 )
-from engram_jax.config import QWEN, Config, TokenizerConfig
+from engram_jax.config import HASHED, QWEN, Config, TokenizerConfig
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.storage import write_text
 
 _JSON, _NPZ = "addressing.json", "addressing.npz"
 _FORMAT = 1
+_MAPS = ("compression", "case")  # arrays, stored in the .npz
+_LATER = {"lookup": HASHED, "signs": False, "case": False}  # values that need not be stored
 
 
 @dataclass(frozen=True, eq=False)
 class Addressing:
     """From token ids to rows, for all Engram layers of a model.
 
-    compression: int32 [V_tok] canonical id per raw id; None = raw ids are hashed (dialect "qwen"),
-      or no tokenizer was given (describe, compile).
+    compression: int32 [V_tok] canonical id per raw id; None = raw ids are hashed (dialect "qwen",
+      or config.model.engram.compression is off), or no tokenizer was given (describe, compile).
     canonical_vocab_size: number of ids that are hashed.
     pad_id: canonical id of the tokenizer's pad id.
     layers: addressing of each Engram layer by 0-based layer id.
     dialect: "paper" or "qwen".
     eos_id: raw end-of-sequence id, -1 = none.
     tokenizer_fingerprint: SHA-256 of the tokenizer, "" = none was given.
+    lookup, signs: of config.model.engram.
+    case: int32 [V_tok], the class (case_classes.py) per raw id; None = it is not kept, or no
+      tokenizer was given.
 
     Compare two by `fingerprint`.
     """
@@ -57,6 +63,9 @@ class Addressing:
     dialect: str
     eos_id: int
     tokenizer_fingerprint: str
+    lookup: str = HASHED
+    signs: bool = False
+    case: np.ndarray | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -65,13 +74,17 @@ class Addressing:
         del numbers["eos_id"]  # decides no address, except as a layer's restart_id
         digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
         digest.update(_bytes(self.compression))
+        digest.update(_bytes(self.case))
         return digest.hexdigest()
 
     def _numbers(self) -> dict[str, Any]:
-        """Everything but the compression map, as JSON values."""
+        """Everything but the maps, as JSON values. What `_LATER` names is there unless it has its
+        default: fingerprints from before it existed stay the same."""
         layers = [dataclasses.asdict(layer) for _, layer in sorted(self.layers.items())]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**fields, "layers": layers, "compression": self.compression is not None}
+        maps = {name: getattr(self, name) is not None for name in _MAPS}
+        found = {**fields, "layers": layers, **maps}
+        return {k: v for k, v in found.items() if k not in _LATER or v != _LATER[k]}
 
     def save(self, directory: str | Path) -> None:
         """Write addressing.json and addressing.npz into `directory` (created if missing).
@@ -80,8 +93,9 @@ class Addressing:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.compression is not None:
-            np.savez_compressed(folder / _NPZ, compression=self.compression)
+        maps = {name: getattr(self, name) for name in _MAPS if getattr(self, name) is not None}
+        if maps:
+            np.savez_compressed(folder / _NPZ, **maps)
         state = {"format": _FORMAT, "fingerprint": self.fingerprint, **self._numbers()}
         write_text(folder / _JSON, json.dumps(state, indent=1) + "\n")
 
@@ -92,18 +106,21 @@ class Addressing:
         try:
             state = json.loads((folder / _JSON).read_text())
             layers = [_layer(values) for values in state["layers"]]
-            compression = None
-            if state["compression"]:
+            there = [name for name in _MAPS if state.get(name, False)]
+            maps: dict[str, Any] = dict.fromkeys(_MAPS)
+            if there:
                 with np.load(folder / _NPZ, allow_pickle=False) as archive:
-                    compression = archive["compression"]
+                    maps |= {name: archive[name] for name in there}
             found = cls(
-                compression=compression,
+                **maps,
                 canonical_vocab_size=state["canonical_vocab_size"],
                 pad_id=state["pad_id"],
                 layers={layer.layer_id: layer for layer in layers},
                 dialect=state["dialect"],
                 eos_id=state["eos_id"],
                 tokenizer_fingerprint=state["tokenizer_fingerprint"],
+                lookup=state.get("lookup", HASHED),
+                signs=state.get("signs", False),
             )
             stored = state["fingerprint"]
         except Exception as error:  # whatever a truncated or foreign file raises
@@ -117,8 +134,8 @@ class Addressing:
         return found
 
 
-def _bytes(compression: np.ndarray | None) -> bytes:
-    return b"" if compression is None else np.ascontiguousarray(compression, "<i4").tobytes()
+def _bytes(ids: np.ndarray | None) -> bytes:
+    return b"" if ids is None else np.ascontiguousarray(ids, "<i4").tobytes()
 
 
 def _layer(values: dict[str, Any]) -> LayerAddressing:
@@ -131,9 +148,12 @@ def check_same(stored: Addressing, mine: Addressing) -> None:
     if stored.fingerprint == mine.fingerprint:
         return
     theirs, ours = stored._numbers(), mine._numbers()
-    different = [name for name in theirs if name != "eos_id" and theirs[name] != ours[name]]
-    if _bytes(stored.compression) != _bytes(mine.compression) and "compression" not in different:
-        different.append("compression")
+    names = [*theirs, *(name for name in ours if name not in theirs)]
+    different = [n for n in names if n != "eos_id" and theirs.get(n) != ours.get(n)]
+    for name in _MAPS:
+        same = _bytes(getattr(stored, name)) == _bytes(getattr(mine, name))
+        if not same and name not in different:
+            different.append(name)
     message = (
         f"addressing {stored.fingerprint} (stored with the checkpoint) differs from"
         f" {mine.fingerprint} (this configuration and tokenizer) in {', '.join(different)}:"
@@ -180,13 +200,15 @@ def build_addressing(config: Config, tokenizer: Tokenizer | None = None) -> Addr
             f"config.tokenizer.vocab_size = {tokens.vocab_size}: must be at least the tokenizer's"
             f" {tokenizer_size(tokenizer)} ids"
         )
-    if engram.hash_dialect == QWEN:
+    if engram.hashes_raw_ids:
         compression, canonical_size, pad_id = None, tokens.vocab_size, tokens.pad_id
-        fill_id, restart_id = tokens.eos_id, tokens.eos_id
+        qwen = engram.hash_dialect == QWEN
+        fill_id, restart_id = (tokens.eos_id, tokens.eos_id) if qwen else (pad_id, None)
         if tokens.canonical_vocab_size not in (0, canonical_size):
+            what = f"hash dialect {QWEN!r}" if qwen else "model.engram.compression = False"
             raise UserError(
                 f"config.tokenizer.canonical_vocab_size = {tokens.canonical_vocab_size}: must be 0"
-                f" or tokenizer.vocab_size = {canonical_size}: hash dialect {QWEN!r} hashes raw ids"
+                f" or tokenizer.vocab_size = {canonical_size}: {what} hashes raw ids"
             )
     else:
         compression = None if tokenizer is None else build_compression(tokenizer)
@@ -201,6 +223,9 @@ def build_addressing(config: Config, tokenizer: Tokenizer | None = None) -> Addr
         dialect=engram.hash_dialect,
         eos_id=tokens.eos_id,
         tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        lookup=engram.lookup,
+        signs=engram.signs,
+        case=build_case_classes(tokenizer) if engram.case and tokenizer is not None else None,
     )
 
 

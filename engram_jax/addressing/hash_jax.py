@@ -99,6 +99,27 @@ def addresses(
     return flat.reshape(*canonical.shape, layer.heads)
 
 
+def signs(
+    canonical: jax.Array,
+    layer: LayerAddressing,
+    segments: jax.Array | None = None,
+    history: jax.Array | None = None,
+) -> jax.Array:
+    """The signs with which the rows at `addresses` are read: int8 [..., T, H], 1 or -1, those of
+    `hash_numpy.signs`. Arguments as in `addresses`."""
+    high, low = mixes(lookback(canonical, layer, segments, history), layer)
+    word = _finalised(low ^ _finalised(high))
+    bits = word[..., None] >> jnp.arange(layer.heads_per_order, dtype=jnp.uint32) & 1
+    return (1 - 2 * bits.astype(jnp.int8)).reshape(*canonical.shape, layer.heads)
+
+
+def _finalised(x: jax.Array) -> jax.Array:
+    """uint32 -> uint32, every bit depending on all (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
 def mixes(ids: list[jax.Array], layer: LayerAddressing) -> Words:
     """h_n for every order: two words, uint32 [..., T, orders], from `lookback`'s ids."""
     high = low = jnp.zeros(ids[0].shape, jnp.uint32)
@@ -129,11 +150,12 @@ def _multiply(x: jax.Array, y: jax.Array) -> Words:
 
 
 def _modulo(high: jax.Array, low: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """(high * 2**32 + low) mod sizes for sizes in [2, 2**30], constants; uint32, broadcast."""
+    """(high * 2**32 + low) mod sizes for sizes in [1, 2**30], constants; uint32, broadcast."""
     weight = 2**32 % sizes
     p, w = jnp.asarray(sizes, jnp.uint32), jnp.asarray(weight, jnp.uint32)
     w_quotient = jnp.asarray((weight << 32) // sizes, jnp.uint32)
-    one_quotient = jnp.asarray(2**32 // sizes, jnp.uint32)
+    # For a size of 1, 2**32 is one more than a word holds. The quotient is one less, as it may be.
+    one_quotient = jnp.asarray(np.minimum(2**32 // sizes, _WORD), jnp.uint32)
     quotient = _multiply(high, w_quotient)[0] + _multiply(low, one_quotient)[0]
     rest = high * w + low - quotient * p
     # rest < 4 p. Where a difference would be negative it wraps, and is the larger of the two.

@@ -15,6 +15,12 @@ every address is in range. A masked token gets no memory, though: the caller set
 (`canonical < 0`). Its neighbours keep theirs: their n-grams contain the negative id.
 
 `hash_jax`, `hash_tokens` and `hash_batches` compute the same addresses, bit for bit.
+
+Signs (config.model.engram.signs) make a table a count sketch (Charikar, Chen, Farach-Colton 2002):
+n-grams that share a row read it with signs of their own, so that what one writes is, on average,
+no bias for another. The sign of head j of an order is bit j of a word that the finaliser of
+MurmurHash3 mixes from all 64 bits of h_n. (h_n itself has few random bits where they are easy to
+take: its lowest is the parity of the ids.) An address, h_n mod a prime, tells nothing about it.
 """
 
 from __future__ import annotations
@@ -23,6 +29,8 @@ import numpy as np
 
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.config.errors import UserError
+
+_WORD = 0xFFFFFFFF
 
 
 def canonicalise(raw: np.ndarray, compression: np.ndarray | None) -> np.ndarray:
@@ -108,3 +116,25 @@ def addresses(
     per_head = [h for h in hashed for _ in range(layer.heads_per_order)]
     heads = zip(per_head, layer.head_sizes, layer.offsets, strict=True)
     return np.stack([h % size + offset for h, size, offset in heads], axis=-1)
+
+
+def signs(
+    canonical: np.ndarray,
+    layer: LayerAddressing,
+    segments: np.ndarray | None = None,
+    history: np.ndarray | None = None,
+) -> np.ndarray:
+    """The sign with which each row at `addresses` is read: int8 [..., T, H], 1 or -1. Arguments as
+    in `lookback`."""
+    found = []
+    for h in mixes(lookback(canonical, layer, segments, history), layer):
+        word = _finalised(h & _WORD ^ _finalised(h >> 32 & _WORD))
+        found += [1 - 2 * (word >> head & 1) for head in range(layer.heads_per_order)]
+    return np.stack(found, axis=-1).astype(np.int8)
+
+
+def _finalised(x: np.ndarray) -> np.ndarray:
+    """int64 in [0, 2**32) -> the same, every bit depending on all."""
+    x = (x ^ x >> 16) * 0x85EBCA6B & _WORD  # a product may wrap: its low word is right
+    x = (x ^ x >> 13) * 0xC2B2AE35 & _WORD
+    return x ^ x >> 16

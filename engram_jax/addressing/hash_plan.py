@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engram_jax.config import MAX_HEAD_SIZE, MAX_TABLE_ROWS, QWEN, EngramConfig
+from engram_jax.config import MAX_HEAD_SIZE, MAX_TABLE_ROWS, ONE_ROW, QWEN, EngramConfig
 from engram_jax.config.errors import UserError
 
 _INT64_MAX = 2**63 - 1
@@ -29,7 +29,8 @@ class LayerAddressing:
 
     layer_id: 0-based.
     multipliers: m_0 .. m_{N-1}, odd, in [1, 2**63): m_k multiplies the id k positions back.
-    head_sizes: H primes, order-major: all heads of the first order, then of the next.
+    head_sizes: H primes, order-major: all heads of the first order, then of the next; all 1 where
+      config.model.engram.lookup is "one_row".
     orders: n-gram orders, ascending; N is the last.
     heads_per_order: heads of each order.
     fill_id: canonical id read before a document's start (pad; Qwen: end of sequence).
@@ -61,7 +62,7 @@ class LayerAddressing:
             raise ValueError(f"layer {self.layer_id}: multipliers must lie in [1, 2**63)")
         where = f"config.model.engram.rows_per_head: layer {self.layer_id}"
         low, high = min(self.head_sizes), max(self.head_sizes)
-        if low < 2 or high > MAX_HEAD_SIZE:
+        if low < 1 or high > MAX_HEAD_SIZE:
             raise UserError(
                 f"{where} would have heads of {low} to {high} rows: must be 2 to {MAX_HEAD_SIZE}"
             )
@@ -121,6 +122,9 @@ def plan_layer(
             _paper_multipliers(config.seed, layer_id, config.max_ngram, canonical_vocab_size)
             for layer_id in config.layers
         ]
+    padded = config.hash_dialect == QWEN
+    if config.lookup == ONE_ROW:  # h mod 1: the same n-grams, hashed and told apart no more
+        head_sizes, padded = [(1,) * config.heads for _ in config.layers], False
     return {
         layer_id: LayerAddressing(
             layer_id=layer_id,
@@ -130,7 +134,7 @@ def plan_layer(
             heads_per_order=config.heads_per_order,
             fill_id=fill_id,
             restart_id=restart_id,
-            row_multiple=_QWEN_ROW_MULTIPLE if config.hash_dialect == QWEN else 1,
+            row_multiple=_QWEN_ROW_MULTIPLE if padded else 1,
         )
         for index, layer_id in enumerate(config.layers)
     }

@@ -19,12 +19,13 @@ class Hasher:
     """Tokens of running sequences -> canonical ids and addresses, for all Engram layers.
 
     A sequence's history is int32 [N - 1], its last canonical ids, oldest first. It serves all
-    layers, which share fill id, restart id and N.
+    layers, which share fill id, restart id and N. signed: whether rows are read with `signs`.
     """
 
     def __init__(self, addressing: Addressing):
         self.layers = {str(i): layer for i, layer in addressing.layers.items()}
         self._compression = addressing.compression
+        self.signed = addressing.signs
         self._first = next(iter(addressing.layers.values()))
         self.past = self._first.max_ngram - 1
         self._addresses = {k: _addresser(layer) for k, layer in self.layers.items()}
@@ -42,6 +43,11 @@ class Hasher:
         known = (tokens >= 0) & (tokens < size)
         found = self._compression[np.where(known, tokens, 0)]
         return np.where(known, found, np.minimum(tokens, -1)).astype(np.int32)
+
+    def signs(self, layer: str, ids: np.ndarray) -> np.ndarray:
+        """As `addresses`, the signs that the rows are read with: int8 [B, S, H]."""
+        past = self.past
+        return hash_numpy.signs(ids[:, past:], self.layers[layer], history=ids[:, :past])
 
     def addresses(self, layer: str, ids: np.ndarray) -> np.ndarray:
         """ids: histories and new canonical ids side by side, int32 [B, N - 1 + S] -> [B, S, H]."""

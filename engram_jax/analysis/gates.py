@@ -22,12 +22,13 @@ def gates_of_document(
     program: Program, weights: Weights, tokenizer: Any, ids: Sequence[int]
 ) -> tuple[list[str], np.ndarray]:
     """(token strings, gates [Engram layers, T] averaged over the M branches) of T token ids, the
-    beginning of a document."""
+    beginning of a document. Layers without a gate are left out."""
     strings = [text_of(tokenizer, i, inside=place > 0) for place, i in enumerate(ids)]
     tokens = np.asarray([ids], np.int32)
     replicated = NamedSharding(program.mesh, P())
     gates = program.jit(partial(_gates, program), out_shardings=replicated)(weights, tokens)
-    return strings, np.stack([np.asarray(g) for g in gates.values()])
+    found = [np.asarray(g) for g in gates.values()]
+    return strings, np.stack(found) if found else np.zeros((0, len(ids)), np.float32)
 
 
 def _gates(program: Program, weights: Weights, tokens: jax.Array) -> dict[str, jax.Array]:
@@ -36,5 +37,6 @@ def _gates(program: Program, weights: Weights, tokens: jax.Array) -> dict[str, j
     addresses = batch_addresses(program, {"tokens": tokens, "segments": segments})
     rows = {layer: lookup(weights.rows[layer], ids) for layer, ids in addresses.items()}
     model = program.model(weights.params, weights.router_bias)
-    output = model(tokens, rows, positions, segments, program.memory_mask(tokens))
+    mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
+    output = model(tokens, rows, positions, segments, mask, beside=beside)
     return {layer: jnp.mean(gate[0], axis=-1) for layer, gate in output.gates.items()}

@@ -190,6 +190,8 @@ def _addressing(config: Config) -> Addressing | None:
         return None
     if tokens.path:
         return build_addressing(config, load_tokenizer(tokens.path))
+    if not engram.compression:
+        return build_addressing(config, None)
     if not tokens.canonical_vocab_size and engram.hash_dialect == PAPER:
         size = round(SHARE_OF_CANONICAL * tokens.vocab_size)
         known = dataclasses.replace(tokens, canonical_vocab_size=size)

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from engram_jax.checkpoint.manager import Checkpointer, Restored
+from engram_jax.config import FROZEN
 from engram_jax.memory.exchange import natural_order, stored_order
 from engram_jax.memory.table import Table, TableLayout
 from engram_jax.model.program import Program, table_format
@@ -42,8 +43,10 @@ def restore(
 
 
 def true_rows(program: Program) -> dict[str, int]:
-    """Path of every array of a table -> R, the rows that are no padding."""
-    parts = [field.name for field in dataclasses.fields(Table)]
+    """Path of every array of a table -> R, the rows that are no padding. A frozen table has rows
+    only (`Table`)."""
+    frozen = program.config.optimizer.memory_optimizer == FROZEN
+    parts = ["rows"] if frozen else [field.name for field in dataclasses.fields(Table)]
     return {f"memory/{k}/{part}": r for k, r in program.table_rows.items() for part in parts}
 
 

@@ -20,12 +20,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 PAPER, V41, QWEN = "paper", "v41", "qwen"
+OVER_ENCODING = "over_encoding"
+CONTEXT, ONE, LEARNED = "context", "one", "learned"  # gates
+HASHED, ONE_ROW, SHUFFLED = "hashed", "one_row", "shuffled"  # lookups
 MODEL, BF16, FP8 = "model", "bf16", "fp8"
 DEVICE, HOST, DISK = "device", "host", "disk"
 ALL_LAYERS = -1
 LOCAL_BPE = "local-bpe"
 ROW_FORMATS = ("float32", "bfloat16", "fp8")  # of stored rows (memory/store/row_format.py)
-ROWWISE_ADAM, DENSE_ADAM = "rowwise_adam", "dense_adam"
+ROWWISE_ADAM, DENSE_ADAM, FROZEN = "rowwise_adam", "dense_adam", "frozen"
 
 # An address is an int32, and the 32-bit hash (addressing/hash_jax.py) needs 4 * head size <= 2**32.
 # The highest addresses below 2**31 are sentinels: memory/row_gradients.py fills its unused entries
@@ -33,6 +36,7 @@ ROWWISE_ADAM, DENSE_ADAM = "rowwise_adam", "dense_adam"
 MAX_LOOKUPS = 2**28
 MAX_TABLE_ROWS = 2**31 - MAX_LOOKUPS
 MAX_HEAD_SIZE = 2**30
+SIGNS_PER_ORDER = 32  # model.engram.signs: the bits of one word (addressing/hash_numpy.py)
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,22 @@ class EngramConfig:
     d_mem: width of the concatenated rows; a row has d_mem / (orders x heads_per_order) numbers.
     seed: of the hash's multipliers.
     form: "paper" (biases, short conv), "v41" (neither), "qwen" (no biases, conv, gains stored
-      minus 1).
+      minus 1), or "over_encoding": no gate and no conv, the n-grams' embeddings are averaged into
+      the input embedding (layers/over_encoding.py).
     hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
-    conv_kernel: taps of the short convolution; its dilation is the longest n-gram order.
+    gate: "context" (equation 4), "one" (no gate: the value is added as it is) or "learned" (one
+      constant for each branch); the last two have no keys.
+    multi_branch: a key, a gate and a convolution for each residual stream; False = one of each,
+      whose query is the mean of the streams and whose output is added to all of them.
+    conv_kernel: taps of the short convolution; its dilation is the longest n-gram order. 0 = no
+      convolution.
+    lookup: "hashed"; "one_row" reduces every head to one row (`rows_per_head` then decides
+      nothing); "shuffled" reads the rows of another sequence of the batch: a control, which can be
+      trained and evaluated only.
+    signs: n-grams that share a row read it with a sign of their own, from their hash (a count
+      sketch).
+    compression: hash canonical ids; False = raw ids. (Dialect "qwen" always hashes raw ids.)
+    case: add a learned vector for what compression removed from the token: leading space and case.
     init_std: standard deviation of the rows at step 0.
     table_dtype: of the rows; "bfloat16" is rounded stochastically (training/optim/rowwise_adam.py);
       for TPUs: on a CPU, XLA converts the whole table for every update. Moments are float32.
@@ -160,12 +177,23 @@ class EngramConfig:
     seed: int = 0
     form: str = PAPER
     hash_dialect: str = PAPER
+    gate: str = CONTEXT
+    multi_branch: bool = True
     conv_kernel: int = 4
+    lookup: str = HASHED
+    signs: bool = False
+    compression: bool = True
+    case: bool = False
     init_std: float = 0.02
     table_dtype: str = "float32"
     addresses: str = "device"
     precision: str = MODEL
     fp8_recipe: str = "block"
+
+    @property
+    def hashes_raw_ids(self) -> bool:
+        """Whether addresses come from raw token ids, not from canonical ones."""
+        return self.hash_dialect == QWEN or not self.compression
 
     @property
     def heads(self) -> int:
@@ -295,7 +323,7 @@ class OptimizerConfig:
     adam_b1, adam_b2, adam_eps: of AdamW and of row-wise Adam.
     memory_lr_multiplier: the tables' learning rate as a multiple of the others'.
     memory_optimizer: "rowwise_adam" updates the rows that were read; "dense_adam" all rows, for
-      comparison.
+      comparison; "frozen" none: the tables stay as they were drawn.
     """
 
     peak_lr: float = 4e-4

@@ -17,18 +17,27 @@ from engram_jax.config.errors import UserError
 from engram_jax.config.schema import (
     ALL_LAYERS,
     BF16,
+    CONTEXT,
     DENSE_ADAM,
     DEVICE,
     DISK,
     FP8,
+    FROZEN,
+    HASHED,
     HOST,
+    LEARNED,
     MAX_HEAD_SIZE,
     MAX_LOOKUPS,
     MAX_TABLE_ROWS,
     MODEL,
+    ONE,
+    ONE_ROW,
+    OVER_ENCODING,
     PAPER,
     QWEN,
     ROWWISE_ADAM,
+    SHUFFLED,
+    SIGNS_PER_ORDER,
     V41,
     Config,
     DataConfig,
@@ -50,7 +59,7 @@ _POSITIVE = {
     "model.attention": "heads kv_lora_rank nope_dim rope_dim v_dim rope_theta",
     "model.ffn": "dense_dim routed_scaling",
     "model.hyper": "streams sinkhorn_iterations",
-    "model.engram": "heads_per_order d_mem conv_kernel",
+    "model.engram": "heads_per_order d_mem",
     "tokenizer": "vocab_size",
     "mesh": "data expert tensor headroom",
     "data": "seq_len batch_size text_key",
@@ -63,7 +72,7 @@ _POSITIVE = {
 _NOT_NEGATIVE = {
     "model.ffn": "routed_experts shared_experts bias_update_rate",
     "model.hyper": "eps",
-    "model.engram": "init_std seed",
+    "model.engram": "conv_kernel init_std seed",
     "mesh": "fsdp distinct",
     "data": "max_megabytes workers",
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
@@ -76,7 +85,9 @@ _CHOICES = {
     "model.param_dtype": ("float32", "float64"),
     "model.remat": ("none", "block", "dots"),
     "model.hyper.start": ("identity", "uniform"),
-    "model.engram.form": (PAPER, V41, QWEN),
+    "model.engram.form": (PAPER, V41, QWEN, OVER_ENCODING),
+    "model.engram.gate": (CONTEXT, ONE, LEARNED),
+    "model.engram.lookup": (HASHED, ONE_ROW, SHUFFLED),
     "model.engram.hash_dialect": (PAPER, QWEN),
     "model.engram.addresses": ("device", "host"),
     "model.engram.table_dtype": ("float32", "bfloat16"),
@@ -85,7 +96,7 @@ _CHOICES = {
     "model.kernels": IMPLEMENTATIONS,
     "serve.memory": (DEVICE, HOST, DISK),
     "data.source": ("local", "folder", "tfds"),
-    "optimizer.memory_optimizer": (ROWWISE_ADAM, DENSE_ADAM),
+    "optimizer.memory_optimizer": (ROWWISE_ADAM, DENSE_ADAM, FROZEN),
 }
 _SEEDS = ("data.seed", "train.seed", "generate.seed")
 _MAY_BE_INFINITE = ("optimizer.clip_norm",)  # no clipping
@@ -131,6 +142,7 @@ def validate(config: Config) -> None:
     _data(config.data)
     if model.engram.layers:
         _lookups(config.data, model.engram.heads)
+        _variants(model.engram, config.data.batch_size, config.train.samples)
     _optimizer(config.optimizer)
     if config.optimizer.memory_optimizer == DENSE_ADAM:
         dtype = model.engram.table_dtype
@@ -207,6 +219,33 @@ def _engram(engram: EngramConfig, layers: int) -> None:
         " the highest are no rows);"
         f" this is {table}",
     )
+
+
+def _variants(engram: EngramConfig, batch_size: int, samples: tuple[str, ...]) -> None:
+    """Switches of the memory's variants (docs/models.md) that exclude each other."""
+    key = "model.engram"
+    if engram.form == OVER_ENCODING:
+        why = f"for model.engram.form = {OVER_ENCODING!r}"
+        fixed = {"layers": (0,), "gate": CONTEXT, "multi_branch": True, "precision": MODEL}
+        for name, value in fixed.items():
+            found = getattr(engram, name)
+            _require(found == value, f"{key}.{name}", found, f"{value!r} {why}")
+    if engram.lookup == SHUFFLED:
+        why = f"for model.engram.lookup = {SHUFFLED!r}"
+        even = f"even {why}: half of the sequences read the other half's rows"
+        _require(batch_size % 2 == 0, "data.batch_size", batch_size, even)
+        _require(not samples, "train.samples", samples, f"() {why}, which has no other sequence")
+        _require(not engram.signs, f"{key}.signs", True, f"False {why}")
+    most = SIGNS_PER_ORDER
+    per_order = engram.heads_per_order
+    _require(
+        not engram.signs or per_order <= most,
+        f"{key}.heads_per_order",
+        per_order,
+        f"at most {most} for model.engram.signs: one bit of a word for each head",
+    )
+    removed = "False where raw ids are hashed: nothing is removed from the token"
+    _require(not (engram.case and engram.hashes_raw_ids), f"{key}.case", engram.case, removed)
 
 
 def _fp8(model: ModelConfig) -> None:

@@ -29,6 +29,19 @@ Machine epsilon is that of the dtype in which the norms are computed: float32's,
 rows, too. That is what the demo's torch.nn.RMSNorm(eps=None) adds from torch 2.7 on, and what keeps
 a checkpoint's meaning when model.dtype changes. (Up to torch 2.6 it was the input's own, 2^-7 for
 bfloat16, which makes a key of rms 0.2 come out 9 % smaller.)
+
+Two switches take the module apart, in any form (docs/models.md: Variants):
+
+    gate          "one" or "learned": no context, so no keys and no norms of them (constant_gate.py)
+    multi_branch  False: one branch for all streams, as in the paper's ablation. Its
+                  query is the streams' mean; key, gate, value and convolution are one each, and the
+                  result is added to every stream.
+
+The paper does not say what replaces the M queries. The mean and the sum give the same normalised
+query up to the norm's eps (RMSNorm divides by the size); the mean has the size of one stream, so
+that eps weighs as it does with M branches, and at the first layer, where the streams are M copies
+of the embedding, it is each of them. Adding the result to every stream, as M branches do, keeps the
+scale of what reaches the end, where the streams are summed.
 """
 
 from __future__ import annotations
@@ -41,7 +54,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from engram_jax.config import BF16, FP8, PAPER, QWEN, V41, EngramConfig
+from engram_jax.config import BF16, CONTEXT, FP8, LEARNED, PAPER, QWEN, V41, EngramConfig
+from engram_jax.layers.constant_gate import constant_gate
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.short_conv import ShortConv
 from kernels_pallas.dispatch import AUTO
@@ -61,6 +75,7 @@ class Form:
     machine_eps: bool
 
 
+# "over_encoding" is another module (over_encoding.py).
 FORMS = {
     PAPER: Form(bias=True, conv=True, gain_offset=0.0, machine_eps=True),
     V41: Form(bias=False, conv=False, gain_offset=0.0, machine_eps=False),
@@ -89,17 +104,22 @@ class Engram(nnx.Module):
         self.projection_dtype = jnp.dtype(jnp.bfloat16 if config.precision == BF16 else dtype)
         self.recipe = config.fp8_recipe if config.precision == FP8 else None
         self.norm_eps = None if form.machine_eps else norm_eps
+        branches = streams if config.multi_branch else 1
+        keys = branches if config.gate == CONTEXT else 0
+        self.one_branch = not config.multi_branch
         # Keys of the M branches, then the value: one matrix product, as the paper fuses it.
-        shape = (config.d_mem, streams + 1, d_model)
+        shape = (config.d_mem, keys + 1, d_model)
         self.projection = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * init_std)
         self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype)) if form.bias else None
         # Only the gains of these norms are used (the gate fuses the norms with the dot product).
         norm = partial(RMSNorm, gain_offset=form.gain_offset, param_dtype=param_dtype)
-        self.query_norm = norm((streams, d_model), norm_eps)
-        self.key_norm = norm((streams, d_model), norm_eps)
+        self.query_norm = norm((branches, d_model), norm_eps) if keys else None
+        self.key_norm = norm((branches, d_model), norm_eps) if keys else None
+        learned = config.gate == LEARNED
+        self.gate_logit = nnx.Param(jnp.zeros((branches,), param_dtype)) if learned else None
         self.conv = (
             ShortConv(
-                streams,
+                branches,
                 d_model,
                 config.conv_kernel,
                 config.max_ngram,
@@ -108,15 +128,30 @@ class Engram(nnx.Module):
                 param_dtype=param_dtype,
                 kernels=kernels,
             )
-            if form.conv
+            if form.conv and config.conv_kernel
             else None
         )
 
     def gated_value(
         self, rows: jax.Array, streams: jax.Array, mask: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Equations 2, 3, 4, 6: u [B, T, M, d] in the streams' dtype, and the gates [B, T, M]."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Equations 2, 3, 4, 6: u [B, T, M, d] in the streams' dtype, and the gates [B, T, M], None
+        without; of one branch [B, T, 1, d] and [B, T, 1]."""
         e = rows.reshape(*rows.shape[:2], -1).astype(self.projection_dtype)
+        if self.one_branch:
+            wide = streams.astype(compute_dtype(streams))
+            streams = jnp.mean(wide, axis=-2, keepdims=True).astype(streams.dtype)
+        if self.query_norm is None or self.key_norm is None:
+            return constant_gate(
+                e,
+                self.projection[...],
+                None if self.bias is None else self.bias[...],
+                None if self.gate_logit is None else self.gate_logit[...],
+                mask,
+                branches=streams.shape[-2],
+                dtype=streams.dtype,
+                recipe=self.recipe,
+            )
         eps = self.norm_eps
         if eps is None:
             eps = float(jnp.finfo(compute_dtype(e)).eps)
@@ -138,7 +173,7 @@ class Engram(nnx.Module):
         streams: jax.Array,
         segments: jax.Array,
         mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """What to add to the streams, and the gates.
 
         Args:
@@ -149,10 +184,16 @@ class Engram(nnx.Module):
             gate and output are 0, and it adds nothing to the convolution of later tokens.
 
         Returns:
-          (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32).
+          (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32; [B, T, 1] of one branch,
+          None without a gate).
         """
         u, gate = self.gated_value(rows, streams, mask)
-        return (u if self.conv is None else self.conv(u, segments, mask)), gate
+        out = u if self.conv is None else self.conv(u, segments, mask)
+        return self._to_streams(out, streams), gate
+
+    def _to_streams(self, out: jax.Array, streams: jax.Array) -> jax.Array:
+        """The branches' results, or the only one's for every stream: [B, T, M, d]."""
+        return jnp.broadcast_to(out, streams.shape) if self.one_branch else out
 
     def init_tail(self, batch: int, dtype: DTypeLike) -> jax.Array | None:
         """The convolution's state before the first token, None for a form without one."""
@@ -169,5 +210,6 @@ class Engram(nnx.Module):
         """Prefill or decode: as `__call__` for S new positions of which valid[b] are real."""
         u, _ = self.gated_value(rows, streams, mask)
         if self.conv is None or tail is None:
-            return u, tail
-        return self.conv.cached(u, tail, valid, mask)
+            return self._to_streams(u, streams), tail
+        out, tail = self.conv.cached(u, tail, valid, mask)
+        return self._to_streams(out, streams), tail

@@ -48,12 +48,19 @@ class Table:
 
     rows: [R, dim]; the heads one after another (address = head offset + hash mod head size). On a
       mesh of n devices [n L, dim], row a at (a mod n) L + a // n (memory/exchange.py).
-    mu, nu: first and second moments of the rows, likewise, float32.
+    mu, nu: first and second moments of the rows, likewise, float32; None of a frozen table.
     """
 
     rows: jax.Array
-    mu: jax.Array
-    nu: jax.Array
+    mu: jax.Array | None
+    nu: jax.Array | None
+
+    @property
+    def moments(self) -> tuple[jax.Array, jax.Array]:
+        """(mu, nu). Raises ValueError for a frozen table."""
+        if self.mu is None or self.nu is None:
+            raise ValueError("a frozen table has no moments")
+        return self.mu, self.nu
 
 
 # The tables of a model by layer id ("1", "14"): strings, being pytree keys and checkpoint names.
@@ -61,10 +68,18 @@ Tables = Mapping[str, Table]
 
 
 def init_table(
-    key: jax.Array, layout: TableLayout, dim: int, std: float, dtype: jnp.dtype
+    key: jax.Array,
+    layout: TableLayout,
+    dim: int,
+    std: float,
+    dtype: jnp.dtype,
+    trained: bool = True,
 ) -> Table:
-    """Rows ~ N(0, std^2) (the demo draws N(0, 1)), the same on any mesh; moments zero."""
+    """Rows ~ N(0, std^2) (the demo draws N(0, 1)), the same on any mesh; moments zero, none unless
+    `trained`."""
     values = _normal(key, layout, dim, std, dtype)
+    if not trained:
+        return Table(values, None, None)
     zeros = jnp.zeros((layout.stored, dim), jnp.float32)
     return Table(values, zeros, zeros)
 
@@ -102,11 +117,12 @@ def init_memory(
     dim: int,
     std: float,
     dtype: jnp.dtype = jnp.float32,
+    trained: bool = True,
 ) -> dict[str, Table]:
     """All tables of a model; `layouts` by layer id. A table's initial values depend on its own
     layer id, not on which other tables exist."""
     return {
-        layer: init_table(jax.random.fold_in(key, int(layer)), layout, dim, std, dtype)
+        layer: init_table(jax.random.fold_in(key, int(layer)), layout, dim, std, dtype, trained)
         for layer, layout in layouts.items()
     }
 

@@ -26,7 +26,7 @@ from engram_jax.config import GenerateConfig
 from engram_jax.config.errors import UserError
 from engram_jax.memory.table import lookup
 from engram_jax.model.decode_state import DecodeState
-from engram_jax.model.program import Program, Weights
+from engram_jax.model.program import Program, Weights, check_decodes
 from engram_jax.model.sampling import key_of_token, sample
 from engram_jax.sharding.rules import BATCH, P, names
 
@@ -43,7 +43,9 @@ class Session:
 
 
 def start(program: Program, weights: Weights, batch: int, capacity: int) -> Session:
-    """`batch` empty sequences with room for `capacity` tokens each."""
+    """`batch` empty sequences with room for `capacity` tokens each. Raises UserError for a model
+    that cannot decode (`check_decodes`)."""
+    check_decodes(program.config)
     model = program.model(weights.params, weights.router_bias)
     layers = list(program.addressing.layers.values()) if program.addressing else []
     history = jnp.zeros((batch, 0), jnp.int32)
@@ -69,7 +71,8 @@ def extend(
         past = jnp.concatenate([session.history, canonical], axis=1)
         history = last_valid(past, session.history.shape[1], valid)
     mask = program.memory_mask(tokens)
-    hidden, decode = model.cached(tokens, rows, valid, session.decode, mask)
+    beside = program.beside(tokens, history=session.history)
+    hidden, decode = model.cached(tokens, rows, valid, session.decode, mask, beside=beside)
     last = jnp.take_along_axis(hidden, (valid - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), Session(decode, history)
 

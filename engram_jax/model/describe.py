@@ -12,7 +12,7 @@ from flax import nnx
 
 from engram_jax.addressing import artifact, load_tokenizer, plan_layer
 from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.config import QWEN, Config
+from engram_jax.config import Config
 from engram_jax.model.transformer import Transformer
 from engram_jax.sharding.parameters import part_of
 from engram_jax.sharding.rules import names
@@ -49,8 +49,10 @@ def flops_per_token(config: Config, matrix_params: int) -> float:
 
 
 def active_params(config: Config, counts: dict[str, int]) -> int:
-    """Weights a token is multiplied with, without the token embedding. counts: from `parts`."""
-    return sum(counts.values()) - counts["token embedding"] - idle_experts(config, counts)
+    """Weights a token is multiplied with, without the token embedding, of which one row is looked
+    up, and the vectors of case, of which another is. counts: from `parts`."""
+    looked_up = counts["token embedding"] + counts.get("engram case vectors", 0)
+    return sum(counts.values()) - looked_up - idle_experts(config, counts)
 
 
 def training_flops(config: Config, counts: dict[str, int] | None = None) -> float:
@@ -90,7 +92,7 @@ def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
     engram, tokens = config.model.engram, config.tokenizer
     if not engram.layers:
         return {}, None
-    if tokens.path or tokens.canonical_vocab_size or engram.hash_dialect == QWEN:
+    if tokens.path or tokens.canonical_vocab_size or engram.hashes_raw_ids:
         tokenizer = load_tokenizer(tokens.path) if tokens.path else None
         addressing = artifact.build_addressing(config, tokenizer)
         return addressing.layers, addressing.canonical_vocab_size

@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 
 from engram_jax.addressing import hash_jax
 from engram_jax.addressing.artifact import Addressing
-from engram_jax.config import Config
+from engram_jax.config import SHUFFLED, Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
 from engram_jax.layers.moe import RouterBias
 from engram_jax.memory.exchange import ROW_SHARDED, Exchange
 from engram_jax.memory.table import TableLayout
+from engram_jax.model.beside import Beside, classes
 from engram_jax.model.transformer import Transformer
 from engram_jax.sharding.rules import Axes, axes_of, check, make_mesh, row_major, shardings
 from engram_jax.sharding.shard_view import ShardView
@@ -104,6 +105,36 @@ class Program:
         the tokenizer's."""
         return self.canonical(tokens) >= 0
 
+    def beside(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        history: jax.Array | None = None,
+    ) -> Beside | None:
+        """What tokens int32 [B, T] read beside their rows, None if nothing. segments, history: as
+        for their addresses (`hash_jax.addresses`)."""
+        addressing, case = self.addressing, self.config.model.engram.case
+        if addressing is None or not (addressing.signs or case):
+            return None
+        signs = {}
+        if addressing.signs:
+            canonical = self.canonical(tokens)
+            signs = {
+                str(layer_id): hash_jax.signs(canonical, layer, segments, history)
+                for layer_id, layer in addressing.layers.items()
+            }
+        return Beside(signs, classes(addressing, tokens) if case else None)
+
+    def beside_in_layer(
+        self, layer: str, tokens: jax.Array, signs: jax.Array | None
+    ) -> Beside | None:
+        """As `beside`, of one Engram layer whose signs [B, T, H] the host has computed."""
+        case, addressing = self.config.model.engram.case, self.addressing
+        if addressing is None or (signs is None and not case):
+            return None
+        found = {} if signs is None else {layer: signs}
+        return Beside(found, classes(addressing, tokens) if case else None)
+
     @property
     def table_rows(self) -> dict[str, int]:
         """Stored rows per Engram layer id (R, plus the padding that the "qwen" dialect has)."""
@@ -129,6 +160,16 @@ class Program:
             for tree in (params, bias)
         )
         return Weights(params, bias, rows)
+
+
+def check_decodes(config: Config) -> None:
+    """Raises UserError for a model that cannot continue a sequence or give its tables away: it
+    reads the rows of another sequence of its batch."""
+    if config.model.engram.layers and config.model.engram.lookup == SHUFFLED:
+        raise UserError(
+            f"config.model.engram.lookup = {SHUFFLED!r}: is a control for training and evaluation;"
+            " it reads the rows of another sequence of the batch, and a sequence by itself has none"
+        )
 
 
 def split_model(model: Transformer) -> tuple[Any, Params, Params]:

@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engram_jax.config import Config, ModelConfig
+from engram_jax.config import OVER_ENCODING, Config, ModelConfig
 from engram_jax.config.random_streams import fold_name
+from engram_jax.layers.case_vectors import CaseVectors
 from engram_jax.layers.engram import Engram
 from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
+from engram_jax.layers.over_encoding import OverEncoding
+from engram_jax.model.beside import Beside, signed
 from engram_jax.model.block import DENSE, MOE, Stack
 from engram_jax.model.decode_state import DecodeState
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
@@ -74,7 +77,8 @@ def spans(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M]; loads [MoE layers, E]."""
+    """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M] ([B, T, 1] of one branch),
+    of the layers that have gates; loads [MoE layers, E]."""
 
     hidden: jax.Array
     gates: dict[str, jax.Array]
@@ -106,18 +110,21 @@ class Transformer(nnx.Module):
         self.embedding = matrix("embedding", vocab, d)
         self.engrams = nnx.Dict(
             {
-                str(layer): Engram(
-                    d,
-                    self.streams,
-                    model.engram,
-                    norm_eps=model.norm_eps,
-                    init_std=model.init_std,
-                    dtype=self.dtype,
-                    param_dtype=param_dtype,
-                    kernels=model.kernels,
-                    rngs=nnx.Rngs(params=jax.random.fold_in(engram_key, layer)),
+                str(layer): _memory_module(
+                    model,
+                    self.dtype,
+                    param_dtype,
+                    nnx.Rngs(params=jax.random.fold_in(engram_key, layer)),
                 )
                 for layer in model.engram.layers
+            }
+        )
+        self.signs = model.engram.signs
+        cased = model.engram.layers if model.engram.case else ()
+        self.engram_case = nnx.Dict(
+            {
+                str(layer): CaseVectors(model.engram.d_mem, param_dtype=param_dtype)
+                for layer in cased
             }
         )
         self.blocks = nnx.Dict(
@@ -133,6 +140,18 @@ class Transformer(nnx.Module):
         """tokens int32 [B, T] -> M equal streams [B, T, M, d]; a negative id embeds as id 0."""
         x = self.embedding[...].astype(self.dtype)[jnp.maximum(tokens, 0)]
         return expand(x, self.streams)
+
+    def _read(self, layer: str, rows: jax.Array, beside: Beside | None) -> jax.Array:
+        """A layer's rows with what is read beside them. Raises ValueError if that is missing."""
+        if self.signs:
+            if beside is None or layer not in beside.signs:
+                raise ValueError(f"layer {layer}: its rows have signs, and none are given")
+            rows = signed(rows, beside.signs[layer])
+        if layer in self.engram_case:
+            if beside is None or beside.case is None:
+                raise ValueError(f"layer {layer}: its tokens have classes, and none are given")
+            rows = self.engram_case[layer](rows, beside.case)
+        return rows
 
     def finish(self, x: jax.Array) -> jax.Array:
         """streams [..., M, d] -> the hidden states that `logits` takes, [..., d]."""
@@ -156,6 +175,7 @@ class Transformer(nnx.Module):
         segments: jax.Array,
         mask: jax.Array | None = None,
         shard: ShardView = UNSHARDED,
+        beside: Beside | None = None,
     ) -> Output:
         """The differentiated part of a training step.
 
@@ -165,6 +185,7 @@ class Transformer(nnx.Module):
           mask: bool [B, T] or None; False = a token that gets no memory.
           shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
             this device's shards, all others whole.
+          beside: what tokens read beside their rows (`Program.beside`), None where nothing is.
 
         Returns:
           The hidden states, gates and loads (`Output`).
@@ -173,10 +194,11 @@ class Transformer(nnx.Module):
         gates, loads = {}, []
         for stage in self.stage_list:
             if stage.name in self.engrams:
-                out, gates[stage.name] = self.engrams[stage.name](
-                    rows[stage.name], x, segments, mask
-                )
+                read = self._read(stage.name, rows[stage.name], beside)
+                out, gate = self.engrams[stage.name](read, x, segments, mask)
                 x = x + out
+                if gate is not None:
+                    gates[stage.name] = gate
             x, load = self.blocks[stage.name](x, positions, segments, shard)
             if stage.kind == MOE:
                 loads.append(load)
@@ -203,13 +225,14 @@ class Transformer(nnx.Module):
         state: DecodeState,
         mask: jax.Array | None = None,
         shard: ShardView = UNSHARDED,
+        beside: Beside | None = None,
     ) -> tuple[jax.Array, DecodeState]:
         """Prefill or decode S more tokens of each sequence.
 
         Args:
           tokens: int32 [B, S]; rows: layer id -> [B, S, H, dim].
           valid: int32 [B], how many of a row's S tokens are real (a prefix); the rest is padding.
-          mask: bool [B, S] or None, as in `__call__`.
+          mask: bool [B, S] or None, beside: as in `__call__`.
 
         Returns:
           (hidden [B, S, d], the state after the real tokens).
@@ -222,8 +245,9 @@ class Transformer(nnx.Module):
         caches, tails = {}, dict(state.tails)
         for stage in self.stage_list:
             if stage.name in self.engrams:
+                read = self._read(stage.name, rows[stage.name], beside)
                 out, tails[stage.name] = self.engrams[stage.name].cached(
-                    rows[stage.name], x, state.tails[stage.name], valid, mask
+                    read, x, state.tails[stage.name], valid, mask
                 )
                 x = x + out
             x, caches[stage.name] = self.blocks[stage.name].cached(
@@ -244,6 +268,7 @@ class Transformer(nnx.Module):
         pages: jax.Array,
         pool: jax.Array,
         shard: ShardView = UNSHARDED,
+        beside: Beside | None = None,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """One of `spans` over S more tokens of each sequence, caches in shared pages.
 
@@ -251,7 +276,7 @@ class Transformer(nnx.Module):
           x: streams [B, S, M, d].
           rows: [B, S, H, dim] of the span's Engram layer; None = it has none, or it is skipped.
           start: int32 [B], tokens before these. valid: int32 [B], how many of the S are real.
-          mask: bool [B, S] or None, as in `__call__`.
+          mask: bool [B, S] or None, beside: as in `__call__`.
           tail: of the Engram module's convolution, [B, L, M, d], or None.
           pages, pool: see MLA.paged.
 
@@ -264,9 +289,37 @@ class Transformer(nnx.Module):
         positions = jnp.where(real, start[:, None] + steps, beyond)
         for stage in span:
             if stage.name in self.engrams and rows is not None:
-                out, tail = self.engrams[stage.name].cached(rows, x, tail, valid, mask)
+                read = self._read(stage.name, rows, beside)
+                out, tail = self.engrams[stage.name].cached(read, x, tail, valid, mask)
                 x = x + out
             x, pool = self.blocks[stage.name].paged(
                 x, positions, real.astype(jnp.int32), pages, pool, shard
             )
         return x, tail, pool
+
+
+def _memory_module(
+    model: ModelConfig, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> Engram | OverEncoding:
+    """The module of an Engram layer, by `model.engram.form`."""
+    engram = model.engram
+    if engram.form == OVER_ENCODING:
+        return OverEncoding(
+            model.d_model,
+            engram,
+            init_std=model.init_std,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+    return Engram(
+        model.d_model,
+        model.hyper.streams,
+        engram,
+        norm_eps=model.norm_eps,
+        init_std=model.init_std,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernels=model.kernels,
+        rngs=rngs,
+    )

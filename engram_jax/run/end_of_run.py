@@ -14,7 +14,7 @@ import numpy as np
 
 from engram_jax.analysis.gates import gates_of_document
 from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS, LOSSES
-from engram_jax.config import Config
+from engram_jax.config import SHUFFLED, Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.run_data import RunData
 from engram_jax.evaluation.count_models import fit_and_score
@@ -232,12 +232,13 @@ def continuations(
 
 
 def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSample | None:
-    """The gates on the beginning of a held-out document; None for a model without memory.
+    """The gates on the beginning of a held-out document; None for a model without memory or gates,
+    or one that reads another sequence's rows.
 
     It is the first document of at least GATE_TOKENS tokens, else the longest, read from its start:
     n-grams and attention see the same context as in training.
     """
-    if data.addressing is None:
+    if data.addressing is None or data.addressing.lookup == SHUFFLED:
         return None
     store, tokenizer = data.prepared.store_valid, data.prepared.tokenizer
     lengths = np.minimum(np.diff(store.starts) - 1, GATE_TOKENS)  # without the end of the document
@@ -245,4 +246,4 @@ def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSa
     start = int(store.starts[document])
     ids = store.tokens[start : start + int(lengths[document])].tolist()
     strings, gates = gates_of_document(evaluator.program, weights, tokenizer, ids)
-    return GateSample(strings, gates, list(data.addressing.layers))
+    return GateSample(strings, gates, list(data.addressing.layers)) if len(gates) else None

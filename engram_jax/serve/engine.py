@@ -271,7 +271,10 @@ class Engine:
             for row, sequence, _ in rows:
                 if row in errors and sequence.finish is None:
                     self._end(sequence, Finish.ERROR, errors[row])
-            flow, self._cache = steps.span(i, weights, self._cache, batch, flow, got)
+            signs = asked.signs.get(layer)
+            if signs is not None:
+                signs = jax.device_put(signs, self._replicated)
+            flow, self._cache = steps.span(i, weights, self._cache, batch, flow, got, signs)
         alive = [(row, s, count) for row, s, count in rows if s.finish is None]
         logprobs = any(s.params.logprobs is not None for _, s, _ in alive)
         sampled, self._cache = steps.sample(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from engram_jax.config import ServeConfig
-from engram_jax.model.program import Program, Weights
+from engram_jax.model.program import Program, Weights, check_decodes
 from engram_jax.model.sampling import log_probabilities, sample_rows
 from engram_jax.model.transformer import Transformer, spans
 from engram_jax.serve.request import MAX_LOGPROBS
@@ -107,9 +107,11 @@ class Sampled:
 
 
 class EngineSteps:
-    """The compiled functions of one program."""
+    """The compiled functions of one program. Raises UserError for one that cannot decode
+    (`check_decodes`)."""
 
     def __init__(self, program: Program, serve: ServeConfig):
+        check_decodes(program.config)
         capacity = serve.capacity or program.config.data.seq_len
         self.program, self.serve = program, replace(serve, capacity=capacity)
         self.spans = spans(program.config.model)
@@ -156,9 +158,19 @@ class EngineSteps:
         """
         return self._first(weights, cache, batch, tokens)
 
-    def span(self, i: int, weights: Weights, cache: Cache, batch: StepBatch, flow: Flow, rows: Any):
-        """Run the i-th span, from its Engram layer on. rows [B, S, H, dim], None = it is off."""
-        return self._middle[i - 1](weights, cache, batch, flow, rows)
+    def span(
+        self,
+        i: int,
+        weights: Weights,
+        cache: Cache,
+        batch: StepBatch,
+        flow: Flow,
+        rows: Any,
+        signs: Any = None,
+    ):
+        """Run the i-th span, from its Engram layer on. rows [B, S, H, dim], None = it is off; signs
+        int8 [B, S, H] that they are read with, None = without."""
+        return self._middle[i - 1](weights, cache, batch, flow, rows, signs)
 
     def sample(
         self,
@@ -191,20 +203,36 @@ class EngineSteps:
         model = self._model(weights)
         if tokens is None:
             tokens = cache.tokens.at[batch.slot].get(mode="clip")[:, None]
-        return self._through(model, 0, cache, batch, Flow(tokens, model.embed(tokens)), None)
+        return self._through(model, 0, cache, batch, Flow(tokens, model.embed(tokens)), None, None)
 
     def _run_span(
-        self, i: int, weights: Weights, cache: Cache, batch: StepBatch, flow: Flow, rows: Any
+        self,
+        i: int,
+        weights: Weights,
+        cache: Cache,
+        batch: StepBatch,
+        flow: Flow,
+        rows: Any,
+        signs: Any,
     ) -> tuple[Flow, Cache]:
-        return self._through(self._model(weights), i, cache, batch, flow, rows)
+        return self._through(self._model(weights), i, cache, batch, flow, rows, signs)
 
     def _through(
-        self, model: Transformer, i: int, cache: Cache, batch: StepBatch, flow: Flow, rows: Any
+        self,
+        model: Transformer,
+        i: int,
+        cache: Cache,
+        batch: StepBatch,
+        flow: Flow,
+        rows: Any,
+        signs: Any,
     ) -> tuple[Flow, Cache]:
         tails, tail, mask, kept = dict(cache.tails), None, None, None
+        beside = None
         layer = self.layers[i - 1] if i else ""
         if rows is not None:
             mask = self.program.memory_mask(flow.tokens)
+            beside = self.program.beside_in_layer(layer, flow.tokens, signs)
             rows = self._switched(rows)
             kept = tails[layer]
             if kept is not None:
@@ -220,6 +248,7 @@ class EngineSteps:
             tail,
             batch.pages,
             cache.pool,
+            beside=beside,
         )
         if kept is not None:
             tails[layer] = kept.at[batch.slot].set(tail, mode="drop")

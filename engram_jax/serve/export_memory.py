@@ -15,6 +15,7 @@ from engram_jax.data.run_data import open_on_all_processes
 from engram_jax.memory.store.memory_file import write_memory
 from engram_jax.memory.store.read_counts import count_accesses, save_frequency
 from engram_jax.memory.store.row_format import RowFormat
+from engram_jax.model.program import check_decodes
 from engram_jax.serve.compatibility import origin
 
 _CHUNK = 1 << 16  # rows
@@ -38,6 +39,7 @@ def export_memory(
     """
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory to export")
+    check_decodes(config)
     trained = load_model(config, workdir, step, rows=HOST, accept=accept)
     stored = RowFormat(row_format or config.model.engram.table_dtype, config.model.engram.dim)
     addressing = trained.program.addressing
@@ -60,6 +62,7 @@ def count_memory(config: Config, path: Path, tokens: int, log: Log) -> None:
     UserError for a model without memory."""
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory whose reads to count")
+    check_decodes(config)
     data = open_on_all_processes(config, log=log)
     assert data.addressing is not None
     addresser = BatchAddresser(data.addressing)

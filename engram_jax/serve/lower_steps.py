@@ -59,15 +59,17 @@ def lower_steps(program: Program, serve: ServeConfig, *, prefill: bool) -> Lower
     engram = program.config.model.engram
     addresses = array(batch, tokens, engram.heads)
     for layer in steps.layers:
-        rows = None
+        rows = signs = None
         if layer in tables and not serve.is_off(layer):
             dtype = jnp.dtype(engram.table_dtype)
             rows = array(batch, tokens, engram.heads, engram.dim, dtype=dtype)
+            if engram.signs:
+                signs = array(batch, tokens, engram.heads, dtype=jnp.int8)
             if serve.memory == DEVICE:
                 read = DeviceMemory(program, tables[layer]).read
                 programs[f"rows {layer}"] = read.lower(tables[layer], addresses)
         name = f"span {layer}"
-        programs[name] = compiled[name].lower(network, cache, running, flow, rows)
+        programs[name] = compiled[name].lower(network, cache, running, flow, rows, signs)
     programs["sample"] = compiled["sample"].lower(
         network, cache, running, flow, None, logprobs=False, prompt=False
     )

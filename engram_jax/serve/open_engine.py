@@ -14,6 +14,7 @@ from engram_jax.config import DEVICE, HOST, Config, ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
 from engram_jax.distributed import processes
+from engram_jax.model.program import check_decodes
 from engram_jax.serve.compatibility import Warn, check_memory_file, for_one, with_capacity
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.engine_steps import EngineSteps
@@ -38,8 +39,10 @@ def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = (
     """The weights, and the tables where config.serve wants them, unless they come from a memory
     file or are all off.
 
-    Raises UserError, also before anything is read if config.serve needs packages that are missing.
+    Raises UserError, also before anything is read if config.serve needs packages that are missing
+    or the model cannot decode.
     """
+    check_decodes(config)
     serve = config.serve
     if key := _stored(serve):
         require("serve", key)

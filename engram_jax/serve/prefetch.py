@@ -35,12 +35,14 @@ class Asked:
     """The requested rows of one batch.
 
     canonical: int32 [B, N - 1 + S], histories and new ids. futures: by Engram layer id; a table on
-    the device returns its rows at once.
+    the device returns its rows at once. signs: int8 [B, S, H], with which they are read, if they
+    are.
     """
 
     canonical: np.ndarray
     addresses: dict[str, np.ndarray] = field(default_factory=dict)
     futures: dict[str, Future | jax.Array] = field(default_factory=dict)
+    signs: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Prefetch:
@@ -82,6 +84,8 @@ class Prefetch:
             if not whole:  # padding repeats a row that is read anyway
                 addresses[~real] = addresses[rows[0][0], 0]
             asked.addresses[layer] = addresses
+            if hasher.signed:
+                asked.signs[layer] = hasher.signs(layer, canonical)
             if isinstance(memory, DeviceMemory):
                 asked.futures[layer] = memory.fetch(addresses)
             else:

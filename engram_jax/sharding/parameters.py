@@ -50,6 +50,10 @@ PARAMETERS: dict[str, Parameter] = {
     # Engram: [d_mem, M + 1, d], M + 1 separate maps d_mem -> d; the short convolution
     "projection": Parameter(MUON, (None, None, "embed"), fan_in=-3),
     "taps": Parameter(ADAMW_NO_DECAY),
+    # its variants (docs/models.md): a constant gate per branch, vectors of case, OverEncoding
+    "gate_logit": Parameter(ADAMW_NO_DECAY),
+    "case": Parameter(ADAMW_NO_DECAY),
+    "order_projections": Parameter(MUON, (None, None, "embed")),
     # mHC
     "fn": Parameter(ADAMW, ("embed", None), float32=True),
     "base": Parameter(ADAMW_NO_DECAY),
@@ -72,6 +76,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("embedding", "token embedding"),
     ("head", "output head"),
     ("engrams", "engram projections, gates, conv"),
+    ("case", "engram case vectors"),
     ("_hyper", "hyper-connections"),
     ("attention", "attention (MLA)"),
     ("shared", "shared experts"),

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from engram_jax.addressing.artifact import Addressing
-from engram_jax.config import Config, random_streams
+from engram_jax.config import FROZEN, Config, random_streams
 from engram_jax.config.errors import UserError
 from engram_jax.memory.exchange import natural_order
 from engram_jax.memory.table import Table, init_memory
@@ -85,7 +85,12 @@ def init_state(program: TrainingProgram) -> TrainState:
         router_bias=bias,
         opt_state=program.tx.init(params),
         memory=init_memory(
-            key, program.layouts, engram.dim, engram.init_std, jnp.dtype(engram.table_dtype)
+            key,
+            program.layouts,
+            engram.dim,
+            engram.init_std,
+            jnp.dtype(engram.table_dtype),
+            trained=config.optimizer.memory_optimizer != FROZEN,
         ),
         halted=jnp.zeros((), bool),
     )

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import hash_jax
-from engram_jax.config import DENSE_ADAM
+from engram_jax.config import DENSE_ADAM, FROZEN, SHUFFLED
 from engram_jax.config.random_streams import ROUNDING, number
 from engram_jax.layers.moe import updated_bias
 from engram_jax.memory.exchange import ExchangePlan, Sent
@@ -37,16 +37,31 @@ INPUTS = ("tokens", "targets", "loss_mask", "segments", "positions")
 
 
 def batch_addresses(program: Program, batch: Batch) -> dict[str, jax.Array]:
-    """Addresses of every Engram layer, int32 [B, T, H]: from the pipeline, or hashed here."""
+    """Addresses of every Engram layer, int32 [B, T, H]: from the pipeline, or hashed here; those of
+    other sequences where the lookup is "shuffled"."""
     if program.addressing is None:
         return {}
     if "addresses" in batch:
-        return dict(batch["addresses"])
-    canonical = program.canonical(batch["tokens"])
-    return {
-        str(layer_id): hash_jax.addresses(canonical, layer, batch["segments"])
-        for layer_id, layer in program.addressing.layers.items()
-    }
+        found = dict(batch["addresses"])
+    else:
+        canonical = program.canonical(batch["tokens"])
+        found = {
+            str(layer_id): hash_jax.addresses(canonical, layer, batch["segments"])
+            for layer_id, layer in program.addressing.layers.items()
+        }
+    if program.addressing.lookup == SHUFFLED:
+        return {layer: of_other_sequences(ids) for layer, ids in found.items()}
+    return found
+
+
+def of_other_sequences(addresses: jax.Array) -> jax.Array:
+    """[B, T, H] -> every sequence with the addresses of the one B / 2 further on (cyclically), at
+    the same positions: each row is read as often as before, by tokens that it is not about. None is
+    of a sequence's own text, so none tells what comes next in it. Raises ValueError for an odd
+    B."""
+    if addresses.shape[0] % 2:
+        raise ValueError(f"a batch of {addresses.shape[0]} sequences has no two halves to exchange")
+    return jnp.roll(addresses, addresses.shape[0] // 2, axis=0)
 
 
 def fetch_rows(
@@ -101,8 +116,9 @@ def run_network(
         stacks = {"blocks": params["blocks"]}  # a layer's weights are gathered when it runs
         rest = shard.all_gather({k: v for k, v in params.items() if k != "blocks"})
         model = program.model({**rest, **stacks}, bias)
-        mask = program.memory_mask(batch["tokens"])
-        output = model(batch["tokens"], rows, batch["positions"], batch["segments"], mask, shard)
+        tokens, segments = batch["tokens"], batch["segments"]
+        mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
+        output = model(tokens, rows, batch["positions"], segments, mask, shard, beside)
         return result(model, output, batch)
 
     inputs = {k: batch[k] for k in INPUTS}
@@ -134,9 +150,10 @@ def gradients(
 
     With accumulation every device's sequences are split along B and scanned; parameter gradients
     are summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch
-    but the order of sums.
+    but the order of sums. Frozen tables have no gradients: {}.
     """
     parts = program.config.train.accumulation
+    frozen = program.config.optimizer.memory_optimizer == FROZEN
     targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
     inputs = {k: batch[k] for k in INPUTS}
 
@@ -145,6 +162,10 @@ def gradients(
             loss, stats = forward(program, params, rows, state.router_bias, inputs)
             return loss / targets, stats
 
+        if frozen:
+            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, stats), grad_params = grad_fn(state.params, rows)
+            return (loss, grad_params, stats), {}
         grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
         (loss, stats), (grad_params, grad_rows) = grad_fn(state.params, rows)
         return (loss, grad_params, stats), grad_rows
@@ -182,9 +203,12 @@ def update_memory(
 ) -> tuple[dict[str, Table], dict[str, jax.Array]]:
     """Apply the summed row gradients (times the clipping factor) where the rows are stored.
 
-    Returns the tables and, per layer, how many of the touched rows had been trained before.
+    Returns the tables and, per layer, how many of the touched rows had been trained before. Frozen
+    tables are returned as they are.
     """
     config = program.config.optimizer
+    if config.memory_optimizer == FROZEN:
+        return dict(memory), {}
     adam = rowwise_adam.RULES[config.memory_optimizer]
     rate = program.rate(step) * config.memory_lr_multiplier
     tables, seen = {}, {}
@@ -222,7 +246,10 @@ def train_step(
     summation, before clipping), grad_norm_memory, learning_rate, finite, gate/<layer> [M] mean per
     branch, load [MoE layers, E] assignments, and per Engram layer rows_touched, hit_rate (share of
     the touched rows that earlier steps had already trained), distinct (share of the devices'
-    lookups that remains without each one's duplicates) and extra_rounds (of the exchange).
+    lookups that remains without each one's duplicates) and extra_rounds (of the exchange). What
+    does not apply is absent: gate/<layer> without a gate (config.model.engram.gate "one", form
+    "over_encoding"; of one branch it is [1]), and with frozen tables grad_norm_memory,
+    rows_touched and hit_rate.
     """
     rows, plans = fetch_rows(program, state.memory, batch_addresses(program, batch))
     loss, grad_params, grad_rows, stats = gradients(program, state, rows, batch)
@@ -260,25 +287,31 @@ def train_step(
         "finite": apply,
         "load": stats["load"],
     }
+    if program.config.optimizer.memory_optimizer == FROZEN:
+        del metrics["grad_norm_memory"]
     for k, plan in plans.items():
-        touched, asked = sent[k].touched, jnp.sum(plan.distinct.count)
-        metrics[f"gate/{k}"] = stats["gate"][k] / jnp.maximum(stats["tokens"], 1)
-        metrics[f"rows_touched/{k}"] = touched
-        metrics[f"hit_rate/{k}"] = seen[k] / jnp.maximum(touched, 1)
+        asked = jnp.sum(plan.distinct.count)
+        if k in stats["gate"]:
+            metrics[f"gate/{k}"] = stats["gate"][k] / jnp.maximum(stats["tokens"], 1)
+        if k in sent:
+            touched = sent[k].touched
+            metrics[f"rows_touched/{k}"] = touched
+            metrics[f"hit_rate/{k}"] = seen[k] / jnp.maximum(touched, 1)
         metrics[f"distinct/{k}"] = asked / plan.distinct.order.size
         metrics[f"extra_rounds/{k}"] = plan.rounds - 1
     return new_state, metrics
 
 
 def utilisation(program: Program, memory: Tables) -> dict[str, jax.Array]:
-    """Share of each table's rows that training has touched so far. Reads the moments: O(R)."""
+    """Share of each table's rows that training has touched so far. Reads the moments: O(R). Frozen
+    tables have none, and are left out."""
     rows = program.table_rows
     return {k: touched / rows[k] for k, touched in touched_rows(memory).items()}
 
 
 def touched_rows(memory: Tables) -> dict[str, jax.Array]:
-    """How many of each table's rows training has touched so far, int32 []."""
-    return {k: jnp.sum(jnp.any(t.nu > 0, axis=1)) for k, t in memory.items()}
+    """How many of each table's rows training has touched so far, int32 []; not of frozen ones."""
+    return {k: jnp.sum(jnp.any(t.nu > 0, axis=1)) for k, t in memory.items() if t.nu is not None}
 
 
 def eval_step(

@@ -21,6 +21,10 @@ SMALLEST = EngramConfig(
 )
 LARGEST = EngramConfig(layers=(2,), heads_per_order=1, rows_per_head=(2**30 - 200, 2**29), d_mem=64)
 
+ONE_ROW = EngramConfig(
+    layers=(1, 2), heads_per_order=2, rows_per_head=(50,), d_mem=64, lookup="one_row"
+)
+
 # name -> (configuration, ids hashed, id before a document's start, id that restarts history)
 GEOMETRIES: dict[str, tuple[EngramConfig, int, int, int | None]] = {
     "demo": (DEMO, 98_627, 2, None),
@@ -31,6 +35,7 @@ GEOMETRIES: dict[str, tuple[EngramConfig, int, int, int | None]] = {
     "40b": (ENGRAM_40B, 98_627, 2, None),
     "smallest": (SMALLEST, 11, 0, None),
     "largest": (LARGEST, 50_000, 1, None),
+    "one_row": (ONE_ROW, 98_627, 2, None),
 }
 
 

@@ -8,7 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from engram_jax.addressing import Addressing, build_addressing, check_same, tokenizer_fingerprint
+from engram_jax.addressing import (
+    Addressing,
+    build_addressing,
+    check_same,
+    plan_layer,
+    tokenizer_fingerprint,
+)
 from engram_jax.config import Config, EngramConfig, ModelConfig, TokenizerConfig
 from engram_jax.config.errors import UserError
 from tests.addressing.cases import DEMO
@@ -104,6 +110,32 @@ def test_build_qwen_refuses_a_compressed_size(config):
         build_addressing(configuration(tokens, hash_dialect="qwen"))
 
 
+def test_build_without_compression_hashes_raw_ids(config, small_tokenizer):
+    """The paper's dialect with raw ids: its primes, the multipliers of the larger vocabulary."""
+    raw = configuration(config.tokenizer, compression=False)
+    found = build_addressing(raw, small_tokenizer)
+    assert found.compression is None and found.canonical_vocab_size == 12
+    assert {(layer.fill_id, layer.restart_id) for layer in found.layers.values()} == {(2, None)}
+    assert found.layers == plan_layer(raw.model.engram, 12, fill_id=2)
+    compressed = build_addressing(config, small_tokenizer)
+    assert found.layers[1].head_sizes == compressed.layers[1].head_sizes
+    assert found.layers[1].multipliers != compressed.layers[1].multipliers
+    tokens = dataclasses.replace(config.tokenizer, canonical_vocab_size=6)
+    raw = configuration(tokens, compression=False)
+    with pytest.raises(UserError, match="compression = False hashes raw ids"):
+        build_addressing(raw, small_tokenizer)
+
+
+def test_build_keeps_what_the_switches_say(config, small_tokenizer):
+    switched = configuration(config.tokenizer, lookup="one_row", signs=True, case=True)
+    found = build_addressing(switched, small_tokenizer)
+    assert (found.lookup, found.signs) == ("one_row", True)
+    np.testing.assert_array_equal(found.case, [1, 2, 3, 1, 1, 3, 6, 1, 1])
+    assert {layer.head_sizes for layer in found.layers.values()} == {(1,) * 4}
+    tokens = dataclasses.replace(config.tokenizer, canonical_vocab_size=6)
+    assert build_addressing(dataclasses.replace(switched, tokenizer=tokens)).case is None
+
+
 def test_build_without_memory_needs_no_sizes():
     assert build_addressing(Config()).layers == {}
 
@@ -132,6 +164,10 @@ def test_fingerprint_sees_everything_that_decides_an_address(addressing):
         with_layer(fill_id=1),
         with_layer(restart_id=1),
         with_layer(row_multiple=128),
+        dataclasses.replace(addressing, lookup="shuffled"),
+        dataclasses.replace(addressing, signs=True),
+        dataclasses.replace(addressing, case=np.zeros(9, np.int32)),
+        dataclasses.replace(addressing, case=np.ones(9, np.int32)),
     ]
     assert len({a.fingerprint for a in [addressing, *others]}) == 1 + len(others)
     for other in others:
@@ -146,6 +182,12 @@ def test_fingerprint_sees_everything_that_decides_an_address(addressing):
     assert len({other.tokenizer_fingerprint for other in others}) > 1
     with pytest.raises(UserError, match=r" in compression: "):
         check_same(others[0], addressing)
+    for at, name in ((-4, "lookup"), (-3, "signs"), (-2, "case")):
+        for one, other in ((others[at], addressing), (addressing, others[at])):
+            with pytest.raises(UserError, match=rf" in {name}: "):
+                check_same(one, other)
+    with pytest.raises(UserError, match=r" in case: "):
+        check_same(others[-1], others[-2])
 
 
 def test_equal_addressings_are_the_same(config, small_tokenizer, addressing):
@@ -168,8 +210,11 @@ def test_fingerprint_of_the_stored_form_does_not_drift():
 
 
 def test_save_and_load(addressing, tmp_path):
-    for given in (addressing, dataclasses.replace(addressing, compression=None)):
-        folder = tmp_path / str(given.compression is None) / "addressing"
+    case = np.arange(9, dtype=np.int32)
+    changes = ({}, {"compression": None}, {"lookup": "shuffled", "case": case}, {"signs": True})
+    for number, change in enumerate(changes):
+        given = dataclasses.replace(addressing, **change)
+        folder = tmp_path / str(number) / "addressing"
         given.save(folder)
         found = Addressing.load(folder)
         check_same(found, given)

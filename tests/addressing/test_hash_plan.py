@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engram_jax.addressing import LayerAddressing, plan_layer
+from engram_jax.addressing import LayerAddressing, hash_numpy, plan_layer
 from engram_jax.addressing.hash_plan import MAX_HEAD_SIZE, MAX_TABLE_ROWS, is_prime
 from engram_jax.config import EngramConfig
 from engram_jax.config.errors import UserError
@@ -77,11 +77,26 @@ def test_each_order_takes_the_next_free_primes_from_its_own_base():
 def test_no_prime_serves_twice_and_all_are_prime(geometry):
     layers, vocab = geometry
     sizes = [size for layer in layers for size in layer.head_sizes]
-    assert len(set(sizes)) == len(sizes)
+    if set(sizes) != {1}:  # lookup "one_row" has no primes
+        assert len(set(sizes)) == len(sizes)
     small = sieve(2**15 + 1)
     assert all((size % small[small * small <= size] != 0).all() for size in sizes)
     for layer in layers:
         assert all(m % 2 == 1 and m > 0 and m * (vocab - 1) < 2**63 for m in layer.multipliers)
+
+
+@pytest.mark.parametrize("dialect", ["paper", "qwen"])
+def test_one_row_per_head_leaves_as_many_rows_as_heads(dialect):
+    """The same n-grams hashed by the same multipliers; no padding, in the dialect that has it."""
+    fields = {"layers": (1, 4), "heads_per_order": 3, "d_mem": 60, "hash_dialect": dialect}
+    layers = plan_layer(EngramConfig(**fields, lookup="one_row"), 997)
+    for layer_id, hashed in plan_layer(EngramConfig(**fields), 997).items():
+        layer = layers[layer_id]
+        assert layer.head_sizes == (1,) * 6 and layer.rows == layer.padded_rows == 6
+        assert layer.multipliers == hashed.multipliers
+        ids = np.random.default_rng(0).integers(0, 997, (3, 20))
+        rows = hash_numpy.addresses(ids, layer)
+        np.testing.assert_array_equal(rows, np.broadcast_to(np.arange(6), (3, 20, 6)))
 
 
 def test_is_prime():

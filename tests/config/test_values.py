@@ -56,7 +56,13 @@ IMPOSSIBLE = [
     ("model.hyper.streams=0", "0", "positive"),
     ("model.hyper.sinkhorn_iterations=0", "0", "positive"),
     ("model.hyper.eps=-1", "-1", "0 or more"),
-    ("model.engram.conv_kernel=0", "0", "positive"),
+    ("model.engram.conv_kernel=-1", "-1", "0 or more"),
+    ("model.engram.gate=open", "'open'", "'context', 'one', 'learned'"),
+    ("model.engram.multi_branch=maybe", "'maybe'", "true or false"),
+    ("model.engram.lookup=random", "'random'", "'hashed', 'one_row', 'shuffled'"),
+    ("model.engram.signs=maybe", "'maybe'", "true or false"),
+    ("model.engram.compression=maybe", "'maybe'", "true or false"),
+    ("model.engram.case=maybe", "'maybe'", "true or false"),
     ("model.engram.init_std=-0.1", "-0.1", "0 or more"),
     ("model.engram.seed=-1", "-1", "0 or more"),
     ("tokenizer.vocab_size=0", "0", "positive"),
@@ -221,6 +227,45 @@ def test_impossible_fp8(overrides, words):
     refused(described({"model.engram.precision": "fp8", "model.d_model": 16, **overrides}), *words)
 
 
+OVER = {"model.engram.form": "over_encoding", "model.engram.layers": (0,)}
+SHUFFLED = {"model.engram.lookup": "shuffled", "data.batch_size": 4, "train.samples": ()}
+RAW = {"model.engram.case": True, "model.engram.compression": False}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({**OVER, "model.engram.layers": (1,)}, ("engram.layers = (1,)", "(0,)", "over_encoding")),
+        ({**OVER, "model.engram.gate": "one"}, ("engram.gate = 'one'", "over_encoding")),
+        ({**OVER, "model.engram.multi_branch": False}, ("multi_branch = False", "over_encoding")),
+        ({**OVER, "model.engram.precision": "bf16"}, ("precision = 'bf16'", "over_encoding")),
+        ({**SHUFFLED, "data.batch_size": 3}, ("data.batch_size = 3", "even")),
+        ({**SHUFFLED, "data.batch_size": 1}, ("data.batch_size = 1", "even")),
+        ({**SHUFFLED, "train.samples": ("a",)}, ("train.samples = ('a',)", "no other sequence")),
+        ({**SHUFFLED, "model.engram.signs": True}, ("engram.signs = True", "shuffled")),
+        (
+            {
+                "model.engram.signs": True,
+                "model.engram.heads_per_order": 33,
+                "model.engram.d_mem": 66,
+            },
+            ("heads_per_order = 33", "at most 32"),
+        ),
+        (RAW, ("engram.case = True", "raw ids")),
+        (
+            {"model.engram.case": True, "model.engram.hash_dialect": QWEN, "tokenizer.eos_id": 2},
+            ("engram.case = True", "raw ids"),
+        ),
+        (
+            {"model.engram.compression": False, "tokenizer.canonical_vocab_size": 100},
+            ("canonical_vocab_size = 100", "vocab_size = 300", "raw ids"),
+        ),
+    ],
+)
+def test_variants_that_exclude_each_other(overrides, words):
+    refused(described(overrides), *words)
+
+
 # What looks odd and is meant: small sizes, switches at their ends, schedules longer than the run.
 POSSIBLE = {
     "data.seq_len": 1,
@@ -231,7 +276,7 @@ POSSIBLE = {
     "model.ffn.shared_experts": 0,
     "model.ffn.dense_layers": 0,
     "model.engram.orders": (2,),
-    "model.engram.conv_kernel": 1,
+    "model.engram.conv_kernel": 0,
     "model.engram.init_std": 0.0,
     "model.engram.rows_per_head": 2,
     "optimizer.clip_norm": math.inf,
@@ -263,6 +308,14 @@ def test_odd_values_that_are_meant():
         {"model.engram.form": "v41", "model.engram.addresses": "host"},
         {"model.engram.precision": "fp8", "model.engram.fp8_recipe": "channel"},
         {"model.engram.precision": "bf16", "model.kernels": "pallas"},
+        {"model.engram.gate": "one", "model.engram.multi_branch": False},
+        {"model.engram.gate": "learned", "model.engram.conv_kernel": 0},
+        {"model.engram.precision": "bf16", "model.engram.gate": "one"},
+        {"model.engram.signs": True, "model.engram.case": True, "model.engram.lookup": "one_row"},
+        SHUFFLED,
+        {**OVER, "model.engram.signs": True, "model.engram.case": True},
+        {"model.engram.orders": (2, 3, 4), "model.engram.d_mem": 24, "model.engram.layers": (0, 1)},
+        {"model.engram.compression": False, "optimizer.memory_optimizer": "frozen"},
     ],
 )
 def test_parts_may_be_missing_and_forms_mixed(overrides):

@@ -110,6 +110,25 @@ def test_losses_of_targets_equal_those_of_one_device():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"signs": True, "case": True, "multi_branch": False},
+        {"lookup": "shuffled", "gate": "learned"},
+        {"lookup": "one_row", "gate": "one"},
+    ],
+    ids=["signs", "shuffled", "one row"],
+)
+def test_variants_are_the_same_on_any_mesh(switches):
+    """Shuffled rows come from sequences of other devices; one row per head is fewer rows than
+    devices."""
+    overrides = {f"model.engram.{key}": value for key, value in switches.items()}
+    with jax.enable_x64(True):
+        types = {"model.dtype": "float64", "model.param_dtype": "float64"}
+        compare(EVERY_AXIS, 2, 1e-9, **types, **overrides)
+
+
+@pytest.mark.slow
 def test_fifty_steps():
     """Losses to 2e-5, at a learning rate that leaves the order of sums what it is: at 1e-2 this
     model is chaotic, a difference grows tenfold in three steps, in float64 as well (docs/log.md).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -18,6 +19,7 @@ from tests.runs import CONFIGS, ROOT, configuration, launched
 GB = 1 << 30
 
 
+@functools.cache
 def described(name: str, *arguments: str) -> dict:
     file = ROOT / "configs" / f"{name}.py"
     outcome = launched(f"--config={file}", "--mode=describe", "--json", *arguments)
@@ -179,6 +181,66 @@ def test_what_is_stored_is_counted():
     assert counted == sum(table.rows.size for table in stored.values())
     text = launched(f"--config={ROOT}/configs/engram_tiny.py", "--mode=describe", *arguments).out
     assert all(f"({memory['stored_rows']:,} rows stored)" in text for memory in memories)
+
+
+D, D_MEM, M, HEADS, TAPS = 128, 128, 4, 8, 4  # of engram_tiny, which has two such layers
+PROJECTED, CONVOLVED = D_MEM * D + D, D + TAPS * D  # a key or the value, and the conv of a branch
+MODULE = (M + 1) * PROJECTED + 2 * M * D + M * CONVOLVED
+
+
+@pytest.mark.parametrize(
+    ("switches", "module", "tables"),
+    [
+        ({}, MODULE, None),
+        ({"gate": "one"}, PROJECTED + M * CONVOLVED, None),
+        ({"gate": "learned"}, PROJECTED + M + M * CONVOLVED, None),
+        ({"multi_branch": False}, 2 * PROJECTED + 2 * D + CONVOLVED, None),
+        ({"conv_kernel": 0}, (M + 1) * PROJECTED + 2 * M * D, None),
+        ({"lookup": "one_row"}, MODULE, HEADS),
+        ({"lookup": "one_row", "hash_dialect": "qwen"}, MODULE, HEADS),
+        ({"signs": True, "compression": False}, MODULE, None),
+    ],
+)
+def test_variants_have_the_parameters_and_flops_that_their_table_says(switches, module, tables):
+    """docs/models.md. Against the default: the module's own weights, its rows, and 6 FLOPs for each
+    weight; nothing else changes."""
+    flags = [f"--config.model.engram.{key}={value}" for key, value in switches.items()]
+    default = described("engram_tiny")
+    found = described("engram_tiny", *flags, "--config.tokenizer.eos_id=2")
+    part = "engram projections, gates, conv"
+    assert default["parts"][part] == 2 * MODULE and found["parts"][part] == 2 * module
+    same = set(default["parts"]) - {part, "engram tables"}
+    assert {k: found["parts"][k] for k in same} == {k: default["parts"][k] for k in same}
+    assert found["active_params"] - default["active_params"] == 2 * (module - MODULE)
+    flops = found["flops_per_token"] - default["flops_per_token"]
+    assert flops == pytest.approx(6 * 2 * (module - MODULE), abs=1)
+    rows = [memory["rows"] for memory in found["engram"].values()]
+    if tables is None:
+        assert rows == [memory["rows"] for memory in default["engram"].values()]
+    else:
+        assert rows == [tables] * 2 == [m["stored_rows"] for m in found["engram"].values()]
+        assert found["engram_params"] == 2 * tables * D_MEM // HEADS
+
+
+def test_what_is_looked_up_costs_no_flops():
+    """The vectors of case: 10 of d_mem numbers for each layer, of which a token reads one."""
+    default, found = (
+        described("engram_tiny"),
+        described("engram_tiny", "--config.model.engram.case"),
+    )
+    assert found["parts"]["engram case vectors"] == 2 * 10 * D_MEM
+    assert found["total_params"] - default["total_params"] == 2 * 10 * D_MEM
+    for key in ("active_params", "flops_per_token", "engram_params"):
+        assert found[key] == default[key]
+
+
+def test_over_encoding_has_a_matrix_for_each_order():
+    switches = ("--config.model.engram.form=over_encoding", "--config.model.engram.layers=(0,)")
+    found = described("engram_tiny", *switches)
+    assert found["parts"]["engram projections, gates, conv"] == D_MEM * D
+    assert [m["rows"] for m in found["engram"].values()] == [
+        described("engram_tiny")["engram"]["1"]["rows"]
+    ]
 
 
 def test_the_table_shows_every_part():

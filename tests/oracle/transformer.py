@@ -40,8 +40,11 @@ def hyper(params, streams, function, config):
     return np.stack(out).reshape(len(streams), n, -1)
 
 
-def forward(params, biases, tables, tokens, config, addressing):
-    """tokens [T] of one document -> (logits [T, V], {layer: addresses})."""
+def forward(params, biases, tables, tokens, config, addressing, memory=None):
+    """tokens [T] of one document -> logits [T, V].
+
+    memory: (layer, streams [T, n, d]) -> what an Engram layer adds to them, in place of the paper's
+    form on the rows of the tokens' own hashes."""
     model = config.model
     attention, ffn, eps = model.attention, model.ffn, model.norm_eps
     x = np.repeat(params["embedding"][tokens][:, None], model.hyper.streams, axis=1)
@@ -49,7 +52,9 @@ def forward(params, biases, tables, tokens, config, addressing):
     starts = sorted(int(k) for k in params["blocks"])
 
     for layer in range(model.layers):
-        if layer in model.engram.layers:
+        if layer in model.engram.layers and memory is not None:
+            x = x + memory(layer, x)
+        elif layer in model.engram.layers:
             own = addressing.layers[layer]
             rows = tables[str(layer)][engram.hash_rows(canonical, own, addressing.pad_id)]
             x = x + engram.engram(

@@ -57,8 +57,9 @@ def update(
             new.astype(x.dtype), mode="drop", indices_are_sorted=True, unique_indices=True
         )
 
-    mu = b1 * read(table.mu) + (1 - b1) * g
-    old_nu = read(table.nu)
+    first, second = table.moments
+    mu = b1 * read(first) + (1 - b1) * g
+    old_nu = read(second)
     seen = jnp.sum(jnp.any(old_nu > 0, axis=1), dtype=jnp.int32)
     nu = b2 * old_nu + (1 - b2) * g * g
     unbiased = mu / (1 - b1**count)
@@ -71,7 +72,7 @@ def update(
         rows = table.rows.at[at].add(
             change, mode="drop", indices_are_sorted=True, unique_indices=True
         )
-    return Table(rows, write(table.mu, mu), write(table.nu, nu)), seen
+    return Table(rows, write(first, mu), write(second, nu)), seen
 
 
 def rounded(x: jax.Array, identity: jax.Array, step: jax.Array, seed: int) -> jax.Array:
@@ -110,11 +111,12 @@ def update_dense(
     del identity, seed
     b1, b2 = config.adam_b1, config.adam_b2
     count = (step + 1).astype(jnp.float32)
-    g = jnp.zeros_like(table.mu).at[gradients.addresses].add(gradients.values, mode="drop")
-    mu = b1 * table.mu + (1 - b1) * g
-    nu = b2 * table.nu + (1 - b2) * g * g
+    first, second = table.moments
+    g = jnp.zeros_like(first).at[gradients.addresses].add(gradients.values, mode="drop")
+    mu = b1 * first + (1 - b1) * g
+    nu = b2 * second + (1 - b2) * g * g
     delta = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + config.adam_eps)
-    old_nu = table.nu.at[gradients.addresses].get(mode="fill", fill_value=0)
+    old_nu = second.at[gradients.addresses].get(mode="fill", fill_value=0)
     seen = jnp.sum(jnp.any(old_nu > 0, axis=1), dtype=jnp.int32)
     return Table(table.rows - (rate * delta).astype(table.rows.dtype), mu, nu), seen
 
