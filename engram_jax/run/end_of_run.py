@@ -141,7 +141,7 @@ def memory_use(program: Program, state: TrainState) -> dict[str, dict[str, float
     """How often the rows of each Engram layer's table were read in training, by layer id.
 
     Of a table of `rows`: training tokens per row, lookups per row, and per row that was ever
-    trained (`touched_rows`; None if none was). A token looks up H rows of it.
+    trained (`touched_rows`; None if none was, and for frozen tables). A token looks up H rows of it.
     """
     config = program.config
     tokens = int(state.step) * config.data.batch_size * config.data.seq_len
@@ -149,7 +149,7 @@ def memory_use(program: Program, state: TrainState) -> dict[str, dict[str, float
     used = jax.device_get(jax.jit(touched_rows)(state.memory))
     found: dict[str, dict[str, float | int | None]] = {}
     for layer, rows in program.table_rows.items():
-        touched = int(used[layer])
+        touched = int(used[layer]) if layer in used else None
         found[layer] = {
             "rows": rows,
             "tokens_per_row": tokens / rows,
