@@ -41,6 +41,7 @@ from engram_jax.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ServeConfig,
+    TasksConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ServeConfig",
+    "TasksConfig",
     "TokenizerConfig",
     "TrainConfig",
     "config_from_dict",
