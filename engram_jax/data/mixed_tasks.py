@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config import DataConfig
+from engram_jax.config.errors import UserError
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.token_store import TokenStore
@@ -51,6 +52,30 @@ def mix(texts: Iterator[str], corpus: Corpus, mixture: Mixture, folder: Path) ->
 
 
 @dataclass(frozen=True)
+class TaskItems:
+    """Test items, and the tokens of an epoch of the training text that has their tasks."""
+
+    items: list[Item]
+    train_tokens: int
+
+
+def read_items(path: Path) -> TaskItems:
+    """What `MixedTasks.stored` gave. Raises UserError if there is no such file."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"--workdir={path.parent}: no {path.name} there: its run was trained without"
+            " config.data.tasks"
+        ) from None
+    return TaskItems(_items(stored["items"]), stored["train_tokens"])
+
+
+def _items(stored: list[dict[str, Any]]) -> list[Item]:
+    return [Item(**{**item, "distractors": tuple(item["distractors"])}) for item in stored]
+
+
+@dataclass(frozen=True)
 class MixedTasks:
     """What was mixed into the training tokens of a folder."""
 
@@ -60,8 +85,12 @@ class MixedTasks:
     @cached_property
     def items(self) -> list[Item]:
         """The test items."""
-        stored = json.loads((self.folder / ITEMS).read_text())
-        return [Item(**{**item, "distractors": tuple(item["distractors"])}) for item in stored]
+        return _items(json.loads((self.folder / ITEMS).read_text()))
+
+    def stored(self) -> str:
+        """The items as JSON text, for a run's folder."""
+        items = [dataclasses.asdict(item) for item in self.items]
+        return json.dumps({"train_tokens": len(self.train), "items": items}) + "\n"
 
     @cached_property
     def tokens(self) -> int:
