@@ -36,6 +36,7 @@ MODES_OF_FLAGS = {
     "program": ("compile",),
     "dump_hlo": ("compile",),
     "profile": ("train",),
+    "tasks": ("evaluate",),
     "step": ("evaluate", "generate", "serve", "export-memory"),
     "accept_changes": OPENS_A_RUN,
     "output": ("export-memory", "count-memory"),
@@ -73,6 +74,9 @@ _PROGRAM = flags.DEFINE_string(
 )
 _DUMP_HLO = flags.DEFINE_string(
     "dump_hlo", None, "compile: a folder to keep the compiler's text (HLO) of the step in."
+)
+_TASKS = flags.DEFINE_bool(
+    "tasks", False, "evaluate: on the synthetic tasks of the run's text, not on held-out text."
 )
 _PROFILE = flags.DEFINE_string(
     "profile", None, "train: START:STOP, the steps to record a trace of."
@@ -229,10 +233,14 @@ def _train(config: Config, workdir: Path, accept: Accepted) -> None:
 
 def _evaluate(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
-    from engram_jax.evaluation import held_out
+    from engram_jax.evaluation import held_out, tasks
 
     if _NEIGHBOURS.value:
         _evaluate_neighbours(config, workdir)
+        return
+    if _TASKS.value:
+        scores = tasks.evaluate_tasks(config, workdir, _STEP.value, accept)
+        processes.log(json.dumps(scores) if _JSON.value else tasks.table(scores))
         return
     result = held_out.evaluate(config, workdir, _STEP.value, accept)
     processes.log(json.dumps(result) if _JSON.value else held_out.table(result))

@@ -21,7 +21,7 @@ KERNELS = "kernels_pallas"  # imports jax only; every floor may use it
 # Bottom first. The folders of one floor do not import each other.
 FLOORS: tuple[str, ...] = (
     "config hardware",
-    "addressing sharding monitoring memory/store",
+    "addressing sharding monitoring memory/store tasks",
     "memory layers distributed",
     "model data training/optim",
     "training checkpoint",

@@ -2,6 +2,7 @@
 
 workdir/tokenizer.json         the tokenizer        workdir/text.json   its end-of-sequence id
 workdir/tokenizer_config.json  how other tools (transformers' AutoTokenizer) are to read it
+workdir/task_items.json        the test items of the synthetic tasks in its text, if there are any
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 from engram_jax.addressing import load_tokenizer, tokenizer_fingerprint
-from engram_jax.checkpoint.workdir import TEXT, TOKENIZER
+from engram_jax.checkpoint.workdir import TASK_ITEMS, TEXT, TOKENIZER
 from engram_jax.config import Config
 from engram_jax.data import PreparedData
 from engram_jax.hardware.storage import write_text
@@ -34,6 +35,8 @@ def save_text_side(workdir: Path, prepared: PreparedData, config: Config) -> Non
     if not file.is_file() or tokenizer_fingerprint(load_tokenizer(file)) != mine:
         write_text(file, tokenizer.to_str(pretty=True))
     write_text(workdir / TEXT, json.dumps({"eos_id": prepared.eos_id}) + "\n")
+    if prepared.tasks is not None:
+        write_text(workdir / TASK_ITEMS, prepared.tasks.stored())
     text = json.dumps(tokenizer_config(prepared, config), indent=1, ensure_ascii=False)
     write_text(workdir / _TOKENIZER_CONFIG, text + "\n")
 

@@ -6,6 +6,7 @@ held_out_documents.npz       losses by document (evaluation/target_losses.py)
 goodput.json, profile/       the time it took (monitoring/goodput.py, monitoring/profiling.py)
 checkpoints/, addressing/    the model (checkpoint/manager.py, addressing/artifact.py)
 tokenizer.json, text.json    its tokenizer (checkpoint/run_tokenizer.py)
+task_items.json, task_scores.json   of synthetic tasks (data/mixed_tasks.py, evaluation/tasks.py)
 .lock                        held while a process trains here
 """
 
@@ -27,6 +28,7 @@ from engram_jax.distributed.consensus import agree
 RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
 TEXT, LOSSES = "text.json", "losses.json"
 HELD_OUT_DOCUMENTS = "held_out_documents.npz"
+TASK_ITEMS, TASK_SCORES = "task_items.json", "task_scores.json"
 LOGS = ("metrics.jsonl", "tensorboard", "goodput.json")
 
 

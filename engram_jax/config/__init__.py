@@ -49,6 +49,7 @@ from engram_jax.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ServeConfig,
+    TasksConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ServeConfig",
+    "TasksConfig",
     "TokenizerConfig",
     "TrainConfig",
     "config_from_dict",

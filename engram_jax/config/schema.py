@@ -26,6 +26,8 @@ HASHED, ONE_ROW, SHUFFLED = "hashed", "one_row", "shuffled"  # lookups
 MODEL, BF16, FP8 = "model", "bf16", "fp8"
 DEVICE, HOST, DISK = "device", "host", "disk"
 ALL_LAYERS = -1
+TASKS = ("facts", "needle", "multi_query", "tracking", "copying", "arithmetic")
+DIFFICULTIES = ("easy", "medium", "hard")
 LOCAL_BPE = "local-bpe"
 ROW_FORMATS = ("float32", "bfloat16", "fp8")  # of stored rows (memory/store/row_format.py)
 ROWWISE_ADAM, DENSE_ADAM, FROZEN = "rowwise_adam", "dense_adam", "frozen"
@@ -251,6 +253,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TasksConfig:
+    """Synthetic tasks mixed into the training text (engram_jax/tasks/); `names = ()` means none.
+
+    The held-out text and a tokenizer that is trained here stay those of the text alone.
+
+    names: which: "facts", "needle", "multi_query", "tracking", "copying", "arithmetic".
+    difficulties: of each: "easy", "medium", "hard".
+    share: of the bytes of the training text, tasks included; an equal part for each.
+    frequencies: how often an epoch states a fact; an equal number of facts for each.
+    items: the most test items of a task, difficulty and frequency.
+    seed: of documents and items.
+    """
+
+    names: tuple[str, ...] = ()
+    difficulties: tuple[str, ...] = ("easy",)
+    share: float = 0.2
+    frequencies: tuple[int, ...] = (1, 4, 16, 64)
+    items: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The text, and how it is batched.
 
@@ -267,6 +291,8 @@ class DataConfig:
     batch_size: B, sequences of a step.
     seed: of the order of the data.
     max_document_bytes: longer documents are split at line ends.
+    near_duplicates: a training document of at least this Jaccard similarity (of word 5-grams) to a
+      held-out one is left out; 0 = not looked for; needs the extra `lab`.
     workers: processes that make the batches; 0 = threads of this one.
     """
 
@@ -280,7 +306,9 @@ class DataConfig:
     batch_size: int = 16
     seed: int = 0
     max_document_bytes: int = 1 << 20
+    near_duplicates: float = 0.0
     workers: int = 0
+    tasks: TasksConfig = field(default_factory=TasksConfig)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from engram_jax.config.schema import (
     CONTEXT,
     DENSE_ADAM,
     DEVICE,
+    DIFFICULTIES,
     DISK,
     FP8,
     FROZEN,
@@ -38,6 +39,7 @@ from engram_jax.config.schema import (
     ROWWISE_ADAM,
     SHUFFLED,
     SIGNS_PER_ORDER,
+    TASKS,
     V41,
     Config,
     DataConfig,
@@ -47,6 +49,7 @@ from engram_jax.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ServeConfig,
+    TasksConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -63,6 +66,7 @@ _POSITIVE = {
     "tokenizer": "vocab_size",
     "mesh": "data expert tensor headroom",
     "data": "seq_len batch_size text_key",
+    "data.tasks": "items",
     "optimizer": "peak_lr clip_norm muon_ns_steps muon_rms adam_eps",
     "train": "steps accumulation log_every eval_every eval_batches checkpoint_every keep"
     " sample_tokens",
@@ -74,7 +78,7 @@ _NOT_NEGATIVE = {
     "model.hyper": "eps",
     "model.engram": "conv_kernel init_std seed",
     "mesh": "fsdp distinct",
-    "data": "max_megabytes workers",
+    "data": "max_megabytes workers near_duplicates",
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
     "train": "keep_best seen_tokens hang_seconds",
     "generate": "temperature",
@@ -98,7 +102,7 @@ _CHOICES = {
     "data.source": ("local", "folder", "tfds"),
     "optimizer.memory_optimizer": (ROWWISE_ADAM, DENSE_ADAM, FROZEN),
 }
-_SEEDS = ("data.seed", "train.seed", "generate.seed")
+_SEEDS = ("data.seed", "data.tasks.seed", "train.seed", "generate.seed")
 _MAY_BE_INFINITE = ("optimizer.clip_norm",)  # no clipping
 
 
@@ -296,6 +300,31 @@ def _data(data: DataConfig) -> None:
     fraction, longest = data.validation_fraction, data.max_document_bytes
     _require(0 < fraction < 1, "data.validation_fraction", fraction, "between 0 and 1")
     _require(longest >= 64, "data.max_document_bytes", longest, "64 or more")
+    similar = data.near_duplicates
+    _require(similar <= 1, "data.near_duplicates", similar, "a Jaccard similarity, in [0, 1]")
+    whole = similar == 0 or data.source != "tfds"
+    _require(whole, "data.near_duplicates", similar, "0 for data.source = 'tfds'")
+    _tasks(data.tasks)
+
+
+def _tasks(tasks: TasksConfig) -> None:
+    key = "data.tasks"
+    if not tasks.names:
+        for field in dataclasses.fields(tasks):
+            value = getattr(tasks, field.name)
+            default = field.name == "names" or value == field.default
+            _require(default, f"{key}.{field.name}", value, f"left out while {key}.names is empty")
+        return
+    for name, allowed in (("names", TASKS), ("difficulties", DIFFICULTIES)):
+        chosen = getattr(tasks, name)
+        known = chosen and all(c in allowed for c in chosen) and len(set(chosen)) == len(chosen)
+        _require(bool(known), f"{key}.{name}", chosen, f"different ones of {', '.join(allowed)}")
+    _require(0 < tasks.share < 1, f"{key}.share", tasks.share, "between 0 and 1")
+    times = tasks.frequencies
+    rising = times and min(times) > 0 and list(times) == sorted(set(times))
+    _require(bool(rising), f"{key}.frequencies", times, "ascending numbers of times, from 1 up")
+    unused = times == TasksConfig().frequencies or "facts" in tasks.names
+    _require(unused, f"{key}.frequencies", times, "left out without 'facts' in data.tasks.names")
 
 
 def _lookups(data: DataConfig, heads: int) -> None:

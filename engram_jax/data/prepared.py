@@ -15,6 +15,7 @@ from engram_jax.config import Config, DataConfig
 from engram_jax.config.errors import UserError
 from engram_jax.data.cache import build_once, cache_root, key_of
 from engram_jax.data.corpus import open_corpus
+from engram_jax.data.mixed_tasks import MixedTasks, mix, mixture_of
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.token_store import TokenStore, write_store
 from engram_jax.data.train_bpe import find_eos, open_tokenizer
@@ -25,8 +26,8 @@ class PreparedData:
     """The data that training reads.
 
     eos_id: ends every document in the stores. bytes_per_token: of the validation text, for losses
-    in bits per byte. fingerprint: of documents, split and tokenizer; equal means the same token
-    stream.
+    in bits per byte. fingerprint: of documents, split, tokenizer and tasks; equal means the same
+    token stream. tasks: what config.data.tasks mixed into the training text, None without.
     """
 
     tokenizer: Tokenizer
@@ -36,6 +37,7 @@ class PreparedData:
     store_valid: TokenStore
     report: SourceReport
     fingerprint: str
+    tasks: MixedTasks | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -55,6 +57,7 @@ class PreparedData:
             "validation_bytes": report.validation_bytes,
             "validation_tokens": len(self.store_valid),
             "validation_bytes_per_token": self.bytes_per_token,
+            **({} if self.tasks is None else self.tasks.summary()),
         }
 
 
@@ -69,24 +72,31 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
     corpus.report.log(log)
     tokenizer, path = open_tokenizer(config.tokenizer, corpus, cache, log)
     eos_id = find_eos(tokenizer, config.tokenizer)
-    key = key_of(corpus.report.digest, tokenizer_fingerprint(tokenizer), eos_id)
+    mixture = mixture_of(config.data, corpus.report)
+    mixed = [] if mixture is None else [mixture.identity]
+    key = key_of(corpus.report.digest, tokenizer_fingerprint(tokenizer), eos_id, *mixed)
 
     def make(folder: Path) -> None:
         log("data: tokenising")
         for split in ("train", "validation"):
             (folder / split).mkdir()
             texts = corpus.documents(split)
+            if mixture is not None and split == "train":
+                texts = mix(texts, corpus, mixture, folder)
             write_store(folder / split, texts, tokenizer, eos_id, config.tokenizer.vocab_size)
 
     folder = build_once(cache / "tokens" / key, make)
     train, valid = TokenStore(folder / "train"), TokenStore(folder / "validation")
+    tasks = None if mixture is None else MixedTasks(folder, train)
     for what, store in (("training", train), ("held-out", valid)):
         check_targets(what, store, config.data)
     log(
         f"data: {len(train):,} tokens to train on, {len(valid):,} held out, "
         f"{valid.bytes_per_token:.2f} bytes per token, tokenizer {path}"
     )
-    return PreparedData(tokenizer, path, eos_id, train, valid, corpus.report, key)
+    if tasks is not None:
+        tasks.log(log)
+    return PreparedData(tokenizer, path, eos_id, train, valid, corpus.report, key, tasks)
 
 
 def check_targets(what: str, store: TokenStore, config: DataConfig) -> None:

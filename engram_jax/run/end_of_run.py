@@ -141,7 +141,7 @@ def memory_use(program: Program, state: TrainState) -> dict[str, dict[str, float
     """How often the rows of each Engram layer's table were read in training, by layer id.
 
     Of a table of `rows`: training tokens per row, lookups per row, and per row that was ever
-    trained (`touched_rows`; None if none was, and for frozen tables). A token looks up H rows of it.
+    trained (`touched_rows`; None if none was, as of frozen tables). A token looks up H rows of it.
     """
     config = program.config
     tokens = int(state.step) * config.data.batch_size * config.data.seq_len

@@ -1,0 +1,268 @@
+"""Scores a trained model on the synthetic tasks of its training text, with its memory on and off.
+
+By likelihood: the answer has a higher sum of log probabilities of its tokens than every distractor.
+By generation: greedy decoding after the prompt begins with the answer's tokens. Both come from one
+forward pass over prompt + candidate: greedy decoding gives the answer if and only if each of its
+tokens is the likeliest one after those before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from engram_jax.checkpoint.load_model import load_model
+from engram_jax.checkpoint.workdir import TASK_ITEMS, TASK_SCORES
+from engram_jax.config import Config
+from engram_jax.config.errors import UserError
+from engram_jax.data.mixed_tasks import read_items
+from engram_jax.distributed.consensus import agree
+from engram_jax.hardware.storage import write_text
+from engram_jax.memory.table import lookup
+from engram_jax.model.program import Program, Weights
+from engram_jax.sharding.rules import P
+from engram_jax.tasks.drawing import Item
+from engram_jax.training.step import batch_addresses
+
+_MULTIPLE = 32  # lengths are rounded up to it
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """log_likelihoods: float64 [candidates], the answer's first, nats. greedy: whether greedy
+    decoding gives the answer."""
+
+    log_likelihoods: np.ndarray
+    greedy: bool
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer is likelier than every distractor."""
+        return bool((self.log_likelihoods[0] > self.log_likelihoods[1:]).all())
+
+
+def evaluate_tasks(
+    config: Config, workdir: Path, step: str, accept: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Score a checkpoint ("latest", "best" or a step) on the items that its run kept; the result is
+    written to `workdir`/task_scores.json, too.
+
+    What is switched off for the second scoring is config.serve.off_layers, or by default every
+    Engram layer. accept: keys or sections of `config` that may differ from the run's.
+
+    Raises UserError for a run without tasks or a checkpoint that does not fit.
+    """
+    found = agree(lambda: read_items(workdir / TASK_ITEMS))
+    trained = load_model(config, workdir, step, accept=accept)
+    program, weights = trained.program, trained.weights
+    layers = tuple(program.table_rows)
+    off = tuple(filter(config.serve.is_off, layers)) or layers
+    items, encoded = [], []
+    for item in found.items:
+        candidates = encode(trained.tokenizer, item)
+        if max(len(ids) for ids, _ in candidates) <= trained.seq_len:
+            items.append(item)
+            encoded.append(candidates)
+    on_scores = score(program, weights, encoded)
+    off_scores = score(program, weights, encoded, off) if off else None
+    tokens = trained.step * config.data.batch_size * config.data.seq_len
+    result = {
+        "name": config.name,
+        "step": trained.step,
+        "epochs": tokens / found.train_tokens,
+        "off_layers": [int(layer) for layer in off],
+        "too_long": len(found.items) - len(items),
+        "groups": summarise(items, on_scores, off_scores),
+    }
+    if jax.process_index() == 0:
+        write_text(workdir / TASK_SCORES, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def encode(tokenizer: Any, item: Item) -> list[tuple[list[int], int]]:
+    """(ids of prompt + candidate, how many of them are the prompt's) of every candidate, the answer
+    first. Raises UserError for a tokenizer that spells nothing of an answer."""
+    prompt = tokenizer.encode(item.prompt, add_special_tokens=False).ids
+    out = []
+    for candidate in (item.answer, *item.distractors):
+        ids = tokenizer.encode(item.prompt + candidate, add_special_tokens=False).ids
+        pairs = zip(prompt, ids, strict=False)
+        # The last token of the prompt may become another one when text follows.
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(ids)))
+        if not 0 < shared < len(ids):
+            raise UserError(f"tasks: the tokenizer has no token for {candidate!r}")
+        out.append((ids, shared))
+    return out
+
+
+def score(
+    program: Program,
+    weights: Weights,
+    encoded: Sequence[Sequence[tuple[list[int], int]]],
+    off: Sequence[str] = (),
+) -> list[ItemScore]:
+    """Score items, each a list of candidates of `encode`. off: Engram layers that add nothing."""
+    rows = [candidate for item in encoded for candidate in item]
+    run = program.jit(
+        partial(_score_batch, program, off=tuple(off)),
+        out_shardings=NamedSharding(program.mesh, P()),
+    )
+    size = program.config.data.batch_size
+    length = -(-max(len(ids) for ids, _ in rows) // _MULTIPLE) * _MULTIPLE
+    answers = max(len(ids) - shared for ids, shared in rows)
+    sums, greedy = [], []
+    for start in range(0, len(rows), size):
+        batch = _batch(rows[start : start + size], size, length, answers)
+        found = jax.device_get(run(weights, batch))
+        sums.append(np.asarray(found[0], np.float64))
+        greedy.append(found[1])
+    flat, all_greedy = np.concatenate(sums), np.concatenate(greedy)
+    scores, at = [], 0
+    for item in encoded:
+        scores.append(ItemScore(flat[at : at + len(item)], bool(all_greedy[at])))
+        at += len(item)
+    return scores
+
+
+def _batch(rows: Sequence[tuple[list[int], int]], size: int, length: int, answers: int) -> Batch:
+    """tokens, segments int32 [size, length] (segment 0 is padding); places, targets int32
+    [size, answers]: from where each token of an answer is predicted; counts bool [size, answers].
+    """
+    tokens, segments = np.zeros((2, size, length), np.int32)
+    places, targets = np.zeros((2, size, answers), np.int32)
+    counts = np.zeros((size, answers), bool)
+    for row, (ids, shared) in enumerate(rows):
+        n = len(ids) - shared
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        places[row, :n] = np.arange(shared - 1, len(ids) - 1)
+        targets[row, :n], counts[row, :n] = ids[shared:], True
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "places": places,
+        "targets": targets,
+        "counts": counts,
+    }
+
+
+def _score_batch(
+    program: Program, weights: Weights, batch: Mapping[str, jax.Array], off: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """(sums of log probabilities [B], whether every token was the likeliest bool [B])."""
+    tokens, segments = batch["tokens"], batch["segments"]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    addresses = batch_addresses(program, {"tokens": tokens, "segments": segments})
+    dtype = program.config.model.dtype
+    rows = {
+        layer: lookup(weights.rows[layer], ids).astype(dtype)
+        for layer, ids in addresses.items()
+        if layer not in off
+    }
+    model = program.model(weights.params, weights.router_bias)
+    for layer in off:  # a model made for this call alone: without the module, nothing is added
+        del model.engrams[layer]
+    output = model(tokens, rows, positions, segments, program.memory_mask(tokens))
+    hidden = jnp.take_along_axis(output.hidden, batch["places"][..., None], axis=1)
+    logits = model.logits(hidden)
+    chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    log_probabilities = chosen - jax.nn.logsumexp(logits, axis=-1)
+    likeliest = jnp.argmax(logits, axis=-1) == batch["targets"]
+    counts = batch["counts"]
+    sums = jnp.sum(jnp.where(counts, log_probabilities, 0), axis=1)
+    return sums, jnp.all(likeliest | ~counts, axis=1)
+
+
+def summarise(
+    items: Sequence[Item], on: Sequence[ItemScore], off: Sequence[ItemScore] | None
+) -> list[dict[str, Any]]:
+    """One record per task, difficulty and frequency, in the items' order: their number, chance, and
+    accuracies with standard errors, sqrt(p (1 - p) / n).
+
+    retained: (off - chance) / (on - chance) of the accuracies by likelihood, null unless `on` is
+    more than 3 standard errors above chance, the larger of the error at `on` and that at chance.
+    """
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault((item.task, item.difficulty, item.frequency), []).append(i)
+    records = []
+    for (task, difficulty, frequency), members in groups.items():
+        chance, n = float(np.mean([items[i].chance for i in members])), len(members)
+        record: dict[str, Any] = {"task": task, "difficulty": difficulty}
+        record |= {"frequency": frequency, "items": n, "chance": chance}
+        for name, scores in (("on", on), ("off", off)):
+            if scores is not None:
+                record[name] = _accuracy([scores[i].correct for i in members])
+                record[f"{name}_greedy"] = _accuracy([scores[i].greedy for i in members])
+        if off is not None:
+            p = record["on"]["accuracy"]
+            error = max(record["on"]["standard_error"], math.sqrt(chance * (1 - chance) / n))
+            above = p - chance > 3 * error
+            gone = record["off"]["accuracy"] - chance
+            record["retained"] = gone / (p - chance) if above else None
+        records.append(record)
+    return records
+
+
+def _accuracy(correct: Sequence[bool]) -> dict[str, float]:
+    p = float(np.mean(correct))
+    return {"accuracy": p, "standard_error": math.sqrt(p * (1 - p) / len(correct))}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as text for a terminal."""
+    head = f"step {result['step']:,}, {result['epochs']:.2f} epochs of the training text"
+    if result["off_layers"]:
+        head += f"; off: Engram layers {', '.join(map(str, result['off_layers']))}"
+    if result["too_long"]:
+        head += f"; {result['too_long']:,} items are longer than the trained sequences: left out"
+    lines = [head, "", "  ".join(f"{name:>{width}}" for name, width in COLUMNS)]
+    for record in result["groups"]:
+        cells = zip(as_row(record), COLUMNS, strict=True)
+        lines.append("  ".join(f"{cell:>{width}}" for cell, (_, width) in cells))
+    return "\n".join(lines)
+
+
+COLUMNS = (
+    ("task", 11),
+    ("level", 6),
+    ("times", 5),
+    ("items", 5),
+    ("chance", 6),
+    ("on", 11),
+    ("on, greedy", 11),
+    ("off", 11),
+    ("off, greedy", 11),
+    ("retained", 8),
+)
+
+
+def as_row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """A record's cells, as named by `COLUMNS`; accuracies in percent with their standard errors."""
+
+    def percent(name: str) -> str:
+        found = record.get(name)
+        if found is None:
+            return ""
+        return f"{found['accuracy']:.1%} ±{found['standard_error']:.1%}"
+
+    kept = record.get("retained")
+    return (
+        record["task"],
+        record["difficulty"],
+        str(record["frequency"] or ""),
+        str(record["items"]),
+        f"{record['chance']:.1%}",
+        *(percent(name) for name in ("on", "on_greedy", "off", "off_greedy")),
+        "" if kept is None else f"{kept:.0%}",
+    )
