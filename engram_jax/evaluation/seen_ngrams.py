@@ -47,11 +47,11 @@ def seen(
         numbers.append(number.reshape(key.shape))
     found = [np.zeros(len(distinct), bool) for distinct in keys]
     for other_tokens, other_positions in searched:
-        number = None
+        reached: np.ndarray | None = None
         for n in lengths:
-            key = _keys(other_tokens, other_positions, number, keys[: n - 1], vocab_size)
-            number = _look_up(keys[n - 1], key)
-            found[n - 1][number[number != ABSENT]] = True
+            key = _keys(other_tokens, other_positions, reached, keys[: n - 1], vocab_size)
+            reached = _look_up(keys[n - 1], key)
+            found[n - 1][reached[reached != ABSENT]] = True
     flags = [found[n - 1][numbers[n - 1]] for n in orders]
     return np.stack(flags, axis=-1) if flags else np.zeros((*tokens.shape, 0), bool)
 
