@@ -6,6 +6,7 @@ each printed and `attempts` of it, `locks/` a file that is locked while the run 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,13 @@ class Plan:
         config = self.experiment.base()
         self.override(config)
         return parse_config(config)
+
+    def whole(self) -> Plan:
+        """All points and seeds of the experiment, and those of the part that it does not declare:
+        what a report is of."""
+        points = dict.fromkeys((*self.experiment.points, *self.points))
+        seeds = dict.fromkeys((*self.experiment.seeds, *self.seeds))
+        return dataclasses.replace(self, points=tuple(points), seeds=tuple(seeds))
 
     def workdir(self, launch: Launch) -> Path:
         return self.folder / launch.name

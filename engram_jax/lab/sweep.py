@@ -48,16 +48,16 @@ def run_sweep(
         file,
         dict(overrides or {}),
         show=screen.show,
-        finished=lambda: write_report(plan),
+        finished=lambda: write_report(plan.whole()),
     )
     plan.base()
     for launch in all_of(sweep):
         plan.config(launch)
     if report_only:
-        return _report(folder, write_report(plan))
+        return _report(folder, write_report(plan.whole()))
     done = sweep.run()
     print(f"{rates(sweep)}; {summary(sweep)}")
-    _report(folder, write_report(plan))
+    _report(folder, write_report(plan.whole()))
     return done
 
 

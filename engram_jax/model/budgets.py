@@ -26,6 +26,7 @@ RULES = (PAPER, MATCHED)
 ROWS = "model.engram.rows_per_head"
 _SMALLEST = 2  # rows of a head, keys of a product-key memory
 _LARGEST = 1 << 30
+_TURNS = 8  # two suffice unless the memory's active parameters depend on its size
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def solve(
     rule: str = MATCHED,
     *,
     size: str = ROWS,
+    step: int = 1,
     tolerance: Tolerance | None = None,
 ) -> Config:
     """`variant` with the sizes that give it the budget of `base`.
@@ -103,7 +105,7 @@ def solve(
     rule: "paper" varies routed experts and `size` only, so that P_tot is the base's; "matched"
       lets the dense layers' width compensate what the memory's projections cost, so that P_act and
       FLOPs are, too.
-    size: key of the whole number that fills P_tot: the memory's.
+    size: key of the whole number that fills P_tot, the memory's: a multiple of `step`.
     tolerance: largest mismatch, default TOLERANCES[rule].
 
     Raises UserError for a rho that these sizes cannot have, with the possible range, and for a
@@ -115,7 +117,7 @@ def solve(
     if rho is not None:
         experts = _experts(variant, target, rho, rule, size)
         variant = _with(variant, "model.ffn.routed_experts", experts)
-    filled = _filled(variant, target, rule, size)
+    filled = _filled(variant, target, rule, size, step)
     if filled is None:
         raise UserError(_no_room(variant, target, rule, size))
     _check(budget_of(filled), target, tolerance or TOLERANCES[rule], filled.name)
@@ -203,29 +205,46 @@ def _has_room(variant: Config, experts: int, target: Budget, rule: str, size: st
     return total <= target.total
 
 
-def _filled(variant: Config, target: Budget, rule: str, size: str) -> Config | None:
-    """The variant with width (rule "matched") and memory filled up; None if there is no room."""
-    if rule == MATCHED:
-        width = _width(variant, target.active, "active")
-        if width is None:
+def _filled(variant: Config, target: Budget, rule: str, size: str, step: int) -> Config | None:
+    """The variant with width (rule "matched") and memory filled up; None if there is no room.
+
+    Each is solved with the other as it is, in turn: the active parameters of some memories grow
+    with their size, of product keys for one.
+    """
+    for _ in range(_TURNS):
+        before = variant
+        if rule == MATCHED:
+            width = _width(variant, target.active, "active")
+            if width is None:
+                return None
+            variant = _with(variant, "model.ffn.dense_dim", width)
+        nearest = _nearest(variant, target.total, size, step)
+        if nearest is None:
             return None
-        variant = _with(variant, "model.ffn.dense_dim", width)
+        variant = _with(variant, size, nearest)
+        if variant == before:
+            break
+    return variant
 
-    def total(value: int) -> int:
-        return budget_of(_with(variant, size, value)).total
 
-    if total(_SMALLEST) > target.total:
+def _nearest(variant: Config, target: int, size: str, step: int) -> int | None:
+    """The multiple of `step` that brings P_tot nearest to `target`; None if there is no room."""
+
+    def total(multiple: int) -> int:
+        return budget_of(_with(variant, size, multiple * step)).total
+
+    low = -(-_SMALLEST // step)
+    if total(low) > target:
         return None
-    low, high = _SMALLEST, 2 * _SMALLEST  # total(low) <= target < total(high)
-    while total(high) <= target.total:
+    high = 2 * low  # total(low) <= target < total(high)
+    while total(high) <= target:
         low, high = high, 2 * high
-        if high > _LARGEST:
+        if high * step > _LARGEST:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if total(middle) <= target.total else (low, middle)
-    nearest = min((low, high), key=lambda value: abs(total(value) - target.total))
-    return _with(variant, size, nearest)
+        low, high = (middle, high) if total(middle) <= target else (low, middle)
+    return step * min((low, high), key=lambda multiple: abs(total(multiple) - target))
 
 
 def _width(variant: Config, target: int, figure: str) -> int | None:

@@ -54,6 +54,14 @@ def test_a_part_tries_only_its_families_rates(plan):
     ]
 
 
+def test_a_report_is_of_the_whole_experiment(plan):
+    some = plan(["rows=101"], ["4"])
+    assert some.whole().points == plan().points
+    assert some.whole().seeds == (0, 1, 4)
+    everything = plan()
+    assert everything.whole() == everything
+
+
 def test_wrong_parts_are_refused(plan):
     with pytest.raises(UserError, match="no point rows=7; it has rows=0, rows=50, rows=101"):
         plan(["rows=7"])
