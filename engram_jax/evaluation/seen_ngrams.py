@@ -42,16 +42,16 @@ def seen(
     numbers: list[np.ndarray] = []  # of every position, by n
     for _ in lengths:
         key = _keys(tokens, positions, numbers[-1] if keys else None, keys, vocab_size)
-        distinct, number = np.unique(key, return_inverse=True)
+        distinct, inverse = np.unique(key, return_inverse=True)
         keys.append(distinct)
-        numbers.append(number.reshape(key.shape))
+        numbers.append(inverse.reshape(key.shape))
     found = [np.zeros(len(distinct), bool) for distinct in keys]
     for other_tokens, other_positions in searched:
-        reached: np.ndarray | None = None
+        number: np.ndarray | None = None
         for n in lengths:
-            key = _keys(other_tokens, other_positions, reached, keys[: n - 1], vocab_size)
-            reached = _look_up(keys[n - 1], key)
-            found[n - 1][reached[reached != ABSENT]] = True
+            key = _keys(other_tokens, other_positions, number, keys[: n - 1], vocab_size)
+            number = _look_up(keys[n - 1], key)
+            found[n - 1][number[number != ABSENT]] = True
     flags = [found[n - 1][numbers[n - 1]] for n in orders]
     return np.stack(flags, axis=-1) if flags else np.zeros((*tokens.shape, 0), bool)
 

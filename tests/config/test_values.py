@@ -42,6 +42,7 @@ IMPOSSIBLE = [
     ("optimizer.clip_norm=-inf", "-inf", "finite"),
     # Sizes of nothing.
     ("model.d_model=0", "0", "positive"),
+    ("train.seen_tokens=-1", "-1", "0 or more"),
     ("train.hang_seconds=-1", "-1", "0 or more"),
     ("model.layers=0", "0", "positive"),
     ("model.layers=-4", "-4", "positive"),
