@@ -12,11 +12,14 @@ import numpy as np
 
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
+from engram_jax.config.extras import require
+from engram_jax.data import source_report as why
 from engram_jax.data import text_store
 from engram_jax.data.cache import build_once, key_of, read_json, write_json
 from engram_jax.data.documents import Spool, split_text
 from engram_jax.data.folder_text import FolderText
 from engram_jax.data.local_text import LIBRARY, LocalText
+from engram_jax.data.near_duplicates import resembling
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import hold_out
 
@@ -47,6 +50,8 @@ def open_corpus(config: DataConfig, cache: Path, log: Callable[[str], Any] = pri
     Names, sizes and modification times decide whether it is prepared already; the stored text is
     named by a hash of its content. Raises UserError for an unusable source.
     """
+    if config.near_duplicates:
+        require("lab", "config.data.near_duplicates")
     if config.source == "tfds":
         return _open_tfds(config, cache, log)
     source: LocalText | FolderText
@@ -81,7 +86,12 @@ def _stored_report(entry: Path) -> SourceReport:
 
 
 def _settings(config: DataConfig) -> list[Any]:
-    return [config.max_document_bytes, config.validation_fraction, config.max_megabytes]
+    found: list[Any] = [
+        config.max_document_bytes,
+        config.validation_fraction,
+        config.max_megabytes,
+    ]
+    return [*found, config.near_duplicates] if config.near_duplicates else found
 
 
 def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) -> str:
@@ -97,19 +107,45 @@ def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) 
         sizes = spool.sizes
         fraction = config.validation_fraction
         held = hold_out(spool.digests, sizes, fraction, spool.origins, report.source)
-        report.train_documents, report.validation_documents = int((~held).sum()), int(held.sum())
+        left_out = _near_duplicates(spool, held, config, report)
+        train = ~held & ~left_out
+        report.train_documents, report.validation_documents = int(train.sum()), int(held.sum())
         report.train_bytes, report.validation_bytes = (
-            int(sizes[~held].sum()),
+            int(sizes[train].sum()),
             int(sizes[held].sum()),
         )
         digests = sorted(
-            d.tobytes().hex() + "-+"[int(h)] for d, h in zip(spool.digests, held, strict=True)
+            d.tobytes().hex() + "-+"[int(h)]
+            for d, h, out in zip(spool.digests, held, left_out, strict=True)
+            if not out
         )
         key = key_of(FORMAT, digests)
-        build_once(cache / "texts" / key, partial(text_store.write, spool, held))
+        build_once(cache / "texts" / key, partial(text_store.write, spool, held, left_out=left_out))
     finally:
         spool.close()
     return key
+
+
+def _near_duplicates(
+    spool: Spool, held: np.ndarray, config: DataConfig, report: SourceReport
+) -> np.ndarray:
+    """Which training documents nearly are held-out ones, counted as skipped: bool [documents].
+
+    They are taken from training: the held-out text is then the same for every similarity that is
+    asked for, so that losses can be compared, and stays a fair sample of the source.
+    """
+    if not config.near_duplicates:
+        return np.zeros(len(held), bool)
+    left_out = resembling(spool.read, held, config.near_duplicates)
+    sizes = spool.sizes
+    for number in np.flatnonzero(left_out).tolist():
+        report.skip(why.NEAR_DUPLICATE, f"document {number}", int(sizes[number]))
+    if left_out[~held].all():
+        raise UserError(
+            f"{report.source}: every training document has a Jaccard similarity of at least"
+            f" config.data.near_duplicates = {config.near_duplicates} to a held-out one"
+        )
+    return left_out
 
 
 def _cut_small(spool: Spool, config: DataConfig, report: SourceReport) -> Spool:

@@ -17,9 +17,14 @@ from engram_jax.data.documents import Spool
 TRAIN, VALIDATION = "train", "validation"
 
 
-def write(spool: Spool, held_out: np.ndarray, folder: Path) -> None:
-    """Write the spool's documents into `folder`; held_out: bool [documents], for validation."""
+def write(
+    spool: Spool, held_out: np.ndarray, folder: Path, left_out: np.ndarray | None = None
+) -> None:
+    """Write the spool's documents into `folder`; held_out, left_out: bool [documents], those for
+    validation and those for neither split."""
     order = spool.digest_order()
+    if left_out is not None:
+        order = order[~left_out[order]]
     held = held_out[order]
     for split, chosen in ((TRAIN, order[~held]), (VALIDATION, order[held])):
         with open(folder / f"{split}.txt", "wb") as file:

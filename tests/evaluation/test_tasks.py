@@ -1,0 +1,149 @@
+"""Scores of synthetic tasks: against the NumPy model, greedy decoding and sums done by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from engram_jax.config import GenerateConfig
+from engram_jax.evaluation.tasks import ItemScore, as_row, encode, score, summarise, table
+from engram_jax.model.decode import Generator
+from engram_jax.tasks.drawing import Item
+from engram_jax.training.state import weights_of
+from tests.oracle import transformer as oracle
+from tests.tiny import VOCAB, tiny
+
+# Candidates of different lengths, more of them than a batch has rows.
+PROMPTS, ANSWERS = (7, 3, 5), ((2, 1, 3), (1, 1, 2), (3, 3))
+
+
+@pytest.fixture(scope="module")
+def model():
+    program, state = tiny()
+    return program, state, weights_of(program, state)
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    rng = np.random.default_rng(3)
+    out = []
+    for length, answers in zip(PROMPTS, ANSWERS, strict=True):
+        prompt = rng.integers(3, VOCAB, length).tolist()
+        out.append([(prompt + rng.integers(3, VOCAB, n).tolist(), length) for n in answers])
+    return out
+
+
+def log_probabilities(program, state, ids):
+    to64 = partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+    tables = {k: np.asarray(t.rows, np.float64) for k, t in state.memory.items()}
+    params, bias = to64(state.params), to64(state.router_bias)
+    logits = oracle.forward(params, bias, tables, np.array(ids), program.config, program.addressing)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def without_memory(program):
+    engram = dataclasses.replace(program.config.model.engram, layers=())
+    network = dataclasses.replace(program.config.model, engram=engram)
+    return dataclasses.replace(program, config=dataclasses.replace(program.config, model=network))
+
+
+@pytest.mark.parametrize("off", [(), ("1",)])
+def test_likelihoods_equal_numpy_float64(model, encoded, off):
+    program, state, weights = model
+    found = score(program, weights, encoded, off)
+    numpy_program = without_memory(program) if off else program
+    for item, scored in zip(encoded, found, strict=True):
+        expected = []
+        for ids, shared in item:
+            logs = log_probabilities(numpy_program, state, ids)
+            expected.append(sum(logs[i - 1, ids[i]] for i in range(shared, len(ids))))
+        np.testing.assert_allclose(scored.log_likelihoods, expected, rtol=1e-3, atol=1e-3)
+        assert scored.correct == (np.argmax(expected) == 0)
+
+
+def test_the_memory_matters(model, encoded):
+    program, _, weights = model
+    on, off = score(program, weights, encoded), score(program, weights, encoded, ("1",))
+    assert any(
+        np.abs(a.log_likelihoods - b.log_likelihoods).max() > 0.01
+        for a, b in zip(on, off, strict=True)
+    )
+
+
+def test_greedy_equals_decoding(model, encoded):
+    """For what decoding gives, and for the same with its last token changed."""
+    program, _, weights = model
+    generator = Generator(program, weights)
+    prompts = [item[0][0][: item[0][1]] for item in encoded]
+    decoded = generator.complete(prompts, GenerateConfig(temperature=0.0), max_tokens=3)
+    right = [[(p + d, len(p))] for p, d in zip(prompts, decoded, strict=True)]
+    wrong = [[(p + d[:-1] + [(d[-1] + 1) % VOCAB], len(p))] for p, d in zip(prompts, decoded)]  # noqa: B905
+    assert [s.greedy for s in score(program, weights, right)] == [True] * 3
+    assert [s.greedy for s in score(program, weights, wrong)] == [False] * 3
+
+
+def item(frequency=0, distractors=9):
+    wrong = tuple(f" {n}" for n in range(distractors))
+    return Item("facts", "easy", frequency, "prompt", " answer", wrong)
+
+
+def scored(correct, greedy=False):
+    """`correct`: the answer's log-likelihood beside a distractor's -2."""
+    return ItemScore(np.array([-1.0 if correct else -3.0, -2.0]), greedy)
+
+
+def test_ties_are_wrong():
+    assert not ItemScore(np.array([-2.0, -2.0, -3.0]), False).correct
+
+
+def test_a_summary_by_hand():
+    items = [item(1)] * 100 + [item(64)] * 100
+    on = [scored(i < 15) for i in range(100)] + [scored(i < 90, i < 50) for i in range(100)]
+    off = [scored(i < 10) for i in range(100)] + [scored(i < 30) for i in range(100)]
+    rare, often = summarise(items, on, off)
+    assert (rare["frequency"], rare["items"], rare["chance"]) == (1, 100, 0.1)
+    # 15 % is less than three of 3.6 % above 10 %
+    assert rare["on"] == {"accuracy": 0.15, "standard_error": pytest.approx(0.0357, abs=1e-4)}
+    assert rare["retained"] is None
+    assert often["on_greedy"] == {"accuracy": 0.5, "standard_error": 0.05}
+    assert often["retained"] == pytest.approx((0.3 - 0.1) / (0.9 - 0.1))
+    assert as_row(often)[-5:] == ("90.0% ±3.0%", "50.0% ±5.0%", "30.0% ±4.6%", "0.0% ±0.0%", "25%")
+    assert as_row(rare)[-1] == ""
+    shown = table(
+        {"step": 5, "epochs": 0.5, "off_layers": [1], "too_long": 2, "groups": [rare, often]}
+    )
+    assert "2 items are longer" in shown and "90.0% ±3.0%" in shown
+
+
+def test_the_error_at_chance_counts_where_all_are_right():
+    """Three of three: above 10 % by 0.9 and not by three of sqrt(0.09 / 3) = 0.17, so retained is
+    given; of one item, 0.9 is exactly three of 0.3, so it is not."""
+    many = summarise([item()] * 3, [scored(True)] * 3, [scored(True)] * 3)[0]
+    assert many["retained"] == 1.0
+    one = summarise([item(distractors=9)], [scored(True)], [scored(True)])[0]
+    assert math.isclose(3 * math.sqrt(0.1 * 0.9), 0.9) and one["retained"] is None
+
+
+class Letters:
+    """A tokenizer whose tokens are characters, with "ab" as one token."""
+
+    def encode(self, text, add_special_tokens):
+        ids, i = [], 0
+        while i < len(text):
+            pair = text[i : i + 2] == "ab"
+            ids.append(1 if pair else ord(text[i]))
+            i += 2 if pair else 1
+        return dataclasses.make_dataclass("Encoding", ["ids"])(ids)
+
+
+def test_a_prompt_whose_last_token_changes():
+    (plain, shared), (merged, earlier) = encode(
+        Letters(), Item("needle", "easy", 0, "xa", "c", ("b",))
+    )
+    assert (plain, shared) == ([ord("x"), ord("a"), ord("c")], 2)
+    assert (merged, earlier) == ([ord("x"), 1], 1)
