@@ -279,10 +279,15 @@ def _check(found: Budget, target: Budget, tolerance: Tolerance, name: str) -> No
 
 
 def _per_step(config: Config, key: str, figure: Callable[[Budget], int]) -> int:
-    """What a figure grows by when a size grows by one; counts are linear in these sizes."""
-    value = functools.reduce(getattr, key.split("."), config)
-    assert isinstance(value, int)
-    return figure(budget_of(_with(config, key, value + 1))) - figure(budget_of(config))
+    """What a figure grows by when the experts or the dense width grow by one. It is linear in both,
+    so the step is taken where every call of one geometry takes it: a trace serves them all."""
+    ffn = config.model.ffn
+    smallest = {"model.ffn.dense_dim": 1, "model.ffn.routed_experts": ffn.top_k}
+    if ffn.routed_experts == 0:
+        del smallest["model.ffn.routed_experts"]
+    for name, value in smallest.items():
+        config = _with(config, name, value)
+    return figure(budget_of(_with(config, key, smallest[key] + 1))) - figure(budget_of(config))
 
 
 def _with(config: Config, key: str, value: int) -> Config:
