@@ -79,6 +79,13 @@ def assert_same_run(workdir: Path, one: Path) -> None:
             assert ours[step][key] == record[key], (step, key)
 
 
+def assert_same_documents(workdir: Path, one: Path) -> None:
+    ours, theirs = (np.load(folder / "held_out_documents.npz") for folder in (workdir, one))
+    assert theirs["nats"].sum() > 0 and theirs["seen_targets"].sum() > 0
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=TOLERANCE, err_msg=name)
+
+
 def rewound(source: Path, to: Path) -> Path:
     """A copy of a finished run without its checkpoints after MIDDLE."""
     shutil.copytree(source, to)
@@ -103,8 +110,11 @@ def test_two_processes_and_back_to_one(corpus, alone, tmp_path):
         assert (mine["batches"], mine["targets"]) == (other["batches"], other["targets"])
         for name, value in other["nats_per_token"].items():
             assert mine["nats_per_token"][name] == pytest.approx(value, rel=TOLERANCE), name
+    assert_same_documents(two, alone)
+    (two / "held_out_documents.npz").unlink()
 
     evaluated = run_among(2, *arguments(corpus, two), "--mode=evaluate", "--json")
+    assert_same_documents(two, alone)
     assert "held_out_loss" not in evaluated[1]
     line = next(line for line in evaluated[0].splitlines() if line.startswith("{"))
     loss = losses[0]["held_out_loss"]["nats_per_token"]["engram_tiny"]
