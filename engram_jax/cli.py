@@ -165,7 +165,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     parse_step(_STEP.value)
     if mode == "sweep":
         require("lab", "--mode=sweep")
-        require("report", "--mode=sweep")
         if _COORDINATOR.value is not None:
             raise UserError(
                 "--coordinator_address: not for --mode=sweep, which runs one process at a time"

@@ -59,7 +59,7 @@ def test_the_lock_meets_the_requirements(python):
     for requirement in wanted:
         assert requirement.specifier.contains(run[canonicalize_name(requirement.name)])
     own, *tools = [Requirement(text) for text in OPTIONAL["test"]]
-    assert own.name == PROJECT["name"] and own.extras == {"report", "serve"}
+    assert own.name == PROJECT["name"] and own.extras == {"lab", "report", "serve"}
     for requirement in [*tools, *map(Requirement, OPTIONAL["serve"])]:
         assert requirement.specifier.contains(test[canonicalize_name(requirement.name)])
     assert "pytest" not in run
@@ -78,7 +78,7 @@ def test_the_lock_of_the_site_meets_its_requirements(python):
 
 
 def test_every_import_is_declared():
-    texts = PROJECT["dependencies"] + OPTIONAL["report"] + OPTIONAL["serve"]
+    texts = PROJECT["dependencies"] + OPTIONAL["lab"] + OPTIONAL["report"] + OPTIONAL["serve"]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     owners = importlib.metadata.packages_distributions()
     for path in [*(ROOT / "engram_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:

@@ -14,7 +14,7 @@ from engram_jax.config.errors import UserError
 PACKAGES: dict[str, tuple[str, ...]] = {
     "serve": ("numba", "llvmlite", "starlette", "uvicorn", "h11"),
     "report": ("matplotlib",),
-    "lab": ("pyarrow", "datasketch", "faiss", "bm25s", "scipy"),
+    "lab": ("bm25s", "datasketch", "faiss", "matplotlib", "pyarrow", "scipy"),
 }
 
 

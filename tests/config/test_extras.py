@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -160,10 +161,12 @@ def test_a_run_without_any_extra(tmp_path):
 def test_the_extras_are_those_of_the_project():
     project = tomllib.loads(PROJECT)["project"]
     needed = {re.split(r"[<>=; \[]", text)[0] for text in project["dependencies"]}
+    distributions = importlib.metadata.packages_distributions()
     for extra, packages in PACKAGES.items():
         texts = project["optional-dependencies"][extra]
-        assert {re.split(r"[<>=;]", text)[0] for text in texts} == set(packages)
-        assert not needed & set(packages)
+        named = {name for package in packages for name in distributions[package]}
+        assert {re.split(r"[<>=;]", text)[0] for text in texts} == named
+        assert not needed & named
 
 
 @pytest.mark.parametrize("package", INTERNALS)
