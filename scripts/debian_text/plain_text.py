@@ -118,12 +118,17 @@ def parts(text: str, limit: int, between: str = "\n\n") -> Iterator[str]:
     """`text` in parts of about equal size, about `limit` bytes at most, cut at `between`
     (paragraphs by default), or at line ends where what is between is longer than that."""
     size = max(1, len(text.encode()))
-    wanted = -(-size // -(-size // limit))
-    pieces: list[str] = []
+    wanted = size / -(-size // limit)
+    found: dict[int, str] = {}
+    start = 0
     for piece in re.split(f"(?<={between})", text):
         long = len(piece.encode()) > limit
-        pieces += piece.splitlines(keepends=True) if long else [piece]
-    return groups(pieces, wanted)
+        for unit in piece.splitlines(keepends=True) if long else [piece]:
+            length = len(unit.encode())
+            number = int((start + length / 2) / wanted)  # where the middle of the unit falls
+            found[number] = found.get(number, "") + unit
+            start += length
+    return iter(found.values())
 
 
 def groups(entries: Iterable[str], limit: int) -> Iterator[str]:

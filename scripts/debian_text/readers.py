@@ -23,6 +23,9 @@ GROUP = 4_000  # bytes: entries of a dictionary, fortunes and records are joined
 
 _NAVIGATION = {"navheader", "navfooter", "toc", "nosearch", "headerlink", "related", "clearer"}
 _BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_SOURCE = re.compile(
+    r"\[[^\[\]\n]*(1913 Webster|Webster 1913|WordNet [\d.]+|PJC|Century Dict)[^\[\]\n]*\]"
+)
 _SENSE = re.compile(r"(\d+[:.]|\([a-z0-9]+\)|[A-Z][a-z]+\.? ?[A-Za-z]*:|n |v |adj |adv |-- ?\S)")
 
 
@@ -62,7 +65,7 @@ def _number(digits: str) -> int:
 
 
 def _entry(text: str) -> str:
-    text = re.sub(r"\[(1913 Webster|WordNet [\d.]+|PJC|[\w ]*\+ ?\w+)\]", "", text)
+    text = _SOURCE.sub("", text)
     head, *lines = text.replace("{", "").replace("}", "").splitlines()
     out = [head.rstrip()]
     joining = True

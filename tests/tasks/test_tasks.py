@@ -16,7 +16,7 @@ from engram_jax.tasks.mixture import Mixture, Unseen, interleave
 
 LEVELS = [(t, d) for t in in_context.TASKS for d in DIFFICULTIES]
 SEED = 3
-TEXT = 800_000  # bytes beside which a mixture is made
+TEXT = 800_000  # bytes beside which the mixture is made
 
 
 def some(endless, count):
@@ -25,7 +25,10 @@ def some(endless, count):
 
 @pytest.fixture(scope="module")
 def mixture():
-    return Mixture(TasksConfig(names=TASKS, difficulties=DIFFICULTIES, seed=SEED), TEXT * 5)
+    config = TasksConfig(
+        names=TASKS, difficulties=DIFFICULTIES, frequencies=(1, 4), items=25, seed=SEED
+    )
+    return Mixture(config, TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +40,10 @@ def everything(mixture):
 def test_no_answer_of_a_test_item_stands_in_a_training_document(everything):
     text, items = everything
     new = [i for i in items if i.task in in_context.TASKS]
-    assert len({i.task for i in new}) == 4 and len(new) > 1000
+    assert len({i.task for i in new}) == 4 and len(new) > 500
     assert not [i for i in new if i.answer in text]
     operands = {re.search(r"\d+ [+*] \d+", i.prompt)[0] for i in items if i.task == "arithmetic"}
-    assert len(operands) > 300
+    assert len(operands) > 100
     assert not operands & set(re.findall(r"\d+ [+*] \d+", text))
 
 
@@ -165,7 +168,7 @@ def test_too_few_bytes_for_facts_are_refused():
 @pytest.mark.parametrize("names", [TASKS, ("copying",), ("facts",), ("arithmetic", "facts")])
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_the_share_is_the_one_asked_for_and_even(names, share):
-    texts = [f"{i} " * 40 for i in range(4000)]
+    texts = [f"{i} " * 40 for i in range(1000)]
     size = sum(map(len, texts))
     mixture = Mixture(TasksConfig(names=names, share=share, frequencies=(1, 4)), size)
     mixed = list(interleave(texts, size, mixture))
