@@ -189,6 +189,36 @@ class EngramConfig:
 
 
 @dataclass(frozen=True)
+class ProductKeyConfig:
+    """Product-key memory (arXiv 1907.05242), addressed by the hidden state; layers/product_keys.py.
+    `layers = ()` means none.
+
+    layers: 0-based layer ids, ascending; the module stands before the layer's attention, where an
+      Engram module stands, and after it if there are both.
+    keys: sub-keys of each half of a key, which make keys^2 rows.
+    key_dim: width of a query and of a key (two sub-keys).
+    heads: queries of a token, each with sub-keys of its own; all read the same values.
+    top_k: rows that a query reads.
+    dim: width of a value.
+    expansion: E, implicit value expansion (UltraMem, arXiv 2411.12364): the keys^2 rows are E
+      blocks of keys^2 / E stored values, each block with its own linear map; 1 = none.
+    """
+
+    layers: tuple[int, ...] = ()
+    keys: int = 64
+    key_dim: int = 64
+    heads: int = 4
+    top_k: int = 8
+    dim: int = 128
+    expansion: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Stored values of a layer."""
+        return self.keys**2 // self.expansion
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network's size and arithmetic.
 
@@ -220,6 +250,7 @@ class ModelConfig:
     ffn: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     hyper: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     engram: EngramConfig = field(default_factory=EngramConfig)
+    product_keys: ProductKeyConfig = field(default_factory=ProductKeyConfig)
 
 
 @dataclass(frozen=True)
@@ -293,7 +324,8 @@ class OptimizerConfig:
     muon_ns_steps: Newton-Schulz iterations.
     muon_rms: root mean square of Muon's update before the learning rate.
     adam_b1, adam_b2, adam_eps: of AdamW and of row-wise Adam.
-    memory_lr_multiplier: the tables' learning rate as a multiple of the others'.
+    memory_lr_multiplier: the tables' learning rate as a multiple of the others'; product-key
+      values', too.
     memory_optimizer: "rowwise_adam" updates the rows that were read; "dense_adam" all rows, for
       comparison.
     """

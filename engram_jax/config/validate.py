@@ -37,6 +37,7 @@ from engram_jax.config.schema import (
     GenerateConfig,
     ModelConfig,
     OptimizerConfig,
+    ProductKeyConfig,
     ServeConfig,
     TokenizerConfig,
     TrainConfig,
@@ -51,6 +52,7 @@ _POSITIVE = {
     "model.ffn": "dense_dim routed_scaling",
     "model.hyper": "streams sinkhorn_iterations",
     "model.engram": "heads_per_order d_mem conv_kernel",
+    "model.product_keys": "keys key_dim heads top_k dim expansion",
     "tokenizer": "vocab_size",
     "mesh": "data expert tensor headroom",
     "data": "seq_len batch_size text_key",
@@ -125,6 +127,7 @@ def validate(config: Config) -> None:
     _engram(model.engram, model.layers)
     if model.engram.layers and model.engram.precision == FP8:
         _fp8(model)
+    _product_keys(model.product_keys, model.layers)
     _tokenizer(config.tokenizer, restarts=bool(model.engram.layers) and _is_qwen(model.engram))
     share = config.mesh.distinct
     _require(share <= 1, "mesh.distinct", share, "a share of the lookups, in [0, 1]")
@@ -219,6 +222,29 @@ def _fp8(model: ModelConfig) -> None:
         "model.engram.fp8_recipe",
         recipe,
         f"one whose blocks of {width} columns divide {sizes}",
+    )
+
+
+def _product_keys(memory: ProductKeyConfig, layers: int) -> None:
+    key, ids = "model.product_keys", memory.layers
+    _require(
+        all(0 <= i < layers for i in ids) and list(ids) == sorted(set(ids)),
+        f"{key}.layers",
+        ids,
+        f"ascending 0-based layer ids below model.layers = {layers}",
+    )
+    _require(memory.key_dim % 2 == 0, f"{key}.key_dim", memory.key_dim, "even (two sub-keys)")
+    few = f"at most model.product_keys.keys = {memory.keys}"
+    _require(memory.top_k <= memory.keys, f"{key}.top_k", memory.top_k, few)
+    divisor = f"a divisor of model.product_keys.keys = {memory.keys}"
+    _require(memory.keys % memory.expansion == 0, f"{key}.expansion", memory.expansion, divisor)
+    read = memory.heads * memory.top_k
+    _require(
+        read <= memory.rows <= MAX_TABLE_ROWS,
+        f"{key}.keys",
+        memory.keys,
+        f"so that keys^2 / expansion, the stored values, are from {read} (heads x top_k, which a"
+        f" token reads) to {MAX_TABLE_ROWS} (int32); they are {memory.rows}",
     )
 
 

@@ -10,9 +10,9 @@ from flax import nnx
 
 from engram_jax.addressing import artifact, load_tokenizer, plan_layer
 from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.config import QWEN, Config
+from engram_jax.config import QWEN, Config, ProductKeyConfig
 from engram_jax.model.transformer import Transformer
-from engram_jax.sharding.parameters import part_of
+from engram_jax.sharding.parameters import VALUES, part_of
 from engram_jax.sharding.rules import names
 
 
@@ -53,6 +53,7 @@ def active_params(config: Config, counts: dict[str, int]) -> int:
         sum(counts.values())
         - counts["token embedding"]
         - _idle_experts(experts, ffn.top_k, ffn.routed_experts)
+        - _idle_values(config, counts)
     )
 
 
@@ -69,6 +70,12 @@ def training_flops(config: Config, counts: dict[str, int] | None = None) -> floa
 def _idle_experts(params: int, top_k: int, experts: int) -> int:
     """Of the routed experts' parameters, those that a token does not use."""
     return params - params * top_k // max(1, experts)
+
+
+def _idle_values(config: Config, counts: dict[str, int]) -> int:
+    """Of the product-key values' parameters, those that a token does not use."""
+    memory = config.model.product_keys
+    return counts.get(VALUES, 0) - len(memory.layers) * memory.heads * memory.top_k * memory.dim
 
 
 def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
@@ -91,11 +98,13 @@ def describe(config: Config) -> dict[str, Any]:
     """One JSON-able object: parameter counts, rho, FLOPs and the geometry of every table.
 
     active_params: weights a token is multiplied with, without the token embedding (Table 1).
-    rho: routed experts' share of the sparse parameters (those a token does not use), None if there
-      are none (section 3 of the paper).
+    rho: routed experts' share of the sparse parameters (those a token does not use: of experts,
+      tables, product-key values), None if there are none (section 3 of the paper).
     rows: that have an address; stored_rows: with the table's padding (dialect "qwen"), which the
       counts of parameters include.
     multipliers: None while the tokenizer, and so the number of canonical ids, is not known.
+    product_keys: only if there are some: rows by address, stored_rows of values, rows_read per
+      token, of each layer.
     """
     counts = parts(config)
     active, flops = active_params(config, counts), training_flops(config, counts)
@@ -107,7 +116,9 @@ def describe(config: Config) -> dict[str, Any]:
     total = sum(counts.values())
     embedding = counts["token embedding"]
     idle_experts = _idle_experts(counts.get("routed experts", 0), ffn.top_k, ffn.routed_experts)
-    sparse = idle_experts + tables
+    values = config.model.product_keys
+    learned = {"product_keys": _product_keys(values)} if values.layers else {}
+    sparse = idle_experts + tables + _idle_values(config, counts)
     return {
         "name": config.name,
         "total_params": total,
@@ -130,6 +141,17 @@ def describe(config: Config) -> dict[str, Any]:
             }
             for layer_id, layer in layers.items()
         },
+        **learned,
+    }
+
+
+def _product_keys(memory: ProductKeyConfig) -> dict[str, Any]:
+    return {
+        "layers": list(memory.layers),
+        "rows": memory.keys**2,
+        "stored_rows": memory.rows,
+        "dim": memory.dim,
+        "rows_read": memory.heads * memory.top_k,
     }
 
 
@@ -154,5 +176,12 @@ def table(description: dict[str, Any]) -> str:
             f"engram layer {layer}: {memory['rows']:,} rows x {memory['dim']}{stored}; "
             f"{len(sizes)} heads of {min(sizes):,} to {max(sizes):,} rows; "
             f"multipliers {numbers}"
+        )
+    if memory := description.get("product_keys"):
+        virtual = f" as {memory['rows']:,}" if memory["rows"] > memory["stored_rows"] else ""
+        lines.append(
+            f"product keys at layers {', '.join(map(str, memory['layers']))}:"
+            f" {memory['stored_rows']:,} values x {memory['dim']}{virtual};"
+            f" a token reads {memory['rows_read']}"
         )
     return "\n".join(lines)

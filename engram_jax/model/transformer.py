@@ -18,6 +18,7 @@ from engram_jax.config import Config, ModelConfig
 from engram_jax.layers.engram import Engram
 from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
+from engram_jax.layers.product_keys import ProductKeys
 from engram_jax.model.block import DENSE, MOE, Stack
 from engram_jax.model.decode_state import DecodeState
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
@@ -27,7 +28,8 @@ Rows = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Stage:
-    """Identical layers [first, first + count); an Engram module, if any, precedes `first`."""
+    """Identical layers [first, first + count); an Engram module and then a product-key memory, if
+    any, precede `first`."""
 
     first: int
     count: int
@@ -45,15 +47,16 @@ def moe_layers(config: ModelConfig) -> list[int]:
 
 
 def stages(config: ModelConfig) -> tuple[Stage, ...]:
-    """The layers, split where the kind of block changes and before every Engram layer."""
+    """The layers, split where the kind of block changes and before every layer with a memory."""
     moe = config.ffn.routed_experts > 0
     kinds = [
         MOE if moe and layer >= config.ffn.dense_layers else DENSE for layer in range(config.layers)
     ]
+    memories = {*config.engram.layers, *config.product_keys.layers}
     firsts = [
         layer
         for layer in range(config.layers)
-        if layer == 0 or kinds[layer] != kinds[layer - 1] or layer in config.engram.layers
+        if layer == 0 or kinds[layer] != kinds[layer - 1] or layer in memories
     ]
     ends = [*firsts[1:], config.layers]
     return tuple(Stage(a, b - a, kinds[a]) for a, b in zip(firsts, ends, strict=True))
@@ -109,6 +112,20 @@ class Transformer(nnx.Module):
                 for layer in model.engram.layers
             }
         )
+        self.product_keys = nnx.Dict(
+            {
+                str(layer): ProductKeys(
+                    d,
+                    model.product_keys,
+                    norm_eps=model.norm_eps,
+                    init_std=model.init_std,
+                    dtype=self.dtype,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for layer in model.product_keys.layers
+            }
+        )
         self.blocks = nnx.Dict(
             {
                 stage.name: Stack(model, stage.kind, stage.first, stage.count, rngs=rngs)
@@ -122,6 +139,12 @@ class Transformer(nnx.Module):
         """tokens int32 [B, T] -> M equal streams [B, T, M, d]; a negative id embeds as id 0."""
         x = self.embedding[...].astype(self.dtype)[jnp.maximum(tokens, 0)]
         return expand(x, self.streams)
+
+    def _learned(self, stage: Stage, x: jax.Array) -> jax.Array:
+        """Streams [..., M, d] after the stage's product-key memory, if it has one."""
+        if stage.name not in self.product_keys:
+            return x
+        return x + self.product_keys[stage.name](x)[..., None, :]
 
     def finish(self, x: jax.Array) -> jax.Array:
         """streams [..., M, d] -> the hidden states that `logits` takes, [..., d]."""
@@ -166,6 +189,7 @@ class Transformer(nnx.Module):
                     rows[stage.name], x, segments, mask
                 )
                 x = x + out
+            x = self._learned(stage, x)
             x, load = self.blocks[stage.name](x, positions, segments, shard)
             if stage.kind == MOE:
                 loads.append(load)
@@ -215,6 +239,7 @@ class Transformer(nnx.Module):
                     rows[stage.name], x, state.tails[stage.name], valid, mask
                 )
                 x = x + out
+            x = self._learned(stage, x)
             x, caches[stage.name] = self.blocks[stage.name].cached(
                 x, positions, real.astype(jnp.int32), state.caches[stage.name], shard
             )
@@ -255,6 +280,7 @@ class Transformer(nnx.Module):
             if stage.name in self.engrams and rows is not None:
                 out, tail = self.engrams[stage.name].cached(rows, x, tail, valid, mask)
                 x = x + out
+            x = self._learned(stage, x)
             x, pool = self.blocks[stage.name].paged(
                 x, positions, real.astype(jnp.int32), pages, pool, shard
             )
