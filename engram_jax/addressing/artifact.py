@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from engram_jax.addressing.compression import build_compression
+from engram_jax.addressing.fgrams import FgramAddressing
 from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
 from engram_jax.addressing.tokenizer import (
     former_fingerprint,
@@ -26,7 +28,7 @@ from engram_jax.addressing.tokenizer import (
     tokenizer_fingerprint,
     tokenizer_size,
 )
-from engram_jax.config import QWEN, Config, TokenizerConfig
+from engram_jax.config import QWEN, SCONE, Config, TokenizerConfig
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.storage import write_text
 
@@ -38,8 +40,8 @@ _FORMAT = 1
 class Addressing:
     """From token ids to rows, for all Engram layers of a model.
 
-    compression: int32 [V_tok] canonical id per raw id; None = raw ids are hashed (dialect "qwen"),
-      or no tokenizer was given (describe, compile).
+    compression: int32 [V_tok] canonical id per raw id; None = raw ids are used (dialect "qwen",
+      f-grams), or no tokenizer was given (describe, compile).
     canonical_vocab_size: number of ids that are hashed.
     pad_id: canonical id of the tokenizer's pad id.
     layers: addressing of each Engram layer by 0-based layer id.
@@ -53,7 +55,7 @@ class Addressing:
     compression: np.ndarray | None
     canonical_vocab_size: int
     pad_id: int
-    layers: dict[int, LayerAddressing]
+    layers: Mapping[int, LayerAddressing | FgramAddressing]
     dialect: str
     eos_id: int
     tokenizer_fingerprint: str
@@ -69,7 +71,7 @@ class Addressing:
 
     def _numbers(self) -> dict[str, Any]:
         """Everything but the compression map, as JSON values."""
-        layers = [dataclasses.asdict(layer) for _, layer in sorted(self.layers.items())]
+        layers = [_as_json(layer) for _, layer in sorted(self.layers.items())]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**fields, "layers": layers, "compression": self.compression is not None}
 
@@ -80,8 +82,16 @@ class Addressing:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {}
         if self.compression is not None:
-            np.savez_compressed(folder / _NPZ, compression=self.compression)
+            arrays["compression"] = self.compression
+        for layer in self.layers.values():
+            if isinstance(layer, FgramAddressing) and layer.ngrams is not None:
+                arrays |= {
+                    f"fgrams_{n}": t for n, t in zip(layer.orders, layer.ngrams, strict=True)
+                }
+        if arrays:
+            np.savez_compressed(folder / _NPZ, **arrays)
         state = {"format": _FORMAT, "fingerprint": self.fingerprint, **self._numbers()}
         write_text(folder / _JSON, json.dumps(state, indent=1) + "\n")
 
@@ -91,11 +101,12 @@ class Addressing:
         folder = Path(directory)
         try:
             state = json.loads((folder / _JSON).read_text())
-            layers = [_layer(values) for values in state["layers"]]
-            compression = None
-            if state["compression"]:
+            arrays: dict[str, np.ndarray] = {}
+            if state["compression"] or any("fgrams" in values for values in state["layers"]):
                 with np.load(folder / _NPZ, allow_pickle=False) as archive:
-                    compression = archive["compression"]
+                    arrays = dict(archive)
+            layers = [_layer(values, arrays) for values in state["layers"]]
+            compression = arrays["compression"] if state["compression"] else None
             found = cls(
                 compression=compression,
                 canonical_vocab_size=state["canonical_vocab_size"],
@@ -121,7 +132,17 @@ def _bytes(compression: np.ndarray | None) -> bytes:
     return b"" if compression is None else np.ascontiguousarray(compression, "<i4").tobytes()
 
 
-def _layer(values: dict[str, Any]) -> LayerAddressing:
+def _as_json(layer: LayerAddressing | FgramAddressing) -> dict[str, Any]:
+    return layer.numbers() if isinstance(layer, FgramAddressing) else dataclasses.asdict(layer)
+
+
+def _layer(
+    values: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> LayerAddressing | FgramAddressing:
+    if "fgrams" in values:
+        orders = tuple(values["orders"])
+        tables = tuple(arrays[f"fgrams_{n}"] for n in orders)
+        return FgramAddressing(values["layer_id"], orders, values["count"], tables)
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return LayerAddressing(**fields)
 
@@ -150,7 +171,10 @@ def check_same(stored: Addressing, mine: Addressing) -> None:
 
 
 def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
-    """`mine`, with the tokenizer fingerprint that an older run in `workdir` has stored.
+    """`mine`, with the f-grams, or the tokenizer fingerprint, that a run in `workdir` has stored.
+
+    F-grams are counted on the text that the run was trained on; whoever reads its table reads them
+    from here. Training, which has that text, compares instead.
 
     Earlier versions included the post-processor in the fingerprint, though it changes no id of a
     text. If the run's tokenizer.json shows that the tokenizer is the same, the stored fingerprint
@@ -159,7 +183,10 @@ def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
     folder = Path(workdir)
     if not (folder / "addressing" / _JSON).is_file() or not (folder / "tokenizer.json").is_file():
         return mine
-    known = Addressing.load(folder / "addressing").tokenizer_fingerprint
+    stored = Addressing.load(folder / "addressing")
+    if any(isinstance(layer, FgramAddressing) for layer in mine.layers.values()):
+        return dataclasses.replace(mine, layers=stored.layers)
+    known = stored.tokenizer_fingerprint
     if known == mine.tokenizer_fingerprint or known != former_fingerprint(folder):
         return mine
     same = tokenizer_fingerprint(load_tokenizer(folder)) == mine.tokenizer_fingerprint
@@ -180,24 +207,33 @@ def build_addressing(config: Config, tokenizer: Tokenizer | None = None) -> Addr
             f"config.tokenizer.vocab_size = {tokens.vocab_size}: must be at least the tokenizer's"
             f" {tokenizer_size(tokenizer)} ids"
         )
-    if engram.hash_dialect == QWEN:
+    if engram.hash_dialect == QWEN or engram.form == SCONE:
+        what = f"hash dialect {QWEN!r} hashes raw ids"
+        if engram.form == SCONE:
+            what = f"form {SCONE!r} counts n-grams of raw ids"
         compression, canonical_size, pad_id = None, tokens.vocab_size, tokens.pad_id
         fill_id, restart_id = tokens.eos_id, tokens.eos_id
         if tokens.canonical_vocab_size not in (0, canonical_size):
             raise UserError(
                 f"config.tokenizer.canonical_vocab_size = {tokens.canonical_vocab_size}: must be 0"
-                f" or tokenizer.vocab_size = {canonical_size}: hash dialect {QWEN!r} hashes raw ids"
+                f" or tokenizer.vocab_size = {canonical_size}: {what}"
             )
     else:
         compression = None if tokenizer is None else build_compression(tokenizer)
         canonical_size = _canonical_size(tokens, compression, needed=bool(engram.layers))
         pad_id = _canonical_pad(tokens, compression)
         fill_id, restart_id = pad_id, None
+    layers: dict[int, LayerAddressing | FgramAddressing] = {}
+    if engram.form == SCONE:
+        count = engram.rows_per_head[0]
+        layers |= {i: FgramAddressing(i, engram.orders, count) for i in engram.layers}
+    else:
+        layers |= plan_layer(engram, canonical_size, fill_id=fill_id, restart_id=restart_id)
     return Addressing(
         compression=compression,
         canonical_vocab_size=canonical_size,
         pad_id=pad_id,
-        layers=plan_layer(engram, canonical_size, fill_id=fill_id, restart_id=restart_id),
+        layers=layers,
         dialect=engram.hash_dialect,
         eos_id=tokens.eos_id,
         tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),

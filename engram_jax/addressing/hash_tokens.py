@@ -11,6 +11,7 @@ import numpy as np
 
 from engram_jax.addressing import hash_numpy
 from engram_jax.addressing.artifact import Addressing
+from engram_jax.addressing.fgrams import FgramAddressing
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.config.extras import installed
 
@@ -48,9 +49,9 @@ class Hasher:
         return self._addresses[layer](ids)
 
 
-def _addresser(layer: LayerAddressing) -> Callable[[np.ndarray], np.ndarray]:
+def _addresser(layer: LayerAddressing | FgramAddressing) -> Callable[[np.ndarray], np.ndarray]:
     """The function int32 [B, N - 1 + S] -> int32 [B, S, H] of a layer, compiled if possible."""
-    if installed("numba"):
+    if not isinstance(layer, FgramAddressing) and installed("numba"):
         from engram_jax.addressing import hash_numba
 
         return hash_numba.addresser(layer)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 PAPER, V41, QWEN = "paper", "v41", "qwen"
+SCONE = "scone"
 MODEL, BF16, FP8 = "model", "bf16", "fp8"
 DEVICE, HOST, DISK = "device", "host", "disk"
 ALL_LAYERS = -1
@@ -139,7 +140,9 @@ class EngramConfig:
     d_mem: width of the concatenated rows; a row has d_mem / (orders x heads_per_order) numbers.
     seed: of the hash's multipliers.
     form: "paper" (biases, short conv), "v41" (neither), "qwen" (no biases, conv, gains stored
-      minus 1).
+      minus 1), or "scone": no Engram module but, at layers (0,), the embeddings of the most
+      frequent n-grams of the training text, rows_per_head of them of all orders together
+      (layers/fgram_embedding.py); a token reads one row, so heads_per_order is 1.
     hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
     conv_kernel: taps of the short convolution; its dilation is the longest n-gram order.
     init_std: standard deviation of the rows at step 0.
@@ -170,12 +173,19 @@ class EngramConfig:
     @property
     def heads(self) -> int:
         """H: rows read per token and layer."""
+        if self.form == SCONE:
+            return 1
         return len(self.orders) * self.heads_per_order
 
     @property
     def dim(self) -> int:
         """Width of one row."""
         return self.d_mem // self.heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the form has gates."""
+        return self.form != SCONE
 
     @property
     def max_ngram(self) -> int:

@@ -29,6 +29,7 @@ from engram_jax.config.schema import (
     PAPER,
     QWEN,
     ROWWISE_ADAM,
+    SCONE,
     V41,
     Config,
     DataConfig,
@@ -78,7 +79,7 @@ _CHOICES = {
     "model.param_dtype": ("float32", "float64"),
     "model.remat": ("none", "block", "dots"),
     "model.hyper.start": ("identity", "uniform"),
-    "model.engram.form": (PAPER, V41, QWEN),
+    "model.engram.form": (PAPER, V41, QWEN, SCONE),
     "model.engram.hash_dialect": (PAPER, QWEN),
     "model.engram.addresses": ("device", "host"),
     "model.engram.table_dtype": ("float32", "bfloat16"),
@@ -125,6 +126,8 @@ def validate(config: Config) -> None:
     _require(rope % 2 == 0, "model.attention.rope_dim", rope, "even (RoPE rotates pairs)")
     _feed_forward(model.ffn, model.layers)
     _engram(model.engram, model.layers)
+    if model.engram.layers and model.engram.form == SCONE:
+        _scone(model.engram, config.serve)
     if model.engram.layers and model.engram.precision == FP8:
         _fp8(model)
     _product_keys(model.product_keys, model.layers)
@@ -210,6 +213,20 @@ def _engram(engram: EngramConfig, layers: int) -> None:
         " the highest are no rows);"
         f" this is {table}",
     )
+
+
+def _scone(engram: EngramConfig, serve: ServeConfig) -> None:
+    """Frequent n-grams have no hash, no gate and no convolution: their keys are as by default."""
+    unused = {"layers": (0,), "heads_per_order": 1}
+    keys = ("hash_dialect", "seed", "conv_kernel", "precision", "fp8_recipe")
+    unused |= {key: getattr(EngramConfig(), key) for key in keys}
+    for key, only in unused.items():
+        value = getattr(engram, key)
+        _require(value == only, f"model.engram.{key}", value, f"{only!r} in form {SCONE!r}")
+    rows, one = engram.rows_per_head, f"one number in form {SCONE!r}, for all orders together"
+    _require(len(rows) == 1, "model.engram.rows_per_head", rows, one)
+    none = f"() in form {SCONE!r}: a row is of the longest n-gram"
+    _require(not serve.off_orders, "serve.off_orders", serve.off_orders, none)
 
 
 def _fp8(model: ModelConfig) -> None:

@@ -18,8 +18,8 @@ stands (theirs replaces a feed-forward layer).
 Implicit value expansion (UltraMem, arXiv 2411.12364): with `expansion` E, the keys^2 rows are
 virtual, E blocks of the same keys^2 / E physical rows. Block e has a linear map of its own, so the
 weighted rows are summed by block and y = sum over e of (their sum) W_v,e. UltraMem shuffles the
-virtual rows, lest the blocks follow the order of the keys; here `locate` spreads them by a rule. Its
-other parts (Tucker-decomposed scores, no softmax, skip connections between layers) are left out.
+virtual rows, lest the blocks follow the order of the keys; here `locate` spreads them by a rule.
+Its other parts (Tucker-decomposed scores, no softmax, skips between layers) are left out.
 """
 
 from __future__ import annotations

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
 from engram_jax.addressing import artifact, load_tokenizer, plan_layer
+from engram_jax.addressing.fgrams import FgramAddressing
 from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.config import QWEN, Config, ProductKeyConfig
+from engram_jax.config import QWEN, SCONE, Config, ProductKeyConfig
 from engram_jax.model.transformer import Transformer
 from engram_jax.sharding.parameters import VALUES, part_of
 from engram_jax.sharding.rules import names
@@ -78,7 +80,9 @@ def _idle_values(config: Config, counts: dict[str, int]) -> int:
     return counts.get(VALUES, 0) - len(memory.layers) * memory.heads * memory.top_k * memory.dim
 
 
-def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
+def geometry(
+    config: Config,
+) -> tuple[Mapping[int, LayerAddressing | FgramAddressing], int | None]:
     """Every layer's addressing, and the number of canonical ids.
 
     That number is None while the tokenizer is not trained; the multipliers, which depend on it, are
@@ -87,7 +91,8 @@ def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
     engram, tokens = config.model.engram, config.tokenizer
     if not engram.layers:
         return {}, None
-    if tokens.path or tokens.canonical_vocab_size or engram.hash_dialect == QWEN:
+    raw_ids = engram.hash_dialect == QWEN or engram.form == SCONE
+    if tokens.path or tokens.canonical_vocab_size or raw_ids:
         tokenizer = load_tokenizer(tokens.path) if tokens.path else None
         addressing = artifact.build_addressing(config, tokenizer)
         return addressing.layers, addressing.canonical_vocab_size
@@ -102,7 +107,8 @@ def describe(config: Config) -> dict[str, Any]:
       tables, product-key values), None if there are none (section 3 of the paper).
     rows: that have an address; stored_rows: with the table's padding (dialect "qwen"), which the
       counts of parameters include.
-    multipliers: None while the tokenizer, and so the number of canonical ids, is not known.
+    multipliers: None while the tokenizer, and so the number of canonical ids, is not known; none
+      where nothing is hashed (form "scone", whose rows include a spare one).
     product_keys: only if there are some: rows by address, stored_rows of values, rows_read per
       token, of each layer.
     """
@@ -169,6 +175,12 @@ def table(description: dict[str, Any]) -> str:
     lines.append(f"rho (experts' share of sparse params) {'-' if rho is None else f'{rho:.1%}'}")
     for layer, memory in description["engram"].items():
         sizes, multipliers = memory["head_sizes"], memory["multipliers"]
+        if multipliers == []:
+            lines.append(
+                f"engram layer {layer}: the {memory['rows'] - 1:,} most frequent n-grams of orders"
+                f" {', '.join(map(str, memory['orders']))} x {memory['dim']}, and a spare row"
+            )
+            continue
         padded = memory["stored_rows"] > memory["rows"]
         stored = f" ({memory['stored_rows']:,} rows stored)" if padded else ""
         numbers = ", ".join(map(str, multipliers or ["known once the tokenizer is trained"]))

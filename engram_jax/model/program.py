@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from engram_jax.addressing import hash_jax
 from engram_jax.addressing.artifact import Addressing
-from engram_jax.config import Config
+from engram_jax.config import SCONE, Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
 from engram_jax.layers.moe import RouterBias
@@ -57,8 +57,8 @@ class Program:
     @property
     def layouts(self) -> dict[str, TableLayout]:
         """How the rows are sharded, by Engram layer id."""
-        devices = self.axes.devices
-        return {k: TableLayout(rows, devices) for k, rows in self.table_rows.items()}
+        devices, spare = self.axes.devices, int(self.config.model.engram.form == SCONE)
+        return {k: TableLayout(rows, devices, spare) for k, rows in self.table_rows.items()}
 
     def jit(self, function: Callable, **how: Any) -> jax.stages.Wrapped:
         """`jax.jit` with the compiler options of the mesh's devices (hardware/xla_flags.py).

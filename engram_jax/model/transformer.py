@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engram_jax.config import Config, ModelConfig
+from engram_jax.config import SCONE, Config, ModelConfig
 from engram_jax.layers.engram import Engram
+from engram_jax.layers.fgram_embedding import FgramEmbedding
 from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
 from engram_jax.layers.product_keys import ProductKeys
@@ -76,11 +77,28 @@ def spans(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M]; loads [MoE layers, E]."""
+    """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M], of
+    forms with gates; loads [MoE layers, E]."""
 
     hidden: jax.Array
     gates: dict[str, jax.Array]
     loads: jax.Array
+
+
+def _engram(model: ModelConfig, **how: Any) -> Engram | FgramEmbedding:
+    """The module of one Engram layer. how: dtypes and random streams."""
+    d, engram = model.d_model, model.engram
+    if engram.form == SCONE:
+        return FgramEmbedding(engram.d_mem, d, init_std=model.init_std, **how)
+    return Engram(
+        d,
+        model.hyper.streams,
+        engram,
+        norm_eps=model.norm_eps,
+        init_std=model.init_std,
+        kernels=model.kernels,
+        **how,
+    )
 
 
 class Transformer(nnx.Module):
@@ -96,22 +114,8 @@ class Transformer(nnx.Module):
             return nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype) * model.init_std)
 
         self.embedding = matrix(vocab, d)
-        self.engrams = nnx.Dict(
-            {
-                str(layer): Engram(
-                    d,
-                    self.streams,
-                    model.engram,
-                    norm_eps=model.norm_eps,
-                    init_std=model.init_std,
-                    dtype=self.dtype,
-                    param_dtype=param_dtype,
-                    kernels=model.kernels,
-                    rngs=rngs,
-                )
-                for layer in model.engram.layers
-            }
-        )
+        how: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.engrams = nnx.Dict({str(i): _engram(model, **how) for i in model.engram.layers})
         self.product_keys = nnx.Dict(
             {
                 str(layer): ProductKeys(
@@ -119,9 +123,7 @@ class Transformer(nnx.Module):
                     model.product_keys,
                     norm_eps=model.norm_eps,
                     init_std=model.init_std,
-                    dtype=self.dtype,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
+                    **how,
                 )
                 for layer in model.product_keys.layers
             }
@@ -185,9 +187,9 @@ class Transformer(nnx.Module):
         gates, loads = {}, []
         for stage in self.stage_list:
             if stage.name in self.engrams:
-                out, gates[stage.name] = self.engrams[stage.name](
-                    rows[stage.name], x, segments, mask
-                )
+                out, gate = self.engrams[stage.name](rows[stage.name], x, segments, mask)
+                if gate is not None:
+                    gates[stage.name] = gate
                 x = x + out
             x = self._learned(stage, x)
             x, load = self.blocks[stage.name](x, positions, segments, shard)

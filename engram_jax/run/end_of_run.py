@@ -180,12 +180,12 @@ def continuations(
 
 
 def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSample | None:
-    """The gates on the beginning of a held-out document; None for a model without memory.
+    """The gates on the beginning of a held-out document; None for a model without gates.
 
     It is the first document of at least GATE_TOKENS tokens, else the longest, read from its start:
     n-grams and attention see the same context as in training.
     """
-    if data.addressing is None:
+    if data.addressing is None or not data.config.model.engram.gated:
         return None
     store, tokenizer = data.prepared.store_valid, data.prepared.tokenizer
     lengths = np.minimum(np.diff(store.starts) - 1, GATE_TOKENS)  # without the end of the document

@@ -52,6 +52,8 @@ PARAMETERS: dict[str, Parameter] = {
     # Engram: [d_mem, M + 1, d], M + 1 separate maps d_mem -> d; the short convolution
     "projection": Parameter(MUON, (None, None, "embed"), fan_in=-3),
     "taps": Parameter(ADAMW_NO_DECAY),
+    # F-gram embeddings
+    "fgram_proj": Parameter(MUON, (None, "embed")),
     # Product keys: [heads, 2, keys, key_dim / 2]; the values [R, dim]; E maps dim -> d
     "query_proj": Parameter(MUON, ("embed", None)),
     "sub_keys": Parameter(ADAMW, float32=True),

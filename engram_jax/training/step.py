@@ -200,9 +200,10 @@ def train_step(
 
     Metrics (device scalars unless a shape is given): loss, grad_norm (all gradients, rows after
     summation, before clipping), grad_norm_memory, learning_rate, finite, gate/<layer> [M] mean per
-    branch, load [MoE layers, E] assignments, and per Engram layer rows_touched, hit_rate (share of
-    the touched rows that earlier steps had already trained), distinct (share of the devices'
-    lookups that remains without each one's duplicates) and extra_rounds (of the exchange).
+    branch (of forms with gates), load [MoE layers, E] assignments, and per Engram layer
+    rows_touched, hit_rate (share of the touched rows that earlier steps had already trained),
+    distinct (share of the devices' lookups that remains without each one's duplicates) and
+    extra_rounds (of the exchange).
     """
     rows, plans = fetch_rows(program, state.memory, batch_addresses(program, batch))
     loss, grad_params, grad_rows, stats = gradients(program, state, rows, batch)
@@ -242,7 +243,8 @@ def train_step(
     }
     for k, plan in plans.items():
         touched, asked = sent[k].touched, jnp.sum(plan.distinct.count)
-        metrics[f"gate/{k}"] = stats["gate"][k] / jnp.maximum(stats["tokens"], 1)
+        if k in stats["gate"]:
+            metrics[f"gate/{k}"] = stats["gate"][k] / jnp.maximum(stats["tokens"], 1)
         metrics[f"rows_touched/{k}"] = touched
         metrics[f"hit_rate/{k}"] = seen[k] / jnp.maximum(touched, 1)
         metrics[f"distinct/{k}"] = asked / plan.distinct.order.size

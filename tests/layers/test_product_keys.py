@@ -50,7 +50,7 @@ def test_values_and_gradients_equal_numpy(expansion):
         found = {k: np.asarray(v["gain"] if k == "query_norm" else v) for k, v in g_params.items()}
         assert found["values"].shape == (64 // expansion, 5)
         assert found["value_proj"].shape == (expansion, 5, D)
-    sums = {k: 0.0 for k in found}
+    sums = dict.fromkeys(found, 0.0)
     for b in range(2):
         expected, grads = oracle.forward_backward(
             streams[b], given, g_y[b], heads=2, top_k=3, eps=EPS
