@@ -223,6 +223,8 @@ def _scone(engram: EngramConfig, serve: ServeConfig) -> None:
     for key, only in unused.items():
         value = getattr(engram, key)
         _require(value == only, f"model.engram.{key}", value, f"{only!r} in form {SCONE!r}")
+    std, why = engram.init_std, f"positive in form {SCONE!r}, where a row of zeros is none"
+    _require(std > 0, "model.engram.init_std", std, why)
     rows, one = engram.rows_per_head, f"one number in form {SCONE!r}, for all orders together"
     _require(len(rows) == 1, "model.engram.rows_per_head", rows, one)
     none = f"() in form {SCONE!r}: a row is of the longest n-gram"
