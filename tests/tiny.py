@@ -79,7 +79,7 @@ NEIGHBOURS = {
     "model.engram.heads_per_order": 1,
     "model.engram.rows_per_head": (50,),
     "model.product_keys.layers": (1,),
-    "model.product_keys.keys": 6,
+    "model.product_keys.sub_keys": 6,
     "model.product_keys.key_dim": 8,
     "model.product_keys.heads": 2,
     "model.product_keys.top_k": 4,

@@ -205,17 +205,17 @@ class ProductKeyConfig:
 
     layers: 0-based layer ids, ascending; the module stands before the layer's attention, where an
       Engram module stands, and after it if there are both.
-    keys: sub-keys of each half of a key, which make keys^2 rows.
+    sub_keys: of each half of a key, which make sub_keys^2 rows.
     key_dim: width of a query and of a key (two sub-keys).
     heads: queries of a token, each with sub-keys of its own; all read the same values.
     top_k: rows that a query reads.
     dim: width of a value.
-    expansion: E, implicit value expansion (UltraMem, arXiv 2411.12364): the keys^2 rows are E
-      blocks of keys^2 / E stored values, each block with its own linear map; 1 = none.
+    expansion: E, implicit value expansion (UltraMem, arXiv 2411.12364): the sub_keys^2 rows
+      are E blocks of sub_keys^2 / E stored values, each block with its own linear map; 1 = none.
     """
 
     layers: tuple[int, ...] = ()
-    keys: int = 64
+    sub_keys: int = 64
     key_dim: int = 64
     heads: int = 4
     top_k: int = 8
@@ -225,7 +225,7 @@ class ProductKeyConfig:
     @property
     def rows(self) -> int:
         """Stored values of a layer."""
-        return self.keys**2 // self.expansion
+        return self.sub_keys**2 // self.expansion
 
 
 @dataclass(frozen=True)

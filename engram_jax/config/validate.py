@@ -53,7 +53,7 @@ _POSITIVE = {
     "model.ffn": "dense_dim routed_scaling",
     "model.hyper": "streams sinkhorn_iterations",
     "model.engram": "heads_per_order d_mem conv_kernel",
-    "model.product_keys": "keys key_dim heads top_k dim expansion",
+    "model.product_keys": "sub_keys key_dim heads top_k dim expansion",
     "tokenizer": "vocab_size",
     "mesh": "data expert tensor headroom",
     "data": "seq_len batch_size text_key",
@@ -253,16 +253,16 @@ def _product_keys(memory: ProductKeyConfig, layers: int) -> None:
         f"ascending 0-based layer ids below model.layers = {layers}",
     )
     _require(memory.key_dim % 2 == 0, f"{key}.key_dim", memory.key_dim, "even (two sub-keys)")
-    few = f"at most model.product_keys.keys = {memory.keys}"
-    _require(memory.top_k <= memory.keys, f"{key}.top_k", memory.top_k, few)
-    divisor = f"a divisor of model.product_keys.keys = {memory.keys}"
-    _require(memory.keys % memory.expansion == 0, f"{key}.expansion", memory.expansion, divisor)
+    few = f"at most model.product_keys.sub_keys = {memory.sub_keys}"
+    _require(memory.top_k <= memory.sub_keys, f"{key}.top_k", memory.top_k, few)
+    divisor = f"a divisor of model.product_keys.sub_keys = {memory.sub_keys}"
+    _require(memory.sub_keys % memory.expansion == 0, f"{key}.expansion", memory.expansion, divisor)
     read = memory.heads * memory.top_k
     _require(
         read <= memory.rows <= MAX_TABLE_ROWS,
-        f"{key}.keys",
-        memory.keys,
-        f"so that keys^2 / expansion, the stored values, are from {read} (heads x top_k, which a"
+        f"{key}.sub_keys",
+        memory.sub_keys,
+        f"so that the sub_keys^2 / expansion stored values are from {read} (heads x top_k, which a"
         f" token reads) to {MAX_TABLE_ROWS} (int32); they are {memory.rows}",
     )
 

@@ -5,8 +5,8 @@ Lample et al., arXiv 1907.05242. With x the mean of the M residual streams, h a 
     q_h      = RMSNorm(x W_q)_h,  its halves q_h,0 and q_h,1                (section 3.1)
     key      of row (i, j) is sub-key C_h,0[i] beside sub-key C_h,1[j]      (section 3.2)
     score    s_h(i, j) = <q_h,0, C_h,0[i]> + <q_h,1, C_h,1[j]>
-    chosen   the k rows of the highest score, out of keys^2: they are among the k x k pairs of the
-             k best i and the k best j
+    chosen   the k rows of the highest score, out of sub_keys^2: they are among the k x k pairs of
+             the k best i and the k best j
     weights  softmax of the k scores
     y        = (sum over heads and chosen rows of weight * V[row]) W_v
 
@@ -15,9 +15,9 @@ query depend on the other sequences of the batch; the values are `dim` wide and 
 (theirs are d wide); y is added to all residual streams before attention, where an Engram module
 stands (theirs replaces a feed-forward layer).
 
-Implicit value expansion (UltraMem, arXiv 2411.12364): with `expansion` E, the keys^2 rows are
-virtual, E blocks of the same keys^2 / E physical rows. Block e has a linear map of its own, so the
-weighted rows are summed by block and y = sum over e of (their sum) W_v,e. UltraMem shuffles the
+Implicit value expansion (UltraMem, arXiv 2411.12364): with `expansion` E, the sub_keys^2 rows are
+virtual, E blocks of the same sub_keys^2 / E physical rows. Block e has a linear map of its own, so
+the weighted rows are summed by block and y = sum over e of (their sum) W_v,e. UltraMem shuffles the
 virtual rows, lest the blocks follow the order of the keys; here `locate` spreads them by a rule.
 Its other parts (Tucker-decomposed scores, no softmax, skips between layers) are left out.
 """
@@ -60,7 +60,7 @@ class ProductKeys(nnx.Module):
         self.query_norm = RMSNorm((heads, width), norm_eps, param_dtype=param_dtype)
         # The paper's code: sub-keys as a linear layer's weights, values with variance 1 / width.
         bound = 1 / math.sqrt(half)
-        keys = (heads, 2, config.keys, half)
+        keys = (heads, 2, config.sub_keys, half)
         self.sub_keys = nnx.Param(
             jax.random.uniform(rngs.params(), keys, param_dtype, -bound, bound)
         )
@@ -75,7 +75,7 @@ class ProductKeys(nnx.Module):
         query = self.query_norm(query.reshape(*x.shape[:-1], config.heads, config.key_dim))
         scores, first, second = search(query, self.sub_keys[...], config.top_k)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        block, row = locate(first, second, config.keys, config.expansion)
+        block, row = locate(first, second, config.sub_keys, config.expansion)
         flat = (*x.shape[:-1], config.heads * config.top_k)
         found = self.values[...].astype(self.dtype)[row.reshape(flat)]
         by_block = jax.nn.one_hot(block.reshape(flat), config.expansion, dtype=self.dtype)

@@ -154,7 +154,7 @@ def describe(config: Config) -> dict[str, Any]:
 def _product_keys(memory: ProductKeyConfig) -> dict[str, Any]:
     return {
         "layers": list(memory.layers),
-        "rows": memory.keys**2,
+        "rows": memory.sub_keys**2,
         "stored_rows": memory.rows,
         "dim": memory.dim,
         "rows_read": memory.heads * memory.top_k,

@@ -162,7 +162,7 @@ def check(config: Config, axes: Axes) -> None:
         demands.append(("model.ffn.expert_dim", ffn.expert_dim, shards, name))
     if model.product_keys.layers:
         rows = model.product_keys.rows
-        demands.append(("model.product_keys: keys^2 / expansion", rows, weights, "fsdp"))
+        demands.append(("model.product_keys: sub_keys^2 / expansion", rows, weights, "fsdp"))
     for key, value, divisor, what in demands:
         if value % divisor:
             raise UserError(

@@ -32,7 +32,7 @@ def module(config, dtype="float64"):
 @pytest.mark.parametrize("expansion", [1, 2, 4])
 def test_values_and_gradients_equal_numpy(expansion):
     config = ProductKeyConfig(
-        layers=(0,), keys=8, key_dim=6, heads=2, top_k=3, dim=5, expansion=expansion
+        layers=(0,), sub_keys=8, key_dim=6, heads=2, top_k=3, dim=5, expansion=expansion
     )
     rng = np.random.default_rng(expansion)
     streams, g_y = rng.normal(size=(2, 7, STREAMS, D)), rng.normal(size=(2, 7, D))
@@ -86,7 +86,7 @@ def test_virtual_rows_are_spread_over_the_blocks(keys, expansion):
 
 def test_masked_streams_and_other_tokens_do_not_matter():
     """A function of the token's own hidden state: what makes decoding need no state."""
-    config = ProductKeyConfig(layers=(0,), keys=8, key_dim=6, heads=2, top_k=3, dim=5)
+    config = ProductKeyConfig(layers=(0,), sub_keys=8, key_dim=6, heads=2, top_k=3, dim=5)
     own = module(config, "float32")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, STREAMS, D)), jnp.float32)
     whole = own(x)
