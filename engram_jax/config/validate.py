@@ -263,7 +263,7 @@ def _product_keys(memory: ProductKeyConfig, layers: int) -> None:
         f"{key}.sub_keys",
         memory.sub_keys,
         f"so that the sub_keys^2 / expansion stored values are from {read} (heads x top_k, which a"
-        f" token reads) to {MAX_TABLE_ROWS} (int32); they are {memory.rows}",
+        f" token reads) to {MAX_TABLE_ROWS} (int32)",
     )
 
 
