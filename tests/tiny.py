@@ -8,6 +8,8 @@ import numpy as np
 
 from engram_jax import config as config_lib
 from engram_jax.addressing import build_addressing
+from engram_jax.addressing.fgrams import FgramAddressing
+from engram_jax.data.fgram_counts import most_frequent
 from engram_jax.training.state import build_training, init_state
 
 VOCAB, CANONICAL = 61, 50
@@ -54,6 +56,12 @@ def tiny_addressing(config):
     """The configuration's addressing with an arbitrary surjection as compression."""
     if not config.model.engram.layers:
         return None
+    if config.model.engram.form == "scone":  # of the text of random_batch(seed=0), a document
+        tokens, starts = random_batch(config)["tokens"].ravel(), np.array([0, 80])
+        engram = config.model.engram
+        tables, _ = most_frequent(tokens, starts, engram.orders, engram.rows_per_head[0], VOCAB)
+        layer = FgramAddressing(0, engram.orders, engram.rows_per_head[0], tables)
+        return dataclasses.replace(build_addressing(config, None), layers={0: layer})
     rng = np.random.default_rng(5)
     compression = np.concatenate(
         [np.arange(CANONICAL), rng.integers(0, CANONICAL, VOCAB - CANONICAL)]
@@ -61,6 +69,23 @@ def tiny_addressing(config):
     compression = rng.permutation(compression).astype(np.int32)
     found = build_addressing(config, None)
     return dataclasses.replace(found, compression=compression)
+
+
+# The memories with other addresses than hashes: frequent n-grams at the input, product keys.
+NEIGHBOURS = {
+    "tokenizer.canonical_vocab_size": 0,
+    "model.engram.form": "scone",
+    "model.engram.layers": (0,),
+    "model.engram.heads_per_order": 1,
+    "model.engram.rows_per_head": (50,),
+    "model.product_keys.layers": (1,),
+    "model.product_keys.sub_keys": 6,
+    "model.product_keys.key_dim": 8,
+    "model.product_keys.heads": 2,
+    "model.product_keys.top_k": 4,
+    "model.product_keys.dim": 10,
+    "model.product_keys.expansion": 2,
+}
 
 
 @lru_cache

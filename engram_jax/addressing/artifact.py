@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from engram_jax.addressing.case_classes import build_case_classes
 from engram_jax.addressing.compression import build_compression
+from engram_jax.addressing.fgrams import FgramAddressing
 from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
 from engram_jax.addressing.tokenizer import (
     former_fingerprint,
@@ -27,7 +29,7 @@ from engram_jax.addressing.tokenizer import (
     tokenizer_fingerprint,
     tokenizer_size,
 )
-from engram_jax.config import HASHED, QWEN, Config, TokenizerConfig
+from engram_jax.config import HASHED, QWEN, SCONE, Config, TokenizerConfig
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.storage import write_text
 
@@ -41,8 +43,9 @@ _LATER = {"lookup": HASHED, "signs": False, "case": False}  # values that need n
 class Addressing:
     """From token ids to rows, for all Engram layers of a model.
 
-    compression: int32 [V_tok] canonical id per raw id; None = raw ids are hashed (dialect "qwen",
-      or config.model.engram.compression is off), or no tokenizer was given (describe, compile).
+    compression: int32 [V_tok] canonical id per raw id; None = raw ids are used (dialect "qwen",
+      f-grams, or config.model.engram.compression is off), or no tokenizer was given (describe,
+      compile).
     canonical_vocab_size: number of ids that are hashed.
     pad_id: canonical id of the tokenizer's pad id.
     layers: addressing of each Engram layer by 0-based layer id.
@@ -59,7 +62,7 @@ class Addressing:
     compression: np.ndarray | None
     canonical_vocab_size: int
     pad_id: int
-    layers: dict[int, LayerAddressing]
+    layers: Mapping[int, LayerAddressing | FgramAddressing]
     dialect: str
     eos_id: int
     tokenizer_fingerprint: str
@@ -80,7 +83,7 @@ class Addressing:
     def _numbers(self) -> dict[str, Any]:
         """Everything but the maps, as JSON values. What `_LATER` names is there unless it has its
         default: fingerprints from before it existed stay the same."""
-        layers = [dataclasses.asdict(layer) for _, layer in sorted(self.layers.items())]
+        layers = [_as_json(layer) for _, layer in sorted(self.layers.items())]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         maps = {name: getattr(self, name) is not None for name in _MAPS}
         found = {**fields, "layers": layers, **maps}
@@ -93,9 +96,13 @@ class Addressing:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        maps = {name: getattr(self, name) for name in _MAPS if getattr(self, name) is not None}
-        if maps:
-            np.savez_compressed(folder / _NPZ, **maps)
+        arrays = {name: getattr(self, name) for name in _MAPS if getattr(self, name) is not None}
+        for layer in self.layers.values():
+            if isinstance(layer, FgramAddressing) and layer.ngrams is not None:
+                tables = zip(layer.orders, layer.ngrams, strict=True)
+                arrays |= {f"fgrams_{n}": table for n, table in tables}
+        if arrays:
+            np.savez_compressed(folder / _NPZ, **arrays)
         state = {"format": _FORMAT, "fingerprint": self.fingerprint, **self._numbers()}
         write_text(folder / _JSON, json.dumps(state, indent=1) + "\n")
 
@@ -105,12 +112,13 @@ class Addressing:
         folder = Path(directory)
         try:
             state = json.loads((folder / _JSON).read_text())
-            layers = [_layer(values) for values in state["layers"]]
             there = [name for name in _MAPS if state.get(name, False)]
-            maps: dict[str, Any] = dict.fromkeys(_MAPS)
-            if there:
+            arrays: dict[str, np.ndarray] = {}
+            if there or any("fgrams" in values for values in state["layers"]):
                 with np.load(folder / _NPZ, allow_pickle=False) as archive:
-                    maps |= {name: archive[name] for name in there}
+                    arrays = dict(archive)
+            layers = [_layer(values, arrays) for values in state["layers"]]
+            maps: dict[str, Any] = dict.fromkeys(_MAPS) | {name: arrays[name] for name in there}
             found = cls(
                 **maps,
                 canonical_vocab_size=state["canonical_vocab_size"],
@@ -138,7 +146,17 @@ def _bytes(ids: np.ndarray | None) -> bytes:
     return b"" if ids is None else np.ascontiguousarray(ids, "<i4").tobytes()
 
 
-def _layer(values: dict[str, Any]) -> LayerAddressing:
+def _as_json(layer: LayerAddressing | FgramAddressing) -> dict[str, Any]:
+    return layer.numbers() if isinstance(layer, FgramAddressing) else dataclasses.asdict(layer)
+
+
+def _layer(
+    values: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> LayerAddressing | FgramAddressing:
+    if "fgrams" in values:
+        orders = tuple(values["orders"])
+        tables = tuple(arrays[f"fgrams_{n}"] for n in orders)
+        return FgramAddressing(values["layer_id"], orders, values["count"], tables)
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return LayerAddressing(**fields)
 
@@ -170,7 +188,10 @@ def check_same(stored: Addressing, mine: Addressing) -> None:
 
 
 def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
-    """`mine`, with the tokenizer fingerprint that an older run in `workdir` has stored.
+    """`mine`, with the f-grams, or the tokenizer fingerprint, that a run in `workdir` has stored.
+
+    F-grams are counted on the text that the run was trained on; whoever reads its table reads them
+    from here. Training, which has that text, compares instead.
 
     Earlier versions included the post-processor in the fingerprint, though it changes no id of a
     text. If the run's tokenizer.json shows that the tokenizer is the same, the stored fingerprint
@@ -179,7 +200,10 @@ def as_stored(mine: Addressing, workdir: str | Path) -> Addressing:
     folder = Path(workdir)
     if not (folder / "addressing" / _JSON).is_file() or not (folder / "tokenizer.json").is_file():
         return mine
-    known = Addressing.load(folder / "addressing").tokenizer_fingerprint
+    stored = Addressing.load(folder / "addressing")
+    if any(isinstance(layer, FgramAddressing) for layer in mine.layers.values()):
+        return dataclasses.replace(mine, layers=stored.layers)
+    known = stored.tokenizer_fingerprint
     if known == mine.tokenizer_fingerprint or known != former_fingerprint(folder):
         return mine
     same = tokenizer_fingerprint(load_tokenizer(folder)) == mine.tokenizer_fingerprint
@@ -206,20 +230,27 @@ def build_addressing(config: Config, tokenizer: Tokenizer | None = None) -> Addr
         fill_id, restart_id = (tokens.eos_id, tokens.eos_id) if qwen else (pad_id, None)
         if tokens.canonical_vocab_size not in (0, canonical_size):
             what = f"hash dialect {QWEN!r}" if qwen else "model.engram.compression = False"
+            what = f"form {SCONE!r}" if engram.form == SCONE else what
             raise UserError(
                 f"config.tokenizer.canonical_vocab_size = {tokens.canonical_vocab_size}: must be 0"
-                f" or tokenizer.vocab_size = {canonical_size}: {what} hashes raw ids"
+                f" or tokenizer.vocab_size = {canonical_size}: {what} reads raw ids"
             )
     else:
         compression = None if tokenizer is None else build_compression(tokenizer)
         canonical_size = _canonical_size(tokens, compression, needed=bool(engram.layers))
         pad_id = _canonical_pad(tokens, compression)
         fill_id, restart_id = pad_id, None
+    layers: dict[int, LayerAddressing | FgramAddressing] = {}
+    if engram.form == SCONE:
+        count = engram.rows_per_head[0]
+        layers |= {i: FgramAddressing(i, engram.orders, count) for i in engram.layers}
+    else:
+        layers |= plan_layer(engram, canonical_size, fill_id=fill_id, restart_id=restart_id)
     return Addressing(
         compression=compression,
         canonical_vocab_size=canonical_size,
         pad_id=pad_id,
-        layers=plan_layer(engram, canonical_size, fill_id=fill_id, restart_id=restart_id),
+        layers=layers,
         dialect=engram.hash_dialect,
         eos_id=tokens.eos_id,
         tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engram_jax.addressing.artifact import Addressing
+from engram_jax.addressing.fgrams import FgramAddressing, find
 from engram_jax.addressing.hash_numpy import canonicalise, lookback, mixes
 from engram_jax.addressing.hash_plan import LayerAddressing
 
@@ -39,13 +40,15 @@ class BatchAddresser:
         return {str(i): _addresses(ids[_window(layer)], layer) for i, layer in layers.items()}
 
 
-def _window(layer: LayerAddressing) -> tuple[int, int, int | None]:
+def _window(layer: LayerAddressing | FgramAddressing) -> tuple[int, int, int | None]:
     """The fields of a layer that `lookback` depends on."""
     return layer.max_ngram, layer.fill_id, layer.restart_id
 
 
-def _addresses(ids: list[np.ndarray], layer: LayerAddressing) -> np.ndarray:
+def _addresses(ids: list[np.ndarray], layer: LayerAddressing | FgramAddressing) -> np.ndarray:
     """`hash_numpy.addresses` from `lookback`'s ids, as int32."""
+    if isinstance(layer, FgramAddressing):
+        return find(ids, layer)
     hashed = [h.reshape(-1) for h in mixes(ids, layer)]
     size = ids[0].size
     out = np.empty((size, layer.heads), np.int32)

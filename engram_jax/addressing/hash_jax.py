@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engram_jax.addressing.fgrams import FgramAddressing, find_on_device
 from engram_jax.addressing.hash_plan import LayerAddressing
 
 _HALF = 0xFFFF
@@ -38,14 +39,16 @@ def canonicalise(raw: jax.Array, compression: jax.Array | None) -> jax.Array:
     return jnp.where(raw < 0, raw, found)
 
 
-def empty_history(layer: LayerAddressing, shape: tuple[int, ...] = ()) -> jax.Array:
+def empty_history(
+    layer: LayerAddressing | FgramAddressing, shape: tuple[int, ...] = ()
+) -> jax.Array:
     """The history at a document's start: int32 [*shape, N - 1]."""
     return jnp.full((*shape, layer.max_ngram - 1), layer.fill_id, jnp.int32)
 
 
 def lookback(
     canonical: jax.Array,
-    layer: LayerAddressing,
+    layer: LayerAddressing | FgramAddressing,
     segments: jax.Array | None = None,
     history: jax.Array | None = None,
 ) -> list[jax.Array]:
@@ -76,7 +79,7 @@ def lookback(
 
 def addresses(
     canonical: jax.Array,
-    layer: LayerAddressing,
+    layer: LayerAddressing | FgramAddressing,
     segments: jax.Array | None = None,
     history: jax.Array | None = None,
 ) -> jax.Array:
@@ -85,7 +88,10 @@ def addresses(
     canonical: integer ids [..., T]; segments [..., T]; history [..., N - 1], oldest first; see
     `hash_numpy.lookback`. `layer` is static: its constants are compiled in.
     """
-    high, low = mixes(lookback(canonical, layer, segments, history), layer)
+    ids = lookback(canonical, layer, segments, history)
+    if isinstance(layer, FgramAddressing):
+        return find_on_device(ids, layer)
+    high, low = mixes(ids, layer)
     negative = high >> 31 != 0
     high, low = jnp.where(negative, ~high, high), jnp.where(negative, ~low, low)
     # One mix serves all heads of its order: without the barrier a compiler may fuse it into each.

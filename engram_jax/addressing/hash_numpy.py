@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engram_jax.addressing.fgrams import FgramAddressing, find
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.config.errors import UserError
 
@@ -51,14 +52,16 @@ def canonicalise(raw: np.ndarray, compression: np.ndarray | None) -> np.ndarray:
     return np.where(raw < 0, raw, compression[np.maximum(raw, 0)]).astype(np.int32)
 
 
-def empty_history(layer: LayerAddressing, shape: tuple[int, ...] = ()) -> np.ndarray:
+def empty_history(
+    layer: LayerAddressing | FgramAddressing, shape: tuple[int, ...] = ()
+) -> np.ndarray:
     """The history at a document's start: int32 [*shape, N - 1]."""
     return np.full((*shape, layer.max_ngram - 1), layer.fill_id, np.int32)
 
 
 def lookback(
     canonical: np.ndarray,
-    layer: LayerAddressing,
+    layer: LayerAddressing | FgramAddressing,
     segments: np.ndarray | None = None,
     history: np.ndarray | None = None,
 ) -> list[np.ndarray]:
@@ -107,12 +110,15 @@ def mixes(ids: list[np.ndarray], layer: LayerAddressing) -> list[np.ndarray]:
 
 def addresses(
     canonical: np.ndarray,
-    layer: LayerAddressing,
+    layer: LayerAddressing | FgramAddressing,
     segments: np.ndarray | None = None,
     history: np.ndarray | None = None,
 ) -> np.ndarray:
     """Flat rows of the layer's table: int64 [..., T, H]. Arguments as in `lookback`."""
-    hashed = mixes(lookback(canonical, layer, segments, history), layer)
+    ids = lookback(canonical, layer, segments, history)
+    if isinstance(layer, FgramAddressing):
+        return find(ids, layer).astype(np.int64)
+    hashed = mixes(ids, layer)
     per_head = [h for h in hashed for _ in range(layer.heads_per_order)]
     heads = zip(per_head, layer.head_sizes, layer.offsets, strict=True)
     return np.stack([h % size + offset for h, size, offset in heads], axis=-1)

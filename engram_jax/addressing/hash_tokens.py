@@ -11,6 +11,7 @@ import numpy as np
 
 from engram_jax.addressing import hash_numpy
 from engram_jax.addressing.artifact import Addressing
+from engram_jax.addressing.fgrams import FgramAddressing
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.config.extras import installed
 
@@ -46,17 +47,18 @@ class Hasher:
 
     def signs(self, layer: str, ids: np.ndarray) -> np.ndarray:
         """As `addresses`, the signs that the rows are read with: int8 [B, S, H]."""
-        past = self.past
-        return hash_numpy.signs(ids[:, past:], self.layers[layer], history=ids[:, :past])
+        past, own = self.past, self.layers[layer]
+        assert isinstance(own, LayerAddressing)  # f-grams have none (config/validate.py)
+        return hash_numpy.signs(ids[:, past:], own, history=ids[:, :past])
 
     def addresses(self, layer: str, ids: np.ndarray) -> np.ndarray:
         """ids: histories and new canonical ids side by side, int32 [B, N - 1 + S] -> [B, S, H]."""
         return self._addresses[layer](ids)
 
 
-def _addresser(layer: LayerAddressing) -> Callable[[np.ndarray], np.ndarray]:
+def _addresser(layer: LayerAddressing | FgramAddressing) -> Callable[[np.ndarray], np.ndarray]:
     """The function int32 [B, N - 1 + S] -> int32 [B, S, H] of a layer, compiled if possible."""
-    if installed("numba"):
+    if not isinstance(layer, FgramAddressing) and installed("numba"):
         from engram_jax.addressing import hash_numba
 
         return hash_numba.addresser(layer)

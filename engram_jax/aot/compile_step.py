@@ -19,10 +19,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import Addressing, build_addressing, load_tokenizer
+from engram_jax.addressing.fgrams import FgramAddressing, evenly
 from engram_jax.aot import PREFILL, TRAIN, step_cost
 from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
 from engram_jax.aot.topology import Topology, parse_topology, slice_topology, slices_of
-from engram_jax.config import PAPER, Config
+from engram_jax.config import PAPER, SCONE, Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
 from engram_jax.model.program import PLANNED_DISTINCT, Program, build_program
@@ -184,10 +185,18 @@ def exchange_of(program: Program) -> dict[str, Any]:
 
 
 def _addressing(config: Config) -> Addressing | None:
-    """The configuration's addressing; without a tokenizer, with a made-up compression."""
+    """The configuration's addressing; without a tokenizer, with a made-up compression; without a
+    text, with made-up f-grams."""
     tokens, engram = config.tokenizer, config.model.engram
     if not engram.layers:
         return None
+    if engram.form == SCONE:
+        found = build_addressing(config, load_tokenizer(tokens.path) if tokens.path else None)
+        layers = dict(found.layers)
+        for layer_id, layer in found.layers.items():
+            if isinstance(layer, FgramAddressing):
+                layers[layer_id] = evenly(layer)
+        return dataclasses.replace(found, layers=layers)
     if tokens.path:
         return build_addressing(config, load_tokenizer(tokens.path))
     if not engram.compression:

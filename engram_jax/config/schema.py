@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 PAPER, V41, QWEN = "paper", "v41", "qwen"
-OVER_ENCODING = "over_encoding"
+OVER_ENCODING, SCONE = "over_encoding", "scone"
 CONTEXT, ONE, LEARNED = "context", "one", "learned"  # gates
 HASHED, ONE_ROW, SHUFFLED = "hashed", "one_row", "shuffled"  # lookups
 MODEL, BF16, FP8 = "model", "bf16", "fp8"
@@ -145,8 +145,10 @@ class EngramConfig:
     d_mem: width of the concatenated rows; a row has d_mem / (orders x heads_per_order) numbers.
     seed: of the hash's multipliers.
     form: "paper" (biases, short conv), "v41" (neither), "qwen" (no biases, conv, gains stored
-      minus 1), or "over_encoding": no gate and no conv, the n-grams' embeddings are averaged into
-      the input embedding (layers/over_encoding.py).
+      minus 1); "over_encoding": no gate and no conv, the n-grams' embeddings are averaged into the
+      input embedding (layers/over_encoding.py); "scone": no Engram module but, at layers (0,), the
+      embeddings of the most frequent n-grams of the training text, rows_per_head of them of all
+      orders together (layers/fgram_embedding.py); a token reads one row, so heads_per_order is 1.
     hash_dialect: "paper" (the demo's and V4.1's) or "qwen" (splitmix64, raw ids).
     gate: "context" (equation 4), "one" (no gate: the value is added as it is) or "learned" (one
       constant for each branch); the last two have no keys.
@@ -195,17 +197,24 @@ class EngramConfig:
     @property
     def hashes_raw_ids(self) -> bool:
         """Whether addresses come from raw token ids, not from canonical ones."""
-        return self.hash_dialect == QWEN or not self.compression
+        return self.hash_dialect == QWEN or self.form == SCONE or not self.compression
 
     @property
     def heads(self) -> int:
         """H: rows read per token and layer."""
+        if self.form == SCONE:
+            return 1
         return len(self.orders) * self.heads_per_order
 
     @property
     def dim(self) -> int:
         """Width of one row."""
         return self.d_mem // self.heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the form has gates."""
+        return self.form not in (OVER_ENCODING, SCONE)
 
     @property
     def max_ngram(self) -> int:
@@ -216,6 +225,36 @@ class EngramConfig:
         """One base size per order."""
         rows = self.rows_per_head
         return rows * len(self.orders) if len(rows) == 1 else rows
+
+
+@dataclass(frozen=True)
+class ProductKeyConfig:
+    """Product-key memory (arXiv 1907.05242), addressed by the hidden state; layers/product_keys.py.
+    `layers = ()` means none.
+
+    layers: 0-based layer ids, ascending; the module stands before the layer's attention, where an
+      Engram module stands, and after it if there are both.
+    sub_keys: of each half of a key, which make sub_keys^2 rows.
+    key_dim: width of a query and of a key (two sub-keys).
+    heads: queries of a token, each with sub-keys of its own; all read the same values.
+    top_k: rows that a query reads.
+    dim: width of a value.
+    expansion: E, implicit value expansion (UltraMem, arXiv 2411.12364): the sub_keys^2 rows
+      are E blocks of sub_keys^2 / E stored values, each block with its own linear map; 1 = none.
+    """
+
+    layers: tuple[int, ...] = ()
+    sub_keys: int = 64
+    key_dim: int = 64
+    heads: int = 4
+    top_k: int = 8
+    dim: int = 128
+    expansion: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Stored values of a layer."""
+        return self.sub_keys**2 // self.expansion
 
 
 @dataclass(frozen=True)
@@ -250,6 +289,7 @@ class ModelConfig:
     ffn: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     hyper: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     engram: EngramConfig = field(default_factory=EngramConfig)
+    product_keys: ProductKeyConfig = field(default_factory=ProductKeyConfig)
 
 
 @dataclass(frozen=True)
@@ -349,7 +389,8 @@ class OptimizerConfig:
     muon_ns_steps: Newton-Schulz iterations.
     muon_rms: root mean square of Muon's update before the learning rate.
     adam_b1, adam_b2, adam_eps: of AdamW and of row-wise Adam.
-    memory_lr_multiplier: the tables' learning rate as a multiple of the others'.
+    memory_lr_multiplier: the tables' learning rate as a multiple of the others'; product-key
+      values', too.
     memory_optimizer: "rowwise_adam" updates the rows that were read; "dense_adam" all rows, for
       comparison; "frozen" none: the tables stay as they were drawn.
     """

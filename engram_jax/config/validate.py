@@ -37,6 +37,7 @@ from engram_jax.config.schema import (
     PAPER,
     QWEN,
     ROWWISE_ADAM,
+    SCONE,
     SHUFFLED,
     SIGNS_PER_ORDER,
     TASKS,
@@ -48,6 +49,7 @@ from engram_jax.config.schema import (
     GenerateConfig,
     ModelConfig,
     OptimizerConfig,
+    ProductKeyConfig,
     ServeConfig,
     TasksConfig,
     TokenizerConfig,
@@ -63,6 +65,7 @@ _POSITIVE = {
     "model.ffn": "dense_dim routed_scaling",
     "model.hyper": "streams sinkhorn_iterations",
     "model.engram": "heads_per_order d_mem",
+    "model.product_keys": "sub_keys key_dim heads top_k dim expansion",
     "tokenizer": "vocab_size",
     "mesh": "data expert tensor headroom",
     "data": "seq_len batch_size text_key",
@@ -89,7 +92,7 @@ _CHOICES = {
     "model.param_dtype": ("float32", "float64"),
     "model.remat": ("none", "block", "dots"),
     "model.hyper.start": ("identity", "uniform"),
-    "model.engram.form": (PAPER, V41, QWEN, OVER_ENCODING),
+    "model.engram.form": (PAPER, V41, QWEN, OVER_ENCODING, SCONE),
     "model.engram.gate": (CONTEXT, ONE, LEARNED),
     "model.engram.lookup": (HASHED, ONE_ROW, SHUFFLED),
     "model.engram.hash_dialect": (PAPER, QWEN),
@@ -138,8 +141,11 @@ def validate(config: Config) -> None:
     _require(rope % 2 == 0, "model.attention.rope_dim", rope, "even (RoPE rotates pairs)")
     _feed_forward(model.ffn, model.layers)
     _engram(model.engram, model.layers)
+    if model.engram.layers and model.engram.form == SCONE:
+        _scone(model.engram, config.serve)
     if model.engram.layers and model.engram.precision == FP8:
         _fp8(model)
+    _product_keys(model.product_keys, model.layers)
     _tokenizer(config.tokenizer, restarts=bool(model.engram.layers) and _is_qwen(model.engram))
     share = config.mesh.distinct
     _require(share <= 1, "mesh.distinct", share, "a share of the lookups, in [0, 1]")
@@ -252,6 +258,23 @@ def _variants(engram: EngramConfig, batch_size: int, samples: tuple[str, ...]) -
     _require(not (engram.case and engram.hashes_raw_ids), f"{key}.case", engram.case, removed)
 
 
+def _scone(engram: EngramConfig, serve: ServeConfig) -> None:
+    """Frequent n-grams have no hash, no gate and no convolution: their keys are as by default."""
+    unused = {"layers": (0,), "heads_per_order": 1}
+    keys = ["hash_dialect", "seed", "conv_kernel", "precision", "fp8_recipe"]
+    keys += ["gate", "multi_branch", "lookup", "signs", "compression", "case"]
+    unused |= {key: getattr(EngramConfig(), key) for key in keys}
+    for key, only in unused.items():
+        value = getattr(engram, key)
+        _require(value == only, f"model.engram.{key}", value, f"{only!r} in form {SCONE!r}")
+    std, why = engram.init_std, f"positive in form {SCONE!r}, where a row of zeros is none"
+    _require(std > 0, "model.engram.init_std", std, why)
+    rows, one = engram.rows_per_head, f"one number in form {SCONE!r}, for all orders together"
+    _require(len(rows) == 1, "model.engram.rows_per_head", rows, one)
+    none = f"() in form {SCONE!r}: a row is of the longest n-gram"
+    _require(not serve.off_orders, "serve.off_orders", serve.off_orders, none)
+
+
 def _fp8(model: ModelConfig) -> None:
     key, recipe = "model.engram.precision", model.engram.fp8_recipe
     _require(model.dtype != "float64", key, FP8, "'model' for model.dtype = 'float64'")
@@ -262,6 +285,29 @@ def _fp8(model: ModelConfig) -> None:
         "model.engram.fp8_recipe",
         recipe,
         f"one whose blocks of {width} columns divide {sizes}",
+    )
+
+
+def _product_keys(memory: ProductKeyConfig, layers: int) -> None:
+    key, ids = "model.product_keys", memory.layers
+    _require(
+        all(0 <= i < layers for i in ids) and list(ids) == sorted(set(ids)),
+        f"{key}.layers",
+        ids,
+        f"ascending 0-based layer ids below model.layers = {layers}",
+    )
+    _require(memory.key_dim % 2 == 0, f"{key}.key_dim", memory.key_dim, "even (two sub-keys)")
+    few = f"at most model.product_keys.sub_keys = {memory.sub_keys}"
+    _require(memory.top_k <= memory.sub_keys, f"{key}.top_k", memory.top_k, few)
+    divisor = f"a divisor of model.product_keys.sub_keys = {memory.sub_keys}"
+    _require(memory.sub_keys % memory.expansion == 0, f"{key}.expansion", memory.expansion, divisor)
+    read = memory.heads * memory.top_k
+    _require(
+        read <= memory.rows <= MAX_TABLE_ROWS,
+        f"{key}.sub_keys",
+        memory.sub_keys,
+        f"so that the sub_keys^2 / expansion stored values are from {read} (heads x top_k, which a"
+        f" token reads) to {MAX_TABLE_ROWS} (int32)",
     )
 
 

@@ -97,10 +97,8 @@ def _settings(config: DataConfig) -> list[Any]:
 def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) -> str:
     """Split the spool's documents and store them; returns their key, a hash of content."""
     if not len(spool):
-        left_out = ", ".join(
-            f"{tally.count:,} {reason}" for reason, tally in report.skipped.items()
-        )
-        raise UserError(f"{report.source}: no text to train on (left out: {left_out or 'nothing'})")
+        skipped = ", ".join(f"{tally.count:,} {reason}" for reason, tally in report.skipped.items())
+        raise UserError(f"{report.source}: no text to train on (left out: {skipped or 'nothing'})")
     if len(np.unique(spool.origins)) == 1:
         spool = _cut_small(spool, config, report)
     try:

@@ -9,8 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 from engram_jax.addressing import Addressing, BatchAddresser, build_addressing, load_tokenizer
-from engram_jax.config import LOCAL_BPE, Config
+from engram_jax.config import LOCAL_BPE, SCONE, Config
 from engram_jax.config.errors import UserError
+from engram_jax.data.fgram_counts import with_fgrams
 from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import AddressesFn, TrainIterator, train_batches, validation_batches
 from engram_jax.data.placement import rows_here
@@ -57,6 +58,9 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     addressing = (
         build_addressing(config, prepared.tokenizer) if config.model.engram.layers else None
     )
+    if addressing is not None and config.model.engram.form == SCONE:
+        vocab = config.tokenizer.vocab_size
+        addressing = with_fgrams(addressing, prepared.store_train, vocab, log)
     return RunData(config, prepared, addressing)
 
 

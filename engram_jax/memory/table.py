@@ -22,11 +22,12 @@ ONE_DRAW = 1 << 26  # weights of the largest table that is drawn at once
 class TableLayout:
     """How the rows of one table are sharded; static.
 
-    rows: R. devices: n.
+    rows: R. devices: n. spare: how many of the last rows are zero at the start.
     """
 
     rows: int
     devices: int = 1
+    spare: int = 0
 
     @property
     def rows_per_device(self) -> int:
@@ -96,10 +97,11 @@ def _normal(
         # The generator counts along the natural order; device j owns [:, j].
         shape = (layout.rows_per_device, layout.devices, columns)
         drawn = (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
-        if stored > layout.rows:
+        drawn_rows = layout.rows - layout.spare
+        if stored > drawn_rows:
             index = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * layout.devices
             index = index + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            drawn = jnp.where(index < layout.rows, drawn, 0)
+            drawn = jnp.where(index < drawn_rows, drawn, 0)
         return drawn.swapaxes(0, 1).reshape(stored, columns)
 
     def fill(i: jax.Array, values: jax.Array) -> jax.Array:

@@ -11,10 +11,11 @@ import jax
 from flax import nnx
 
 from engram_jax.addressing import artifact, load_tokenizer, plan_layer
+from engram_jax.addressing.fgrams import FgramAddressing
 from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.config import Config
+from engram_jax.config import Config, ProductKeyConfig
 from engram_jax.model.transformer import Transformer
-from engram_jax.sharding.parameters import part_of
+from engram_jax.sharding.parameters import VALUES, part_of
 from engram_jax.sharding.rules import names
 
 
@@ -52,7 +53,8 @@ def active_params(config: Config, counts: dict[str, int]) -> int:
     """Weights a token is multiplied with, without the token embedding, of which one row is looked
     up, and the vectors of case, of which another is. counts: from `parts`."""
     looked_up = counts["token embedding"] + counts.get("engram case vectors", 0)
-    return sum(counts.values()) - looked_up - idle_experts(config, counts)
+    idle = idle_experts(config, counts) + _idle_values(config, counts)
+    return sum(counts.values()) - looked_up - idle
 
 
 def training_flops(config: Config, counts: dict[str, int] | None = None) -> float:
@@ -71,7 +73,7 @@ def idle_experts(config: Config, counts: dict[str, int]) -> int:
     return params - params * ffn.top_k // max(1, ffn.routed_experts)
 
 
-def table_geometry(config: Config) -> Mapping[int, LayerAddressing]:
+def table_geometry(config: Config) -> Mapping[int, LayerAddressing | FgramAddressing]:
     """As `geometry`, for the sizes alone, for which no tokenizer is read."""
     tokens = dataclasses.replace(config.tokenizer, path="", canonical_vocab_size=0)
     return geometry(dataclasses.replace(config, tokenizer=tokens))[0]
@@ -83,7 +85,15 @@ def table_params(config: Config) -> int:
     return rows * config.model.engram.dim
 
 
-def geometry(config: Config) -> tuple[dict[int, LayerAddressing], int | None]:
+def _idle_values(config: Config, counts: dict[str, int]) -> int:
+    """Of the product-key values' parameters, those that a token does not use."""
+    memory = config.model.product_keys
+    return counts.get(VALUES, 0) - len(memory.layers) * memory.heads * memory.top_k * memory.dim
+
+
+def geometry(
+    config: Config,
+) -> tuple[Mapping[int, LayerAddressing | FgramAddressing], int | None]:
     """Every layer's addressing, and the number of canonical ids.
 
     That number is None while the tokenizer is not trained; the multipliers, which depend on it, are
@@ -103,11 +113,14 @@ def describe(config: Config) -> dict[str, Any]:
     """One JSON-able object: parameter counts, rho, FLOPs and the geometry of every table.
 
     active_params: weights a token is multiplied with, without the token embedding (Table 1).
-    rho: routed experts' share of the sparse parameters (those a token does not use), None if there
-      are none (section 3 of the paper).
+    rho: routed experts' share of the sparse parameters (those a token does not use: of experts,
+      tables, product-key values), None if there are none (section 3 of the paper).
     rows: that have an address; stored_rows: with the table's padding (dialect "qwen"), which the
       counts of parameters include.
-    multipliers: None while the tokenizer, and so the number of canonical ids, is not known.
+    multipliers: None while the tokenizer, and so the number of canonical ids, is not known; none
+      where nothing is hashed (form "scone", whose rows include a spare one).
+    product_keys: only if there are some: rows by address, stored_rows of values, rows_read per
+      token, of each layer.
     """
     counts = parts(config)
     active, flops = active_params(config, counts), training_flops(config, counts)
@@ -118,7 +131,9 @@ def describe(config: Config) -> dict[str, Any]:
         counts["engram tables"] = tables
     total = sum(counts.values())
     embedding = counts["token embedding"]
-    sparse = idle + tables
+    values = config.model.product_keys
+    learned = {"product_keys": _product_keys(values)} if values.layers else {}
+    sparse = idle + tables + _idle_values(config, counts)
     return {
         "name": config.name,
         "total_params": total,
@@ -141,6 +156,17 @@ def describe(config: Config) -> dict[str, Any]:
             }
             for layer_id, layer in layers.items()
         },
+        **learned,
+    }
+
+
+def _product_keys(memory: ProductKeyConfig) -> dict[str, Any]:
+    return {
+        "layers": list(memory.layers),
+        "rows": memory.sub_keys**2,
+        "stored_rows": memory.rows,
+        "dim": memory.dim,
+        "rows_read": memory.heads * memory.top_k,
     }
 
 
@@ -158,6 +184,12 @@ def table(description: dict[str, Any]) -> str:
     lines.append(f"rho (experts' share of sparse params) {'-' if rho is None else f'{rho:.1%}'}")
     for layer, memory in description["engram"].items():
         sizes, multipliers = memory["head_sizes"], memory["multipliers"]
+        if multipliers == []:
+            lines.append(
+                f"engram layer {layer}: the {memory['rows'] - 1:,} most frequent n-grams of orders"
+                f" {', '.join(map(str, memory['orders']))} x {memory['dim']}, and a spare row"
+            )
+            continue
         padded = memory["stored_rows"] > memory["rows"]
         stored = f" ({memory['stored_rows']:,} rows stored)" if padded else ""
         numbers = ", ".join(map(str, multipliers or ["known once the tokenizer is trained"]))
@@ -165,5 +197,12 @@ def table(description: dict[str, Any]) -> str:
             f"engram layer {layer}: {memory['rows']:,} rows x {memory['dim']}{stored}; "
             f"{len(sizes)} heads of {min(sizes):,} to {max(sizes):,} rows; "
             f"multipliers {numbers}"
+        )
+    if memory := description.get("product_keys"):
+        virtual = f" as {memory['rows']:,}" if memory["rows"] > memory["stored_rows"] else ""
+        lines.append(
+            f"product keys at layers {', '.join(map(str, memory['layers']))}:"
+            f" {memory['stored_rows']:,} values x {memory['dim']}{virtual};"
+            f" a token reads {memory['rows_read']}"
         )
     return "\n".join(lines)

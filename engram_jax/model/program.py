@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from engram_jax.addressing import hash_jax
 from engram_jax.addressing.artifact import Addressing
-from engram_jax.config import SHUFFLED, Config
+from engram_jax.addressing.hash_plan import LayerAddressing
+from engram_jax.config import SCONE, SHUFFLED, Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
 from engram_jax.layers.moe import RouterBias
@@ -58,8 +59,8 @@ class Program:
     @property
     def layouts(self) -> dict[str, TableLayout]:
         """How the rows are sharded, by Engram layer id."""
-        devices = self.axes.devices
-        return {k: TableLayout(rows, devices) for k, rows in self.table_rows.items()}
+        devices, spare = self.axes.devices, int(self.config.model.engram.form == SCONE)
+        return {k: TableLayout(rows, devices, spare) for k, rows in self.table_rows.items()}
 
     def jit(self, function: Callable, **how: Any) -> jax.stages.Wrapped:
         """`jax.jit` with the compiler options of the mesh's devices (hardware/xla_flags.py).
@@ -122,6 +123,7 @@ class Program:
             signs = {
                 str(layer_id): hash_jax.signs(canonical, layer, segments, history)
                 for layer_id, layer in addressing.layers.items()
+                if isinstance(layer, LayerAddressing)
             }
         return Beside(signs, classes(addressing, tokens) if case else None)
 

@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engram_jax.config import OVER_ENCODING, Config, ModelConfig
+from engram_jax.config import Config, ModelConfig
 from engram_jax.config.random_streams import fold_name
 from engram_jax.layers.case_vectors import CaseVectors
-from engram_jax.layers.engram import Engram
 from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
-from engram_jax.layers.over_encoding import OverEncoding
+from engram_jax.layers.product_keys import ProductKeys
 from engram_jax.model.beside import Beside, signed
 from engram_jax.model.block import DENSE, MOE, Stack
 from engram_jax.model.decode_state import DecodeState
+from engram_jax.model.memory_module import memory_module
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 Rows = Mapping[str, jax.Array]
@@ -31,7 +31,8 @@ Rows = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Stage:
-    """Identical layers [first, first + count); an Engram module, if any, precedes `first`."""
+    """Identical layers [first, first + count); an Engram module and then a product-key memory, if
+    any, precede `first`."""
 
     first: int
     count: int
@@ -49,15 +50,16 @@ def moe_layers(config: ModelConfig) -> list[int]:
 
 
 def stages(config: ModelConfig) -> tuple[Stage, ...]:
-    """The layers, split where the kind of block changes and before every Engram layer."""
+    """The layers, split where the kind of block changes and before every layer with a memory."""
     moe = config.ffn.routed_experts > 0
     kinds = [
         MOE if moe and layer >= config.ffn.dense_layers else DENSE for layer in range(config.layers)
     ]
+    memories = {*config.engram.layers, *config.product_keys.layers}
     firsts = [
         layer
         for layer in range(config.layers)
-        if layer == 0 or kinds[layer] != kinds[layer - 1] or layer in config.engram.layers
+        if layer == 0 or kinds[layer] != kinds[layer - 1] or layer in memories
     ]
     ends = [*firsts[1:], config.layers]
     return tuple(Stage(a, b - a, kinds[a]) for a, b in zip(firsts, ends, strict=True))
@@ -101,22 +103,31 @@ class Transformer(nnx.Module):
         self.stage_list = stages(model)
 
         key = rngs.params()
-        engram_key, block_key = fold_name(key, "engrams"), fold_name(key, "blocks")
+        keys = {name: fold_name(key, name) for name in ("engrams", "product_keys", "blocks")}
 
         def matrix(name: str, *shape: int) -> nnx.Param:
             values = jax.random.normal(fold_name(key, name), shape, param_dtype)
             return nnx.Param(values * model.init_std)
 
+        def how(name: str, layer: int) -> dict[str, Any]:
+            """Dtypes and the random stream of a module in front of a layer."""
+            rngs = nnx.Rngs(params=jax.random.fold_in(keys[name], layer))
+            return {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+
         self.embedding = matrix("embedding", vocab, d)
         self.engrams = nnx.Dict(
+            {str(i): memory_module(model, **how("engrams", i)) for i in model.engram.layers}
+        )
+        self.product_keys = nnx.Dict(
             {
-                str(layer): _memory_module(
-                    model,
-                    self.dtype,
-                    param_dtype,
-                    nnx.Rngs(params=jax.random.fold_in(engram_key, layer)),
+                str(layer): ProductKeys(
+                    d,
+                    model.product_keys,
+                    norm_eps=model.norm_eps,
+                    init_std=model.init_std,
+                    **how("product_keys", layer),
                 )
-                for layer in model.engram.layers
+                for layer in model.product_keys.layers
             }
         )
         self.signs = model.engram.signs
@@ -129,7 +140,7 @@ class Transformer(nnx.Module):
         )
         self.blocks = nnx.Dict(
             {
-                stage.name: Stack(model, stage.kind, stage.first, stage.count, key=block_key)
+                stage.name: Stack(model, stage.kind, stage.first, stage.count, key=keys["blocks"])
                 for stage in self.stage_list
             }
         )
@@ -152,6 +163,12 @@ class Transformer(nnx.Module):
                 raise ValueError(f"layer {layer}: its tokens have classes, and none are given")
             rows = self.engram_case[layer](rows, beside.case)
         return rows
+
+    def _learned(self, stage: Stage, x: jax.Array) -> jax.Array:
+        """Streams [..., M, d] after the stage's product-key memory, if it has one."""
+        if stage.name not in self.product_keys:
+            return x
+        return x + self.product_keys[stage.name](x)[..., None, :]
 
     def finish(self, x: jax.Array) -> jax.Array:
         """streams [..., M, d] -> the hidden states that `logits` takes, [..., d]."""
@@ -199,6 +216,7 @@ class Transformer(nnx.Module):
                 x = x + out
                 if gate is not None:
                     gates[stage.name] = gate
+            x = self._learned(stage, x)
             x, load = self.blocks[stage.name](x, positions, segments, shard)
             if stage.kind == MOE:
                 loads.append(load)
@@ -250,6 +268,7 @@ class Transformer(nnx.Module):
                     read, x, state.tails[stage.name], valid, mask
                 )
                 x = x + out
+            x = self._learned(stage, x)
             x, caches[stage.name] = self.blocks[stage.name].cached(
                 x, positions, real.astype(jnp.int32), state.caches[stage.name], shard
             )
@@ -292,34 +311,8 @@ class Transformer(nnx.Module):
                 read = self._read(stage.name, rows, beside)
                 out, tail = self.engrams[stage.name].cached(read, x, tail, valid, mask)
                 x = x + out
+            x = self._learned(stage, x)
             x, pool = self.blocks[stage.name].paged(
                 x, positions, real.astype(jnp.int32), pages, pool, shard
             )
         return x, tail, pool
-
-
-def _memory_module(
-    model: ModelConfig, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
-) -> Engram | OverEncoding:
-    """The module of an Engram layer, by `model.engram.form`."""
-    engram = model.engram
-    if engram.form == OVER_ENCODING:
-        return OverEncoding(
-            model.d_model,
-            engram,
-            init_std=model.init_std,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-    return Engram(
-        model.d_model,
-        model.hyper.streams,
-        engram,
-        norm_eps=model.norm_eps,
-        init_std=model.init_std,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernels=model.kernels,
-        rngs=rngs,
-    )

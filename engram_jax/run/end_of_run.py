@@ -238,7 +238,8 @@ def gate_sample(data: RunData, evaluator: Evaluator, weights: Weights) -> GateSa
     It is the first document of at least GATE_TOKENS tokens, else the longest, read from its start:
     n-grams and attention see the same context as in training.
     """
-    if data.addressing is None or data.addressing.lookup == SHUFFLED:
+    engram = data.config.model.engram
+    if data.addressing is None or not engram.gated or engram.lookup == SHUFFLED:
         return None
     store, tokenizer = data.prepared.store_valid, data.prepared.tokenizer
     lengths = np.minimum(np.diff(store.starts) - 1, GATE_TOKENS)  # without the end of the document

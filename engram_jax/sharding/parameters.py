@@ -12,15 +12,17 @@ from dataclasses import dataclass
 # What trains a parameter (training/optim). Muon takes matrices that map a vector to a vector, also
 # stacked ones (scanned layers, experts, the Engram module's M keys and value). AdamW takes the
 # rest: the embedding and the head, and what scales or selects rather than maps - norm gains,
-# biases, gates (router, mHC coefficients), and the depthwise taps, which are no matrix.
-MUON, ADAMW, ADAMW_NO_DECAY = "muon", "adamw", "adamw_no_decay"
+# biases, gates (router, mHC coefficients, sub-keys), and the depthwise taps, which are no matrix.
+# MEMORY_ADAM is what the tables have, for values that are parameters: Adam without decay at
+# `optimizer.memory_lr_multiplier` times the learning rate.
+MUON, ADAMW, ADAMW_NO_DECAY, MEMORY_ADAM = "muon", "adamw", "adamw_no_decay", "memory_adam"
 
 
 @dataclass(frozen=True)
 class Parameter:
     """One kind of parameter.
 
-    optimizer: MUON, ADAMW or ADAMW_NO_DECAY (weight decay 0).
+    optimizer: MUON, ADAMW, ADAMW_NO_DECAY (weight decay 0) or MEMORY_ADAM.
     axes: the logical axis of each trailing dimension; `rules.RULES` says which mesh axes shard it.
       Dimensions in front of them (stacked layers) are replicated.
     fan_in: the dimension a matrix of Muon's maps from; it maps to the last one.
@@ -54,6 +56,13 @@ PARAMETERS: dict[str, Parameter] = {
     "gate_logit": Parameter(ADAMW_NO_DECAY),
     "case": Parameter(ADAMW_NO_DECAY),
     "order_projections": Parameter(MUON, (None, None, "embed")),
+    # F-gram embeddings
+    "fgram_proj": Parameter(MUON, (None, "embed")),
+    # Product keys: [heads, 2, keys, key_dim / 2]; the values [R, dim]; E maps dim -> d
+    "query_proj": Parameter(MUON, ("embed", None)),
+    "sub_keys": Parameter(ADAMW, float32=True),
+    "values": Parameter(MEMORY_ADAM, ("value_rows", None)),
+    "value_proj": Parameter(MUON, (None, None, "embed")),
     # mHC
     "fn": Parameter(ADAMW, ("embed", None), float32=True),
     "base": Parameter(ADAMW_NO_DECAY),
@@ -71,12 +80,16 @@ ROUTED_EXPERTS: dict[str, Parameter] = {
 }
 _ROUTED_NDIM = 4
 
+VALUES = "product-key values"
+
 # Part of the model, by the first of these endings that one of a parameter's names has.
 PARTS: tuple[tuple[str, str], ...] = (
     ("embedding", "token embedding"),
     ("head", "output head"),
     ("engrams", "engram projections, gates, conv"),
     ("case", "engram case vectors"),
+    ("values", VALUES),
+    ("product_keys", "product keys, queries, maps"),
     ("_hyper", "hyper-connections"),
     ("attention", "attention (MLA)"),
     ("shared", "shared experts"),

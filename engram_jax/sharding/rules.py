@@ -42,6 +42,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "embed": ("fsdp",),
     "latent": ("fsdp",),
+    "value_rows": ("fsdp",),
     "heads": ("tensor",),
     "inner": ("tensor",),
     "experts": ("expert",),
@@ -159,6 +160,9 @@ def check(config: Config, axes: Axes) -> None:
         shards = axes.tensor * (1 if ffn.routed_experts % axes.expert == 0 else axes.expert)
         name = "tensor" if shards == axes.tensor else "expert x tensor (the experts do not divide)"
         demands.append(("model.ffn.expert_dim", ffn.expert_dim, shards, name))
+    if model.product_keys.layers:
+        rows = model.product_keys.rows
+        demands.append(("model.product_keys: sub_keys^2 / expansion", rows, weights, "fsdp"))
     for key, value, divisor, what in demands:
         if value % divisor:
             raise UserError(

@@ -64,7 +64,7 @@ class ShardView:
         gathers = tuple(
             (dim, tuple(a for a in rules.RULES[axis] if getattr(self.axes, a) > 1))
             for dim, axis in enumerate(found)
-            if axis in ("embed", "latent", "expert_embed")
+            if axis in ("embed", "latent", "expert_embed", "value_rows")
         )
         gathers = tuple(g for g in gathers if g[1])
         inner = found.index("expert_shard") if "expert_shard" in found else None

@@ -68,7 +68,8 @@ def build_training(
     """`build_program`, with the optimizer and the schedule that `config.optimizer` names."""
     program = build_program(config, addressing, mesh)
     rate = learning_rate(config.optimizer, config.train.steps)
-    tx = optimizer.build_optimizer(config.optimizer, rate, program.mesh)
+    values = bool(config.model.product_keys.layers)
+    tx = optimizer.build_optimizer(config.optimizer, rate, program.mesh, memory_values=values)
     return TrainingProgram(program.config, addressing, program.mesh, program.graphdef, tx, rate)
 
 

@@ -247,8 +247,8 @@ def train_step(
     branch, load [MoE layers, E] assignments, and per Engram layer rows_touched, hit_rate (share of
     the touched rows that earlier steps had already trained), distinct (share of the devices'
     lookups that remains without each one's duplicates) and extra_rounds (of the exchange). What
-    does not apply is absent: gate/<layer> without a gate (config.model.engram.gate "one", form
-    "over_encoding"; of one branch it is [1]), and with frozen tables grad_norm_memory,
+    does not apply is absent: gate/<layer> without a gate (config.model.engram.gate "one", forms
+    "over_encoding" and "scone"; of one branch it is [1]), and with frozen tables grad_norm_memory,
     rows_touched and hit_rate.
     """
     rows, plans = fetch_rows(program, state.memory, batch_addresses(program, batch))

@@ -127,6 +127,18 @@ IMPOSSIBLE = [
     ("model.engram.rows_per_head=600000000", "(600000000,)", "1879048192", "2400000000"),
     ("model.engram.rows_per_head=469762049", "(469762049,)", "1879048192", "1879048196"),
     ("data.batch_size=4194305", "4194305", "at most 4194304", "268435456 rows"),
+    ("model.product_keys.layers=(2,)", "(2,)", "0-based", "model.layers = 2"),
+    ("model.product_keys.layers=(1, 0)", "(1, 0)", "ascending"),
+    ("model.product_keys.sub_keys=0", "0", "positive"),
+    ("model.product_keys.sub_keys=46341", "46341", "to 1879048192 (int32)"),
+    ("model.product_keys.sub_keys=7", "config.model.product_keys.top_k = 8", "sub_keys = 7"),
+    ("model.product_keys.key_dim=7", "7", "even"),
+    ("model.product_keys.heads=0", "0", "positive"),
+    ("model.product_keys.heads=513", "config.model.product_keys.sub_keys = 64", "from 4104"),
+    ("model.product_keys.top_k=65", "65", "at most model.product_keys.sub_keys = 64"),
+    ("model.product_keys.dim=0", "0", "positive"),
+    ("model.product_keys.expansion=3", "3", "a divisor of model.product_keys.sub_keys = 64"),
+    ("model.engram.form=scone", "config.model.engram.layers = (1,)", "(0,) in form 'scone'"),
     ("model.ffn.top_k=5", "5", "in [1, 4]", "routed_experts = 4"),
     ("model.ffn.top_k=0", "0", "in [1, 4]"),
     ("model.ffn.expert_dim=0", "0", "positive"),
@@ -267,6 +279,32 @@ def test_variants_that_exclude_each_other(overrides, words):
     refused(described(overrides), *words)
 
 
+SCONE = {
+    "model.engram.form": "scone",
+    "model.engram.layers": (0,),
+    "model.engram.heads_per_order": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model.engram.heads_per_order", 2, "1 in form 'scone'"),
+        ("model.engram.hash_dialect", "qwen", "'paper' in form 'scone'"),
+        ("model.engram.seed", 3, "0 in form 'scone'"),
+        ("model.engram.conv_kernel", 3, "4 in form 'scone'"),
+        ("model.engram.precision", "bf16", "'model' in form 'scone'"),
+        ("model.engram.fp8_recipe", "mx", "'block' in form 'scone'"),
+        ("model.engram.rows_per_head", (30, 40), "for all orders together"),
+        ("model.engram.init_std", 0.0, "positive in form 'scone'"),
+        ("serve.off_orders", (2,), "() in form 'scone'"),
+        ("tokenizer.canonical_vocab_size", 200, "0 or tokenizer.vocab_size = 300"),
+    ],
+)
+def test_impossible_frequent_n_grams(key, value, words):
+    assert f"config.{key} = {value!r}" in refused(described({**SCONE, key: value}), words)
+
+
 # What looks odd and is meant: small sizes, switches at their ends, schedules longer than the run.
 POSSIBLE = {
     "data.seq_len": 1,
@@ -317,6 +355,8 @@ def test_odd_values_that_are_meant():
         {**OVER, "model.engram.signs": True, "model.engram.case": True},
         {"model.engram.orders": (2, 3, 4), "model.engram.d_mem": 24, "model.engram.layers": (0, 1)},
         {"model.engram.compression": False, "optimizer.memory_optimizer": "frozen"},
+        {**SCONE, "model.engram.addresses": "host", "model.engram.table_dtype": "bfloat16"},
+        {"model.product_keys.layers": (0, 1), "model.product_keys.expansion": 4},
     ],
 )
 def test_parts_may_be_missing_and_forms_mixed(overrides):

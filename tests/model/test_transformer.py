@@ -14,7 +14,7 @@ from engram_jax.model.transformer import stages
 from engram_jax.training.state import weights_of
 from engram_jax.training.step import batch_addresses
 from tests.oracle import transformer as oracle
-from tests.tiny import VOCAB, random_batch, tiny, tiny_config
+from tests.tiny import NEIGHBOURS, VOCAB, random_batch, tiny, tiny_config
 
 
 def full(program, state, batch):
@@ -40,10 +40,12 @@ def one_document(config, length, seed=0):
     }
 
 
-def test_forward_equals_numpy_float64():
-    program, state = tiny(**{"model.layers": 4, "model.engram.layers": (1, 3)})
+@pytest.mark.parametrize("keys", [{"model.layers": 4, "model.engram.layers": (1, 3)}, NEIGHBOURS])
+def test_forward_equals_numpy_float64(keys):
+    program, state = tiny(**keys)
     to64 = partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
     batch = one_document(program.config, 13)
+    batch["tokens"][0, 2:9] = random_batch(program.config)["tokens"][0, :7]  # has frequent n-grams
     logits, _ = full(program, state, batch)
     expected = oracle.forward(
         to64(state.params),
@@ -100,14 +102,15 @@ def test_packed_documents_equal_documents_alone():
             np.testing.assert_allclose(logits[b, where], expected[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["paper", "v41", "qwen"])
+@pytest.mark.parametrize("form", ["paper", "v41", "qwen", "scone"])
 def test_prefill_and_decode_equal_the_full_forward(form):
     """Two sequences of different lengths, fed in uneven, unevenly padded chunks."""
-    program, state = tiny(**{"model.engram.form": form})
+    program, state = tiny(**(NEIGHBOURS if form == "scone" else {"model.engram.form": form}))
     weights = weights_of(program, state)
     length = 18
     batch = {k: np.repeat(v, 2, 0) for k, v in one_document(program.config, length).items()}
     batch["tokens"][1] = np.random.default_rng(9).integers(0, VOCAB, length)
+    batch["tokens"][:, 4:15] = random_batch(program.config)["tokens"][:2, :11]
     expected, _ = full(program, state, batch)
     step = jax.jit(partial(extend, program))
     session = start(program, weights, 2, 32)

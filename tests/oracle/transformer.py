@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.oracle import engram, hyper_connections, mla, moe
+from tests.oracle import engram, fgrams, hyper_connections, mla, moe, product_keys
 
 
 def rms(x, gain, eps):
@@ -54,6 +54,9 @@ def forward(params, biases, tables, tokens, config, addressing, memory=None):
     for layer in range(model.layers):
         if layer in model.engram.layers and memory is not None:
             x = x + memory(layer, x)
+        elif layer in model.engram.layers and model.engram.form == "scone":
+            matrix = params["engrams"][str(layer)]["fgram_proj"]
+            x = x + fgrams.added(tokens, x, addressing.layers[layer], tables[str(layer)], matrix)
         elif layer in model.engram.layers:
             own = addressing.layers[layer]
             rows = tables[str(layer)][engram.hash_rows(canonical, own, addressing.pad_id)]
@@ -65,6 +68,12 @@ def forward(params, biases, tables, tokens, config, addressing, memory=None):
                 gate_eps=np.finfo(np.float64).eps,
                 conv_eps=1e-5,
             )
+        if layer in model.product_keys.layers:
+            own, keys = params["product_keys"][str(layer)], model.product_keys
+            own = own | {"query_norm": own["query_norm"]["gain"]}
+            how = {"heads": keys.heads, "top_k": keys.top_k, "eps": eps}
+            y, _ = product_keys.forward_backward(x, own, np.zeros(x[:, 0].shape), **how)
+            x = x + y[:, None]
         first = max(s for s in starts if s <= layer)
         block = layer_of(params["blocks"][str(first)]["blocks"], layer - first)
         weights = block["attention"] | {"kv_norm": block["attention"]["kv_norm"]["gain"]}

@@ -30,7 +30,7 @@ from tests.serve.served import (
     rows_of,
     served,
 )
-from tests.tiny import VOCAB, tiny
+from tests.tiny import NEIGHBOURS, VOCAB, tiny
 
 
 def test_tokens_and_log_probabilities_are_the_forward_pass(expected):
@@ -146,11 +146,16 @@ MODELS = {
         "tokenizer.canonical_vocab_size": VOCAB,
         "tokenizer.eos_id": 7,
     },
+    "frequent n-grams, product keys": NEIGHBOURS,
     "one stream, tied": {"model.hyper.streams": 1, "model.tie_embeddings": True},
 }
 
 
-RARE = ("no memory", "one stream, tied")  # each model is a minute of compilation
+RARE = (
+    "no memory",
+    "one stream, tied",
+    "frequent n-grams, product keys",
+)  # each model is a minute of compilation
 
 
 @pytest.mark.parametrize(

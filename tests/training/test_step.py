@@ -25,7 +25,7 @@ from engram_jax.training.step import (
     update_memory,
     utilisation,
 )
-from tests.tiny import random_batch, tiny, tiny_addressing, tiny_config
+from tests.tiny import NEIGHBOURS, random_batch, tiny, tiny_addressing, tiny_config
 
 CLIPPED = {"optimizer.clip_norm": 0.05}
 
@@ -96,6 +96,40 @@ def test_one_step_equals_differentiation_through_the_tables(accumulation):
     ):
         assert relative(ours, theirs) < 2e-2, jax.tree_util.keystr(path)
     assert int(new.step) == 1 and not new.halted
+
+
+@pytest.mark.slow
+def test_memories_with_other_addresses_train_as_adam():
+    """Product-key values: dense Adam at the tables' rate, no decay. F-grams: rows of the batch, and
+    the spare row, which every token without one reads, stays zero."""
+    program, state, step = stepping(**NEIGHBOURS)
+    config, batch = program.config.optimizer, random_batch(program.config)
+    _, (grad_params, grad_tables) = dense_gradients(program, state, batch)
+    norm = float(jax.jit(optax.tree.norm)((grad_params, grad_tables)))
+    factor = min(1.0, config.clip_norm / norm)
+    new, metrics = step(copy(state), batch)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    assert not [name for name in metrics if name.startswith("gate/")]
+    rate = float(program.rate(jnp.int32(0))) * config.memory_lr_multiplier
+
+    def adam(g):
+        return rate * g / (np.abs(g) + config.adam_eps)
+
+    before, after = (s.params["product_keys"]["1"]["values"] for s in (state, new))
+    g = np.asarray(grad_params["product_keys"]["1"]["values"], np.float64) * factor
+    assert 0 < np.count_nonzero(g.any(axis=1)) <= len(g) == 18
+    np.testing.assert_allclose(after, np.asarray(before, np.float64) - adam(g), atol=rate * 2e-2)
+
+    addresses = np.asarray(batch_addresses(program, batch)["0"])
+    used = np.unique(addresses)
+    assert used[-1] == 50 and len(used) > 10  # tokens without an f-gram, and with one
+    g = np.asarray(grad_tables["0"], np.float64) * factor
+    old = np.asarray(state.memory["0"].rows, np.float64)
+    np.testing.assert_allclose(new.memory["0"].rows, old - adam(g), atol=rate * 2e-2)
+    for seed in range(1, 5):
+        new, _ = step(new, random_batch(program.config, seed))
+    spare = jax.tree.map(lambda x: np.asarray(x[50]), new.memory["0"])
+    assert not np.any(spare.rows) and not np.any(spare.mu) and not np.any(spare.nu)
 
 
 def test_accumulation_trains_as_the_whole_batch():

@@ -12,15 +12,23 @@ import optax
 from jax.sharding import Mesh
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.sharding.parameters import ADAMW, ADAMW_NO_DECAY, MUON, find
+from engram_jax.sharding.parameters import ADAMW, ADAMW_NO_DECAY, MEMORY_ADAM, MUON, find
 from engram_jax.sharding.rules import names
 from engram_jax.training.optim.muon import orthogonalised_momentum
 
 
 def build_optimizer(
-    config: OptimizerConfig, rate: Callable[[jax.Array], jax.Array], mesh: Mesh
+    config: OptimizerConfig,
+    rate: Callable[[jax.Array], jax.Array],
+    mesh: Mesh,
+    *,
+    memory_values: bool = False,
 ) -> optax.GradientTransformation:
-    """An optax transformation for the parameter tree; it expects gradients already clipped."""
+    """An optax transformation for the parameter tree; it expects gradients already clipped.
+
+    memory_values: some parameters are a memory's values (MEMORY_ADAM). Without them the optimizer's
+      state has no entry for them.
+    """
     muon = optax.chain(
         orthogonalised_momentum(config.muon_momentum, config.muon_ns_steps, mesh),
         scale_to_rms(config.muon_rms),
@@ -28,7 +36,9 @@ def build_optimizer(
         optax.scale_by_learning_rate(rate),
     )
 
-    def adamw(decay: float) -> optax.GradientTransformation:
+    def adamw(
+        decay: float, rate: Callable[[jax.Array], jax.Array] = rate
+    ) -> optax.GradientTransformation:
         return optax.adamw(
             rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps, weight_decay=decay
         )
@@ -38,6 +48,9 @@ def build_optimizer(
         ADAMW: adamw(config.weight_decay),
         ADAMW_NO_DECAY: adamw(0.0),
     }
+    if memory_values:
+        multiplier = config.memory_lr_multiplier
+        transforms[MEMORY_ADAM] = adamw(0.0, lambda step: rate(step) * multiplier)
     return optax.partition(transforms, labels)
 
 
