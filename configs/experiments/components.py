@@ -24,10 +24,14 @@ MATCHED = "matched"  # rows and the dense layer's width give it P_tot and P_act
 SAME = "same"  # the reference's sizes: what the switch adds or removes is not made up for
 ACTIVE, TOTAL = "active", "total"  # the dense layers' width gives it P_act, or P_tot
 MOE, ENGRAM, DENSE, DENSE_ENGRAM = "MoE", "Engram", "dense", "dense with Engram"  # families
+SCONE, PRODUCT_KEYS = "SCONE", "product keys"
+OVER_ENCODING = "OverEncoding"
 
 _NO_EXPERTS = {"model.ffn.routed_experts": 0, "model.ffn.dense_layers": 4}
 _NO_MEMORY = {"model.engram.layers": ()}
 _ENGRAM = "model.engram"
+_KEYS = "model.product_keys"
+_PRODUCT_KEYS = {**_NO_MEMORY, f"{_KEYS}.layers": (1,)}
 
 # name: (family, rule, keys that differ from the reference)
 VARIANTS = {
@@ -45,9 +49,43 @@ VARIANTS = {
     "layers_1_2_3": (ENGRAM, MATCHED, {f"{_ENGRAM}.layers": (1, 2, 3)}),
     "no_bias_no_conv": (ENGRAM, MATCHED, {f"{_ENGRAM}.form": "v41"}),
     "dense_adam": (ENGRAM, SAME, {"optimizer.memory_optimizer": "dense_adam"}),
+    "gate_one": (ENGRAM, MATCHED, {f"{_ENGRAM}.gate": "one"}),
+    "gate_learned": (ENGRAM, MATCHED, {f"{_ENGRAM}.gate": "learned"}),
+    "single_branch": (ENGRAM, MATCHED, {f"{_ENGRAM}.multi_branch": False}),
+    "no_conv": (ENGRAM, MATCHED, {f"{_ENGRAM}.conv_kernel": 0}),
+    "no_compression": (ENGRAM, SAME, {f"{_ENGRAM}.compression": False}),
+    "case": (ENGRAM, MATCHED, {f"{_ENGRAM}.case": True}),
+    "signs": (ENGRAM, SAME, {f"{_ENGRAM}.signs": True}),
+    "one_row": (ENGRAM, SAME, {f"{_ENGRAM}.lookup": "one_row"}),
+    "shuffled": (ENGRAM, SAME, {f"{_ENGRAM}.lookup": "shuffled"}),
+    "frozen": (ENGRAM, SAME, {"optimizer.memory_optimizer": "frozen"}),
+    "over_encoding": (
+        OVER_ENCODING,
+        MATCHED,
+        {f"{_ENGRAM}.form": "over_encoding", f"{_ENGRAM}.layers": (0,)},
+    ),
+    "scone": (
+        SCONE,
+        MATCHED,
+        {
+            f"{_ENGRAM}.form": "scone",
+            f"{_ENGRAM}.layers": (0,),
+            f"{_ENGRAM}.heads_per_order": 1,
+        },
+    ),
+    "product_keys": (PRODUCT_KEYS, MATCHED, {**_PRODUCT_KEYS, f"{_KEYS}.dim": 88}),
+    "ultramem": (
+        PRODUCT_KEYS,
+        MATCHED,
+        {**_PRODUCT_KEYS, f"{_KEYS}.dim": 64, f"{_KEYS}.expansion": 4},
+    ),
     "memory_rate_1": (ENGRAM, SAME, {"optimizer.memory_lr_multiplier": 1.0}),
     "memory_rate_25": (ENGRAM, SAME, {"optimizer.memory_lr_multiplier": 25.0}),
 }
+
+# Where the memory is not Engram's: the key that fills P_tot, and what it must be a multiple of. The
+# widths of the values above are those for which whole numbers of sub-keys come within 0.1 %.
+SIZES = {"product_keys": (f"{_KEYS}.sub_keys", 1), "ultramem": (f"{_KEYS}.sub_keys", 4)}
 
 
 def base() -> ml_collections.ConfigDict:
@@ -69,7 +107,8 @@ def build(point: Point) -> ml_collections.ConfigDict:
     config.name = str(point.value)
     budget, variant = parse_config(base()), parse_config(config)
     if rule == MATCHED:
-        variant = budgets.solve(budget, variant)
+        size, step = SIZES.get(config.name, (budgets.ROWS, 1))
+        variant = budgets.solve(budget, variant, size=size, step=step)
     elif rule in (ACTIVE, TOTAL):
         variant = budgets.solve_width(budget, variant, rule)
     return ml_collections.ConfigDict(to_dict(dataclasses.replace(variant, name=config.name)))

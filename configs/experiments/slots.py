@@ -21,6 +21,11 @@ RATES = (2e-3, 4e-3, 8e-3)
 # with fewer heads have as many more rows in each, so that one value means as many slots.
 FORMS = {
     "engram": ("Engram", {}, 1),
+    "over_encoding": (
+        "OverEncoding",
+        {"model.engram.form": "over_encoding", "model.engram.layers": (0,)},
+        2,
+    ),
 }
 
 

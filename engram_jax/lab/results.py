@@ -97,8 +97,10 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
 
 def table_size(config: Config) -> tuple[int, int]:
     """Rows of all tables, and how many of them a token looks up."""
-    layers = table_geometry(config)
-    return sum(layer.rows for layer in layers.values()), len(layers) * config.model.engram.heads
+    layers, keys = table_geometry(config), config.model.product_keys
+    rows = sum(layer.rows for layer in layers.values()) + len(keys.layers) * keys.rows
+    read = len(keys.layers) * keys.heads * keys.top_k
+    return rows, len(layers) * config.model.engram.heads + read
 
 
 def write_table(folder: Path, rows: Sequence[Row]) -> None:
