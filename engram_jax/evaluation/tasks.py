@@ -172,7 +172,8 @@ def _score_batch(
     model = program.model(weights.params, weights.router_bias)
     for layer in off:  # a model made for this call alone: without the module, nothing is added
         del model.engrams[layer]
-    output = model(tokens, rows, positions, segments, program.memory_mask(tokens))
+    mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
+    output = model(tokens, rows, positions, segments, mask, beside=beside)
     hidden = jnp.take_along_axis(output.hidden, batch["places"][..., None], axis=1)
     logits = model.logits(hidden)
     chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]

@@ -72,6 +72,13 @@ IMPOSSIBLE = [
     ("data.workers=-1", "-1", "0 or more"),
     ("data.max_megabytes=-1", "-1", "0 or more"),
     ("data.max_document_bytes=10", "10", "64 or more"),
+    ("data.near_duplicates=1.5", "1.5", "in [0, 1]"),
+    ("data.tasks.names=chess", "('chess',)", "different ones of facts, needle"),
+    ("data.tasks.difficulties=hard", "('hard',)", "left out while data.tasks.names is empty"),
+    ("data.tasks.share=0.5", "0.5", "left out while data.tasks.names is empty"),
+    ("data.tasks.frequencies=(2, 8)", "(2, 8)", "left out while data.tasks.names is empty"),
+    ("data.tasks.items=7", "7", "left out while data.tasks.names is empty"),
+    ("data.tasks.seed=3", "3", "left out while data.tasks.names is empty"),
     ("train.steps=0", "0", "positive"),
     ("train.accumulation=0", "0", "positive"),
     ("train.keep=0", "0", "positive"),
@@ -303,6 +310,31 @@ SCONE = {
 )
 def test_impossible_frequent_n_grams(key, value, words):
     assert f"config.{key} = {value!r}" in refused(described({**SCONE, key: value}), words)
+
+
+FACTS = {"data.tasks.names": ("facts",)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.tasks.names", ("facts", "facts"), "different ones of facts"),
+        ("data.tasks.difficulties", ("impossible",), "different ones of easy, medium, hard"),
+        ("data.tasks.share", 1.0, "between 0 and 1"),
+        ("data.tasks.share", 0.0, "between 0 and 1"),
+        ("data.tasks.frequencies", (4, 1), "ascending"),
+        ("data.tasks.frequencies", (0, 1), "from 1 up"),
+        ("data.tasks.items", 0, "positive"),
+        ("data.tasks.seed", -1, "in [0, 2**32)"),
+    ],
+)
+def test_impossible_tasks(key, value, words):
+    assert f"config.{key} = {value!r}" in refused(described({**FACTS, key: value}), words)
+
+
+def test_frequencies_are_of_facts():
+    asked = {"data.tasks.names": ("copying",), "data.tasks.frequencies": (2,)}
+    refused(described(asked), "data.tasks.frequencies = (2,)", "without 'facts'")
 
 
 # What looks odd and is meant: small sizes, switches at their ends, schedules longer than the run.
