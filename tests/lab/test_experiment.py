@@ -106,7 +106,8 @@ def test_components_are_at_one_budget():
             assert abs(mismatch["active"]) < 1e-3, name
         if rule in ("matched", "total"):
             assert abs(mismatch["total"]) < 1e-3, name
-        solved = {"model.ffn.dense_dim", "model.engram.rows_per_head"}
+        size, _ = components.SIZES.get(name, ("model.engram.rows_per_head", 1))
+        solved = {"model.ffn.dense_dim", size}
         assert changed <= {*keys, "name", *(solved if rule != "same" else ())}
         assert changed >= set(keys)
 

@@ -23,6 +23,10 @@ def counted(config: Config) -> dict[str, float]:
     parts, ffn, a = expected_parts(config), config.model.ffn, config.model.attention
     vocabulary = parts.pop("token embedding")
     total, tables = sum(parts.values()), parts.get("engram tables", 0)
+    tables += parts.get("engram case vectors", 0)  # looked up, too
+    keys = config.model.product_keys
+    used = len(keys.layers) * keys.heads * keys.top_k * keys.dim
+    tables += parts.get("product-key values", 0) - used
     experts = parts.get("routed experts", 0)
     idle = experts // max(1, ffn.routed_experts) * (ffn.routed_experts - ffn.top_k)
     active = total - tables - idle

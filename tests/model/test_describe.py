@@ -76,13 +76,41 @@ def expected_parts(config) -> dict[str, int]:
         "routers": moe * d * ffn.routed_experts,
     }
     if engram.layers:
-        module = engram.d_mem * (n + 1) * d  # keys of the branches, value
-        module += 2 * n * d  # gains of query and key norm
-        module += (n + 1) * d if engram.form == "paper" else 0  # biases
-        module += 0 if engram.form == "v41" else (1 + engram.conv_kernel) * n * d  # norm, taps
-        parts["engram projections, gates, conv"] = len(engram.layers) * module
-        parts["engram tables"] = sum(map(sum, head_sizes(engram).values())) * engram.dim
+        parts["engram projections, gates, conv"] = len(engram.layers) * module_size(engram, n, d)
+        parts["engram tables"] = table_numbers(engram)
+        parts["engram case vectors"] = len(engram.layers) * 10 * engram.d_mem * engram.case
+    keys = config.model.product_keys
+    if keys.layers:
+        learned = d * keys.heads * keys.key_dim + keys.heads * keys.key_dim  # queries, their gains
+        learned += keys.heads * keys.sub_keys * keys.key_dim + keys.expansion * keys.dim * d
+        parts["product keys, queries, maps"] = len(keys.layers) * learned
+        values = keys.sub_keys**2 // keys.expansion * keys.dim
+        parts["product-key values"] = len(keys.layers) * values
     return {part: count for part, count in parts.items() if count}
+
+
+def module_size(engram, n: int, d: int) -> int:
+    """Of one Engram layer, without its table and the vectors of case."""
+    if engram.form in ("over_encoding", "scone"):  # one matrix, of all orders or of the row
+        return engram.d_mem * d
+    branches = n if engram.multi_branch else 1
+    keys = branches if engram.gate == "context" else 0
+    module = engram.d_mem * (keys + 1) * d  # keys of the branches, value
+    module += 2 * keys * d  # gains of query and key norm
+    module += branches if engram.gate == "learned" else 0
+    module += (keys + 1) * d if engram.form == "paper" else 0  # biases
+    if engram.form != "v41" and engram.conv_kernel:
+        module += (1 + engram.conv_kernel) * branches * d  # norm, taps
+    return module
+
+
+def table_numbers(engram) -> int:
+    """Numbers in all tables: f-grams have one head, and a row for what has none of them."""
+    if engram.form == "scone":
+        return (engram.rows_per_head[0] + 1) * engram.d_mem
+    if engram.lookup == "one_row":
+        return len(engram.layers) * engram.d_mem
+    return sum(map(sum, head_sizes(engram).values())) * engram.dim
 
 
 @pytest.mark.parametrize("name", CONFIGS)
