@@ -87,6 +87,10 @@ class MixedTasks:
         """The test items."""
         return _items(json.loads((self.folder / ITEMS).read_text()))
 
+    @property
+    def for_scoring(self) -> TaskItems:
+        return TaskItems(self.items, len(self.train))
+
     def stored(self) -> str:
         """The items as JSON text, for a run's folder."""
         items = [dataclasses.asdict(item) for item in self.items]
