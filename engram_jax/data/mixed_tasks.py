@@ -46,7 +46,7 @@ def mix(texts: Iterator[str], corpus: Corpus, mixture: Mixture, folder: Path) ->
         yield text
     for text in corpus.documents("validation"):
         unseen.read(text)
-    items = unseen.keep(mixture.config.items)
+    items = unseen.keep(mixture.config.test_items)
     np.save(folder / FROM_TASKS, np.asarray(from_tasks, bool))
     (folder / ITEMS).write_text(json.dumps([dataclasses.asdict(item) for item in items]))
 
