@@ -233,13 +233,14 @@ def _train(config: Config, workdir: Path, accept: Accepted) -> None:
 def _evaluate(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
     from engram_jax.evaluation import held_out, tasks
+    from engram_jax.tasks import score_table
 
     if _NEIGHBOURS.value:
         _evaluate_neighbours(config, workdir)
         return
     if _TASKS.value:
         scores = tasks.evaluate_tasks(config, workdir, _STEP.value, accept)
-        processes.log(json.dumps(scores) if _JSON.value else tasks.table(scores))
+        processes.log(json.dumps(scores) if _JSON.value else score_table.table(scores))
         return
     result = held_out.evaluate(config, workdir, _STEP.value, accept)
     processes.log(json.dumps(result) if _JSON.value else held_out.table(result))

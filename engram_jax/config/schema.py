@@ -302,7 +302,7 @@ class TasksConfig:
     difficulties: of each: "easy", "medium", "hard".
     share: of the bytes of the training text, tasks included; an equal part for each.
     frequencies: how often an epoch states a fact; an equal number of facts for each.
-    items: the most test items of a task, difficulty and frequency.
+    test_items: the most test items of a task, difficulty and frequency.
     seed: of documents and items.
     """
 
@@ -310,7 +310,7 @@ class TasksConfig:
     difficulties: tuple[str, ...] = ("easy",)
     share: float = 0.2
     frequencies: tuple[int, ...] = (1, 4, 16, 64)
-    items: int = 100
+    test_items: int = 100
     seed: int = 0
 
 

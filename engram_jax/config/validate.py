@@ -69,7 +69,7 @@ _POSITIVE = {
     "tokenizer": "vocab_size",
     "mesh": "data expert tensor headroom",
     "data": "seq_len batch_size text_key",
-    "data.tasks": "items",
+    "data.tasks": "test_items",
     "optimizer": "peak_lr clip_norm muon_ns_steps muon_rms adam_eps",
     "train": "steps accumulation log_every eval_every eval_batches checkpoint_every keep"
     " sample_tokens",

@@ -105,8 +105,8 @@ def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) 
         sizes = spool.sizes
         fraction = config.validation_fraction
         held = hold_out(spool.digests, sizes, fraction, spool.origins, report.source)
-        left_out = _near_duplicates(spool, held, config, report)
-        train = ~held & ~left_out
+        near = _near_duplicates(spool, held, config, report)
+        train = ~held & ~near
         report.train_documents, report.validation_documents = int(train.sum()), int(held.sum())
         report.train_bytes, report.validation_bytes = (
             int(sizes[train].sum()),
@@ -114,11 +114,11 @@ def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) 
         )
         digests = sorted(
             d.tobytes().hex() + "-+"[int(h)]
-            for d, h, out in zip(spool.digests, held, left_out, strict=True)
+            for d, h, out in zip(spool.digests, held, near, strict=True)
             if not out
         )
         key = key_of(FORMAT, digests)
-        build_once(cache / "texts" / key, partial(text_store.write, spool, held, left_out=left_out))
+        build_once(cache / "texts" / key, partial(text_store.write, spool, held, left_out=near))
     finally:
         spool.close()
     return key
@@ -137,7 +137,9 @@ def _near_duplicates(
     left_out = resembling(spool.read, held, config.near_duplicates)
     sizes = spool.sizes
     for number in np.flatnonzero(left_out).tolist():
-        report.skip(why.NEAR_DUPLICATE, f"document {number}", int(sizes[number]))
+        (text,) = spool.read(np.array([number]))
+        start = " ".join(text[:60].decode(errors="ignore").split())
+        report.skip(why.NEAR_DUPLICATE, repr(start), int(sizes[number]))
     if left_out[~held].all():
         raise UserError(
             f"{report.source}: every training document has a Jaccard similarity of at least"

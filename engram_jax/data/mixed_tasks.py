@@ -46,7 +46,7 @@ def mix(texts: Iterator[str], corpus: Corpus, mixture: Mixture, folder: Path) ->
         yield text
     for text in corpus.documents("validation"):
         unseen.read(text)
-    items = unseen.keep(mixture.config.items)
+    items = unseen.keep(mixture.config.test_items)
     np.save(folder / FROM_TASKS, np.asarray(from_tasks, bool))
     (folder / ITEMS).write_text(json.dumps([dataclasses.asdict(item) for item in items]))
 
@@ -86,6 +86,10 @@ class MixedTasks:
     def items(self) -> list[Item]:
         """The test items."""
         return _items(json.loads((self.folder / ITEMS).read_text()))
+
+    @property
+    def for_scoring(self) -> TaskItems:
+        return TaskItems(self.items, len(self.train))
 
     def stored(self) -> str:
         """The items as JSON text, for a run's folder."""

@@ -25,7 +25,7 @@ from engram_jax.checkpoint.load_model import load_model
 from engram_jax.checkpoint.workdir import TASK_ITEMS, TASK_SCORES
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
-from engram_jax.data.mixed_tasks import read_items
+from engram_jax.data.mixed_tasks import TaskItems, read_items
 from engram_jax.distributed.consensus import agree
 from engram_jax.hardware.storage import write_text
 from engram_jax.memory.table import lookup
@@ -65,21 +65,36 @@ def evaluate_tasks(
     """
     found = agree(lambda: read_items(workdir / TASK_ITEMS))
     trained = load_model(config, workdir, step, accept=accept)
-    program, weights = trained.program, trained.weights
+    return score_tasks(
+        trained.program, trained.weights, trained.tokenizer, found, trained.step, workdir
+    )
+
+
+def score_tasks(
+    program: Program,
+    weights: Weights,
+    tokenizer: Any,
+    found: TaskItems,
+    step: int,
+    workdir: Path,
+) -> dict[str, Any]:
+    """Score the model after `step` steps, with its memory on and off; process 0 also writes the
+    result to `workdir`/task_scores.json. Items longer than the trained sequences are left out."""
+    config = program.config
     layers = tuple(program.table_rows)
     off = tuple(filter(config.serve.is_off, layers)) or layers
     items, encoded = [], []
     for item in found.items:
-        candidates = encode(trained.tokenizer, item)
-        if max(len(ids) for ids, _ in candidates) <= trained.seq_len:
+        candidates = encode(tokenizer, item)
+        if max(len(ids) for ids, _ in candidates) <= config.data.seq_len:
             items.append(item)
             encoded.append(candidates)
     on_scores = score(program, weights, encoded)
     off_scores = score(program, weights, encoded, off) if off else None
-    tokens = trained.step * config.data.batch_size * config.data.seq_len
+    tokens = step * config.data.batch_size * config.data.seq_len
     result = {
         "name": config.name,
-        "step": trained.step,
+        "step": step,
         "epochs": tokens / found.train_tokens,
         "off_layers": [int(layer) for layer in off],
         "too_long": len(found.items) - len(items),
@@ -114,6 +129,8 @@ def score(
 ) -> list[ItemScore]:
     """Score items, each a list of candidates of `encode`. off: Engram layers that add nothing."""
     rows = [candidate for item in encoded for candidate in item]
+    if not rows:
+        return []
     run = program.jit(
         partial(_score_batch, program, off=tuple(off)),
         out_shardings=NamedSharding(program.mesh, P()),
@@ -198,7 +215,8 @@ def summarise(
         groups.setdefault((item.task, item.difficulty, item.frequency), []).append(i)
     records = []
     for (task, difficulty, frequency), members in groups.items():
-        chance, n = float(np.mean([items[i].chance for i in members])), len(members)
+        n = len(members)
+        chance = math.fsum(items[i].chance for i in members) / n
         record: dict[str, Any] = {"task": task, "difficulty": difficulty}
         record |= {"frequency": frequency, "items": n, "chance": chance}
         for name, scores in (("on", on), ("off", off)):
@@ -218,52 +236,3 @@ def summarise(
 def _accuracy(correct: Sequence[bool]) -> dict[str, float]:
     p = float(np.mean(correct))
     return {"accuracy": p, "standard_error": math.sqrt(p * (1 - p) / len(correct))}
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The result as text for a terminal."""
-    head = f"step {result['step']:,}, {result['epochs']:.2f} epochs of the training text"
-    if result["off_layers"]:
-        head += f"; off: Engram layers {', '.join(map(str, result['off_layers']))}"
-    if result["too_long"]:
-        head += f"; {result['too_long']:,} items are longer than the trained sequences: left out"
-    lines = [head, "", "  ".join(f"{name:>{width}}" for name, width in COLUMNS)]
-    for record in result["groups"]:
-        cells = zip(as_row(record), COLUMNS, strict=True)
-        lines.append("  ".join(f"{cell:>{width}}" for cell, (_, width) in cells))
-    return "\n".join(lines)
-
-
-COLUMNS = (
-    ("task", 11),
-    ("level", 6),
-    ("times", 5),
-    ("items", 5),
-    ("chance", 6),
-    ("on", 11),
-    ("on, greedy", 11),
-    ("off", 11),
-    ("off, greedy", 11),
-    ("retained", 8),
-)
-
-
-def as_row(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """A record's cells, as named by `COLUMNS`; accuracies in percent with their standard errors."""
-
-    def percent(name: str) -> str:
-        found = record.get(name)
-        if found is None:
-            return ""
-        return f"{found['accuracy']:.1%} ±{found['standard_error']:.1%}"
-
-    kept = record.get("retained")
-    return (
-        record["task"],
-        record["difficulty"],
-        str(record["frequency"] or ""),
-        str(record["items"]),
-        f"{record['chance']:.1%}",
-        *(percent(name) for name in ("on", "on_greedy", "off", "off_greedy")),
-        "" if kept is None else f"{kept:.0%}",
-    )

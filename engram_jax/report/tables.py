@@ -12,6 +12,7 @@ import numpy as np
 from engram_jax.config import Config
 from engram_jax.config.difference import ABSENT, differences, flat
 from engram_jax.report.page import Rows, Section
+from engram_jax.tasks.score_table import COLUMNS, as_row, heading
 
 Record = Mapping[str, Any]
 
@@ -85,6 +86,17 @@ def context_section(losses: Record) -> Section | None:
     )
     header = ("context", "predicted tokens", *titles)
     return Section("Held-out loss by context", caption, header=header, rows=tuple(rows))
+
+
+def task_section(scores: Record) -> Section:
+    """Synthetic tasks with the memory on and off. scores: of task_scores.json."""
+    caption = (
+        f"After {heading(scores)}. Times: how often an epoch states the fact. Accuracy by"
+        " likelihood among the candidates and by greedy decoding, with standard errors; retained:"
+        " (off - chance) / (on - chance), where on is more than 3 standard errors above chance."
+    )
+    rows = tuple(as_row(record) for record in scores["groups"])
+    return Section("Synthetic tasks", caption, header=tuple(n for n, _ in COLUMNS), rows=rows)
 
 
 def run_rows(records: Sequence[Record], losses: Record, launch: Record) -> Rows:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from engram_jax.checkpoint.run_record import read_launches
-from engram_jax.checkpoint.workdir import LOSSES, RUN
+from engram_jax.checkpoint.workdir import LOSSES, RUN, TASK_SCORES
 from engram_jax.config.extras import lacks
 from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring.metrics import read_metrics
@@ -32,6 +32,7 @@ from engram_jax.report.tables import (
     model_rows,
     run_rows,
     subtitle,
+    task_section,
 )
 
 _FOLDER = "report"
@@ -65,7 +66,8 @@ def write_report(
     title: the model's name. model: what `describe.describe` says of it. samples: (prompt,
     continuation) pairs.
 
-    Read from `workdir`, where present: losses.json (`finish.loss_record`), run.json, and of
+    Read from `workdir`, where present: losses.json (`finish.loss_record`), task_scores.json
+    (`evaluation.tasks`), run.json, and of
     metrics.jsonl: loss, validation_loss, learning_rate, grad_norm, grad_norm_memory,
     tokens_per_second, step_seconds, mfu, goodput, and by layer hit_rate/, utilisation/, gate/ and
     expert_load/.
@@ -81,6 +83,8 @@ def write_report(
     sections = [loss_section(losses, title)] if losses else []
     if losses and (by_context := context_section(losses)):
         sections.append(by_context)
+    if (root / TASK_SCORES).exists():
+        sections.append(task_section(json.loads((root / TASK_SCORES).read_text())))
     if records or losses:
         sections.append(Section("Training", rows=run_rows(records, losses, launch)))
     if missing := lacks("report"):

@@ -26,6 +26,7 @@ from engram_jax.evaluation.target_losses import (
     shown,
     write_documents,
 )
+from engram_jax.evaluation.tasks import score_tasks
 from engram_jax.hardware.storage import write_text
 from engram_jax.model.decode import Generator
 from engram_jax.model.describe import describe
@@ -33,6 +34,7 @@ from engram_jax.model.program import Program, Weights
 from engram_jax.monitoring.metrics import MetricsWriter, json_value, read_metrics
 from engram_jax.report.write import GateSample, write_report
 from engram_jax.serve.text_stream import continuation
+from engram_jax.tasks.score_table import table
 from engram_jax.training.state import TrainState, weights_of
 from engram_jax.training.step import touched_rows
 
@@ -53,7 +55,8 @@ def end_run(
     state: TrainState,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Evaluate on the whole held-out split, compare, sample, and write the report.
+    """Evaluate on the whole held-out split and on synthetic tasks, compare, sample, and write the
+    report.
 
     Returns `loss_record`; process 0 also writes it to `workdir`/losses.json, and the held-out loss
     to the metrics.
@@ -80,6 +83,11 @@ def end_run(
     for prompt, text in samples:
         log(f"--- {prompt!r} continues:\n{prompt}{text}")
     gates = gate_sample(data, evaluator, weights)
+    if tasks := data.prepared.tasks:
+        found = tasks.for_scoring
+        tokenizer = data.prepared.tokenizer
+        scores = score_tasks(evaluator.program, weights, tokenizer, found, int(state.step), workdir)
+        log(f"synthetic tasks\n{table(scores)}\n")
     if jax.process_index() == 0:
         write_held_out(workdir, int(state.step), held_out)
         write_documents(

@@ -52,7 +52,9 @@ def needle(draw: Draw, difficulty: str, *, testing: bool) -> Instance:
     names = _words(draw, 2, count)
     codes = [f"the code of {name} is{row} ." for name, row in zip(names, rows, strict=True)]
     text = draw.some([*codes, *(_sentence(draw) for _ in range(filler))], count + filler)
-    return Instance(f"{' '.join(text)} the code of {names[0]} is", rows[0], tuple(rows[1:]))
+    asked = f"the code of {names[0]} is"
+    after = f" . {asked}{rows[0]}" * 2  # training sees more answers in as many words
+    return Instance(f"{' '.join(text)} {asked}", rows[0], tuple(rows[1:]), after)
 
 
 def _sentence(draw: Draw) -> str:
@@ -76,7 +78,7 @@ def multi_query(draw: Draw, difficulty: str, *, testing: bool) -> Instance:
     order = draw.some(range(len(rows)), len(rows))
     first = order[0]
     prompt = f"pairs{''.join(pairs)} asked {names[first]}"
-    after = " ;" + "".join(pairs[i] for i in order[1:])
+    after = " ;" + "".join(pairs[i] for i in order[1:]).removesuffix(" ;")
     return Instance(prompt, rows[first], tuple(rows[i] for i in order[1:]), after)
 
 
@@ -93,7 +95,8 @@ def tracking(draw: Draw, difficulty: str, *, testing: bool) -> Instance:
     text = []
     while any(lines):  # the chains' lines among each other, each chain's in their order
         text.append(draw.one([chain for chain in lines if chain]).pop(0))
-    return Instance(f"{' '.join(text)} {variables[length]} is", rows[0], tuple(rows[1:]))
+    after = "".join(f" ; {name} is{rows[0]}" for name in reversed(variables[:length]))
+    return Instance(f"{' '.join(text)} {variables[length]} is", rows[0], tuple(rows[1:]), after)
 
 
 TASKS: dict[str, Callable[..., Instance]] = {
@@ -112,7 +115,7 @@ def documents(task: str, difficulty: str, seed: int) -> Iterator[str]:
         lines = []
         for _ in range(_LINES.get(task, 1)):
             made = TASKS[task](draw, difficulty, testing=False)
-            lines.append(f"{made.prompt}{made.answer}{made.after or ' .'}\n")
+            lines.append(f"{made.prompt}{made.answer}{made.after} .\n")
         yield "".join(lines)
 
 

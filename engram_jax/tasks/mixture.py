@@ -72,10 +72,10 @@ class Mixture:
     def items(self) -> list[Item]:
         """More items than are wanted, all with different prompts; `unseen` chooses among them."""
         found: list[Item] = []
-        wanted = self.config.items * _SPARE
+        wanted = self.config.test_items * _SPARE
         for name, difficulty in self._parts:
             if name == FACTS:
-                found += self._facts[difficulty].items(self.config.items)
+                found += self._facts[difficulty].items(self.config.test_items)
                 continue
             endless = (
                 arithmetic.items(difficulty, self.config.seed)

@@ -77,7 +77,7 @@ IMPOSSIBLE = [
     ("data.tasks.difficulties=hard", "('hard',)", "left out while data.tasks.names is empty"),
     ("data.tasks.share=0.5", "0.5", "left out while data.tasks.names is empty"),
     ("data.tasks.frequencies=(2, 8)", "(2, 8)", "left out while data.tasks.names is empty"),
-    ("data.tasks.items=7", "7", "left out while data.tasks.names is empty"),
+    ("data.tasks.test_items=7", "7", "left out while data.tasks.names is empty"),
     ("data.tasks.seed=3", "3", "left out while data.tasks.names is empty"),
     ("train.steps=0", "0", "positive"),
     ("train.accumulation=0", "0", "positive"),
@@ -324,7 +324,7 @@ FACTS = {"data.tasks.names": ("facts",)}
         ("data.tasks.share", 0.0, "between 0 and 1"),
         ("data.tasks.frequencies", (4, 1), "ascending"),
         ("data.tasks.frequencies", (0, 1), "from 1 up"),
-        ("data.tasks.items", 0, "positive"),
+        ("data.tasks.test_items", 0, "positive"),
         ("data.tasks.seed", -1, "in [0, 2**32)"),
     ],
 )

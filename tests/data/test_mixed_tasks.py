@@ -12,7 +12,7 @@ from engram_jax.data import prepare
 from engram_jax.data.mixed_tasks import read_items
 from engram_jax.tasks.mixture import Mixture
 
-TASKS = {"names": ("copying", "arithmetic"), "share": 0.3, "items": 7}
+TASKS = {"names": ("copying", "arithmetic"), "share": 0.3, "test_items": 7}
 
 
 def quiet(line: str) -> None:
@@ -56,7 +56,7 @@ def test_only_the_training_tokens_change(text, make_config):
 def test_what_decides_the_tasks_decides_the_fingerprint(text, make_config):
     found = {
         prepare(make_config(text, tasks=TASKS | change), quiet).fingerprint
-        for change in ({}, {"seed": 1}, {"share": 0.2}, {"items": 8}, {"names": ("copying",)})
+        for change in ({}, {"seed": 1}, {"share": 0.2}, {"test_items": 8}, {"names": ("copying",)})
     }
     assert len(found) == 5
     again = prepare(make_config(text, tasks=TASKS), quiet)
@@ -92,6 +92,6 @@ def test_refusals(tmp_path, make_config):
     refused(r"data\.tasks\.share = 0\.3: must be left out while", share=0.3)
     refused(r"data\.tasks\.frequencies", names=("facts",), frequencies=(4, 1))
     refused(r"frequencies = \(2,\): must be left out without", names=("copying",), frequencies=(2,))
-    refused(r"data\.tasks\.items = 0: must be positive", names=("copying",), items=0)
+    refused(r"data\.tasks\.test_items = 0: must be positive", names=("copying",), test_items=0)
     with pytest.raises(UserError, match=r"trained without config\.data\.tasks"):
         read_items(tmp_path / "task_items.json")

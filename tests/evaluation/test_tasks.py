@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from engram_jax.config import GenerateConfig
-from engram_jax.evaluation.tasks import ItemScore, as_row, encode, score, summarise, table
+from engram_jax.evaluation.tasks import ItemScore, encode, score, summarise
 from engram_jax.model.decode import Generator
 from engram_jax.tasks.drawing import Item
+from engram_jax.tasks.score_table import as_row, table
 from engram_jax.training.state import weights_of
 from tests.oracle import transformer as oracle
 from tests.tiny import VOCAB, tiny

@@ -259,3 +259,19 @@ def test_a_report_of_nothing(tmp_path):
     assert "<h1>nothing &lt;yet&gt;</h1>" in path.read_text()
     assert "<td>parameters</td><td>12,345,678</td>" in path.read_text()
     assert pictures(tmp_path) == set()
+
+
+def test_synthetic_tasks_are_shown_where_they_were_scored(tmp_path):
+    accuracy = {"accuracy": 0.9, "standard_error": 0.03}
+    gone = {"accuracy": 0.3, "standard_error": 0.046}
+    group = {"task": "facts", "difficulty": "easy", "frequency": 64, "items": 100, "chance": 0.1}
+    group |= {"on": accuracy, "on_greedy": accuracy, "off": gone, "off_greedy": gone}
+    scores = {"step": 203, "epochs": 1.5, "off_layers": [1, 3], "too_long": 0}
+    write_report(tmp_path, title="tiny")
+    assert "Synthetic tasks" not in (tmp_path / "report.md").read_text()
+    text = json.dumps(scores | {"groups": [group | {"retained": 0.25}]})
+    (tmp_path / "task_scores.json").write_text(text)
+    write_report(tmp_path, title="tiny")
+    shown = (tmp_path / "report.md").read_text()
+    assert "Synthetic tasks" in shown and "1.50 epochs" in shown and "layers 1, 3" in shown
+    assert "| facts | easy | 64 | 100 | 10.0% | 90.0% ±3.0%" in shown and "25%" in shown

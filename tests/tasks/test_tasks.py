@@ -26,7 +26,7 @@ def some(endless, count):
 @pytest.fixture(scope="module")
 def mixture():
     config = TasksConfig(
-        names=TASKS, difficulties=DIFFICULTIES, frequencies=(1, 4), items=25, seed=SEED
+        names=TASKS, difficulties=DIFFICULTIES, frequencies=(1, 4), test_items=25, seed=SEED
     )
     return Mixture(config, TEXT)
 
