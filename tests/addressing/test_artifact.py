@@ -122,7 +122,7 @@ def test_build_without_compression_hashes_raw_ids(config, small_tokenizer):
     assert found.layers[1].multipliers != compressed.layers[1].multipliers
     tokens = dataclasses.replace(config.tokenizer, canonical_vocab_size=6)
     raw = configuration(tokens, compression=False)
-    with pytest.raises(UserError, match="compression = False hashes raw ids"):
+    with pytest.raises(UserError, match="compression = False reads raw ids"):
         build_addressing(raw, small_tokenizer)
 
 
