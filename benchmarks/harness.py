@@ -142,13 +142,10 @@ def machine() -> dict[str, Any]:
 
     from engram_jax.monitoring import provenance
 
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
-        cpu = found[1]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
-        "cpu": cpu,
+        "cpu": provenance.cpu_model(),
         "cores": cores(),
         "memory_GB": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "load": round(os.getloadavg()[0], 2),

@@ -61,7 +61,7 @@ def write_report(plan: Plan) -> Path | None:
 
 def _subtitle(rows: Sequence[Row]) -> str:
     hours = sum(row["seconds"] for row in rows) / 3600
-    machines = sorted({f"{row['host']} ({row['device']}, {row['cpus']} CPUs)" for row in rows})
+    machines = sorted({row["machine"] for row in rows})
     tokens = sorted({f"{row['tokens']:,}" for row in rows})
     days = sorted({row["started"][:10] for row in rows})
     commits = sorted({row["commit"][:12] for row in rows})
@@ -161,7 +161,7 @@ def _commands(rows: Sequence[Row]) -> Section:
         (
             row["started"],
             f"{row['seconds']:.0f}",
-            row["host"],
+            row["machine"],
             row["commit"][:12],
             f"{row['held_out_loss']:.6f}",
             row["command"],

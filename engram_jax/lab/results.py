@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,11 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
         "training_seconds": sum(x["training_seconds"] for x in account),
         "seconds": max(noted, sum(x["seconds"] for x in account)),
         "started": launches[0]["time"],
-        "host": last["host"],
-        "device": f"{last['devices']['count']} x {last['devices']['kind']}",
-        "cpus": last["cpus"],
+        "machine": _machine(last),
         "versions": json.dumps({k: v for k, v in last["versions"].items() if v}),
         "commit": _commit(last),
         "text_digest": losses["data"]["digest"],
-        "command": last["command"],
+        "command": _command(last),
     }
 
 
@@ -116,6 +115,21 @@ def write_table(folder: Path, rows: Sequence[Row]) -> None:
         file.write(text.getvalue().encode())
     with replacing(folder / "results.parquet") as file:
         parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+
+
+def _machine(launch: Mapping[str, Any]) -> str:
+    """What it ran on: "2 CPUs (AMD EPYC)", "4 x NVIDIA H200"."""
+    devices = launch["devices"]
+    if devices["platform"] == "cpu":
+        return f"{launch['cpus']} CPUs ({launch.get('cpu', 'unknown')})"
+    return f"{devices['count']} x {devices['kind']}"
+
+
+def _command(launch: Mapping[str, Any]) -> str:
+    """The command with the interpreter's name alone: where it lies is the machine's business."""
+    first, *rest = shlex.split(launch["command"])
+    name = Path(first).name
+    return shlex.join(["python" if name.startswith("python") else first, *rest])
 
 
 def _commit(launch: Mapping[str, Any]) -> str:

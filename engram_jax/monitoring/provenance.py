@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -45,6 +46,7 @@ def describe_launch() -> dict[str, Any]:
         "versions": versions(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "devices": {
             "platform": devices[0].platform,
@@ -53,6 +55,14 @@ def describe_launch() -> dict[str, Any]:
             "processes": jax.process_count(),
         },
     }
+
+
+def cpu_model() -> str:
+    """The processor's name, "AMD EPYC", or its architecture where the system does not say."""
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        return found[1]
+    return platform.processor() or platform.machine()
 
 
 def process_name() -> str:

@@ -108,4 +108,4 @@ def test_a_sweep_that_is_stopped_killed_and_resumed(tmp_path):
     assert_same_run(corpus, tmp_path / "alone", ours)
     page = (out / "report.md").read_text()
     assert "rows=13,seed=0" in page and "failed: exit status 2" in page
-    assert launches(ours)[0]["command"] in page
+    assert "python " + launches(ours)[0]["command"].split(maxsplit=1)[1] in page
