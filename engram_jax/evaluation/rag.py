@@ -23,6 +23,7 @@ tuning half (evaluation/neighbours.py). Held-out documents are not in the traini
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,8 @@ class PassageIndex:
 
     def __init__(self, texts: Sequence[str]) -> None:
         import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every index it builds
 
         self._bm25 = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
         self._bm25.index([words(text) for text in texts], show_progress=False)
