@@ -37,6 +37,10 @@ def validate_memory(config: Config) -> None:
             _fp8(model)
         _lookups(config.data, engram.heads)
         _variants(engram, config.data.batch_size, config.train.samples)
+        if engram.lookup == SHUFFLED:
+            names, why = config.data.tasks.names, f"() for model.engram.lookup = {SHUFFLED!r}"
+            alone = f"{why}: an item is scored by its own rows"
+            require(not names, "data.tasks.names", names, alone)
     if config.optimizer.memory_optimizer == DENSE_ADAM:
         dtype, only = engram.table_dtype, f"'float32' for {DENSE_ADAM}"
         require(dtype == "float32", "model.engram.table_dtype", dtype, only)

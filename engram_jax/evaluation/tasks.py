@@ -59,7 +59,8 @@ def evaluate_tasks(
     written to `workdir`/task_scores.json, too.
 
     What is switched off for the second scoring is config.serve.off_layers, or by default every
-    Engram layer. accept: keys or sections of `config` that may differ from the run's.
+    layer's memory, Engram's and product keys. accept: keys or sections of `config` that may differ
+    from the run's.
 
     Raises UserError for a run without tasks or a checkpoint that does not fit.
     """
@@ -81,7 +82,8 @@ def score_tasks(
     """Score the model after `step` steps, with its memory on and off; process 0 also writes the
     result to `workdir`/task_scores.json. Items longer than the trained sequences are left out."""
     config = program.config
-    layers = tuple(program.table_rows)
+    learned = map(str, config.model.product_keys.layers)
+    layers = tuple(sorted({*program.table_rows, *learned}, key=int))
     off = tuple(filter(config.serve.is_off, layers)) or layers
     items, encoded = [], []
     for item in found.items:
@@ -188,7 +190,9 @@ def _score_batch(
     }
     model = program.model(weights.params, weights.router_bias)
     for layer in off:  # a model made for this call alone: without the module, nothing is added
-        del model.engrams[layer]
+        for modules in (model.engrams, model.product_keys):
+            if layer in modules:
+                del modules[layer]
     mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
     output = model(tokens, rows, positions, segments, mask, beside=beside)
     hidden = jnp.take_along_axis(output.hidden, batch["places"][..., None], axis=1)

@@ -262,6 +262,10 @@ RAW = {"model.engram.case": True, "model.engram.compression": False}
         ({**SHUFFLED, "data.batch_size": 3}, ("data.batch_size = 3", "even")),
         ({**SHUFFLED, "data.batch_size": 1}, ("data.batch_size = 1", "even")),
         ({**SHUFFLED, "train.samples": ("a",)}, ("train.samples = ('a',)", "no other sequence")),
+        (
+            {**SHUFFLED, "data.tasks.names": ("facts",)},
+            ("data.tasks.names = ('facts',)", "shuffled"),
+        ),
         ({**SHUFFLED, "model.engram.signs": True}, ("engram.signs = True", "shuffled")),
         (
             {

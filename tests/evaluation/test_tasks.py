@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from engram_jax.config import GenerateConfig
+from engram_jax.config import GenerateConfig, ProductKeyConfig
 from engram_jax.evaluation.tasks import ItemScore, encode, score, summarise
 from engram_jax.model.decode import Generator
 from engram_jax.tasks.drawing import Item
@@ -65,6 +65,21 @@ def test_likelihoods_equal_numpy_float64(model, encoded, off):
             expected.append(sum(logs[i - 1, ids[i]] for i in range(shared, len(ids))))
         np.testing.assert_allclose(scored.log_likelihoods, expected, rtol=1e-3, atol=1e-3)
         assert scored.correct == (np.argmax(expected) == 0)
+
+
+def test_product_keys_are_switched_off_too(encoded):
+    sizes = {"sub_keys": 8, "key_dim": 4, "heads": 2, "top_k": 3, "dim": 6, "layers": (2,)}
+    overrides = {f"model.product_keys.{key}": value for key, value in sizes.items()}
+    program, state = tiny(**overrides)
+    found = score(program, weights_of(program, state), encoded[:1], ("1", "2"))
+    network = dataclasses.replace(program.config.model, product_keys=ProductKeyConfig())
+    numpy_program = without_memory(
+        dataclasses.replace(program, config=dataclasses.replace(program.config, model=network))
+    )
+    for (ids, shared), value in zip(encoded[0], found[0].log_likelihoods, strict=True):
+        logs = log_probabilities(numpy_program, state, ids)
+        expected = sum(logs[i - 1, ids[i]] for i in range(shared, len(ids)))
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_the_memory_matters(model, encoded):
