@@ -28,7 +28,8 @@ FREE = [
     *("name", "tokenizer.path", "model.remat", "model.kernels", "model.engram.addresses"),
     *("data.path", "data.cache_dir", "data.workers", "train.log_every", "train.eval_every"),
     *("train.checkpoint_every", "train.keep", "train.keep_best", "train.count_models"),
-    *("train.samples", "train.sample_tokens", "train.hang_seconds", "train.hang_exit"),
+    *("train.seen_tokens", "train.samples", "train.sample_tokens"),
+    *("train.hang_seconds", "train.hang_exit"),
 ]
 FREE_SECTIONS = ("mesh.", "generate.", "serve.")
 
