@@ -276,7 +276,7 @@ def evaluated(corpus: Path, workdir: Path, *arguments: str) -> dict:
 def test_evaluate_prints_one_object(corpus, undisturbed, data):
     result = evaluated(corpus, undisturbed)
     names = {"held_out_loss", "held_out_batches", "held_out_targets", "perplexity", "bits_per_byte"}
-    assert set(result) == {"name", "step", *names}
+    assert set(result) == {"name", "step", "documents", "by_context_ngram", *names}
     assert (result["name"], result["step"]) == ("engram_tiny", 24)
     loss = result["held_out_loss"]
     trained = json.loads((undisturbed / "losses.json").read_text())["held_out_loss"]
@@ -302,7 +302,7 @@ def test_evaluate_any_checkpoint(corpus, undisturbed):
 def test_evaluate_as_text(corpus, undisturbed):
     outcome = launched(*small_run(corpus, undisturbed), "--mode=evaluate", "--step=21")
     assert outcome.code == 0
-    lines = dict(line.split() for line in outcome.out.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
     assert lines["step"] == "21" and float(lines["held_out_loss"]) > 0
 
 

@@ -111,9 +111,10 @@ def test_special_tokens_in_an_answer_have_no_text(web):
 
 def test_scoring_as_lm_eval_does_it(web):
     """One further token is listed always, also where it ends the sequence."""
-    engine, rng = web.engine, random.Random(0)
-    ends = 0
-    for _ in range(80):
+    rng, ends = random.Random(0), 0
+    for tried in range(1000):  # few prompts are ended at once
+        if tried >= 80 and ends:
+            break
         ids = [rng.randrange(VOCAB) for _ in range(rng.randint(2, 30))]
         answer = web.complete(ids, max_tokens=1, temperature=0, logprobs=1, echo=True).json
         choice = answer["choices"][0]
@@ -125,7 +126,7 @@ def test_scoring_as_lm_eval_does_it(web):
         if likeliest and ends < 3:  # the same in parts
             again = web.complete(ids, max_tokens=1, temperature=0, logprobs=1, stream=True)
             assert again.events[-1]["choices"][0]["finish_reason"] == "stop"
-    assert ends, engine
+    assert ends
 
 
 def test_several_prompts_and_choices(web):
