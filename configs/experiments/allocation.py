@@ -26,10 +26,12 @@ def base() -> ml_collections.ConfigDict:
 
 
 def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Without count models and samples at the end of the run; its last checkpoint alone is kept."""
+    """Without count models and samples at the end of the run, and without near duplicates of
+    held-out documents in training; the last checkpoint alone is kept."""
     config.train.count_models = False
     config.train.samples = ()
     config.train.keep, config.train.keep_best = 1, 0
+    config.data.near_duplicates = 0.5
     return config
 
 

@@ -29,7 +29,7 @@ GEOMETRIES = {
 
 def get_config(argument: str = "budget=2e20") -> ml_collections.ConfigDict:
     """argument: "budget=2e20" or "budget=6e20", with ",rho=SHARE" for an Engram model."""
-    given = dict(item.split("=", 1) for item in argument.split(",") if "=" in item)
+    given = dict(item.partition("=")[::2] for item in argument.split(","))
     budget, rho = given.get("budget", ""), given.get("rho", "1")
     if set(given) - {"budget", "rho"} or budget not in GEOMETRIES:
         raise UserError(f"{argument}: must be budget=2e20 or budget=6e20, and rho=SHARE if wanted")

@@ -21,7 +21,14 @@ from engram_jax.config.memory_schema import (
     EngramConfig,
     ProductKeyConfig,
 )
-from engram_jax.config.schema import DENSE_ADAM, Config, DataConfig, ModelConfig, ServeConfig
+from engram_jax.config.schema import (
+    DENSE_ADAM,
+    FROZEN,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ServeConfig,
+)
 from kernels_pallas.engram_gate.quantise import WIDTH
 
 
@@ -41,6 +48,9 @@ def validate_memory(config: Config) -> None:
             names, why = config.data.tasks.names, f"() for model.engram.lookup = {SHUFFLED!r}"
             alone = f"{why}: an item is scored by its own rows"
             require(not names, "data.tasks.names", names, alone)
+    values = model.product_keys.layers and config.optimizer.memory_optimizer == FROZEN
+    trained = f"another than {FROZEN!r} with product keys, whose values are trained all the same"
+    require(not values, "optimizer.memory_optimizer", FROZEN, trained)
     if config.optimizer.memory_optimizer == DENSE_ADAM:
         dtype, only = engram.table_dtype, f"'float32' for {DENSE_ADAM}"
         require(dtype == "float32", "model.engram.table_dtype", dtype, only)

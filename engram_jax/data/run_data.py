@@ -48,8 +48,13 @@ class RunData:
         return BatchAddresser(self.addressing)
 
 
-def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
+def open_data(
+    config: Config, log: Callable[[str], None] = print, *, count_fgrams: bool = True
+) -> RunData:
     """Prepare the text (cached) and derive the addressing. Raises UserError for unusable input.
+
+    count_fgrams: whether the f-grams of form "scone" are those of this text; False: they are not
+      known yet (`as_stored` reads a run's).
 
     A configured tokenizer is checked first: reading and tokenising the text can take hours.
     """
@@ -58,18 +63,20 @@ def open_data(config: Config, log: Callable[[str], None] = print) -> RunData:
     addressing = (
         build_addressing(config, prepared.tokenizer) if config.model.engram.layers else None
     )
-    if addressing is not None and config.model.engram.form == SCONE:
+    if addressing is not None and config.model.engram.form == SCONE and count_fgrams:
         vocab = config.tokenizer.vocab_size
         addressing = with_fgrams(addressing, prepared.store_train, vocab, log)
     return RunData(config, prepared, addressing)
 
 
-def open_on_all_processes(config: Config, log: Callable[[str], None] = print) -> RunData:
+def open_on_all_processes(
+    config: Config, log: Callable[[str], None] = print, *, count_fgrams: bool = True
+) -> RunData:
     """`open_data` on every process, with the same result on all. Process 0 runs first, so that in a
     shared data.cache_dir the others find what it has prepared. Raises UserError on all of them."""
     first = jax.process_index() == 0
-    mine = agree(lambda: open_data(config, log) if first else None)
-    found = agree(lambda: mine or open_data(config, log))
+    mine = agree(lambda: open_data(config, log, count_fgrams=count_fgrams) if first else None)
+    found = agree(lambda: mine or open_data(config, log, count_fgrams=count_fgrams))
     check_same_text(found)
     return found
 

@@ -9,6 +9,7 @@ mean of the losses of all targets, each of which is kept (evaluation/target_loss
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -186,10 +187,13 @@ def open_checkpoint(
     tokenizer or text.
     """
     changes = agree(lambda: check_opened(config, workdir, step, accept))
-    data = open_on_all_processes(config, log=lambda line: print(line, file=sys.stderr))
+    data = open_on_all_processes(
+        config, log=lambda line: print(line, file=sys.stderr), count_fgrams=False
+    )
     agree(lambda: check_scored_tokenizer(workdir, data))
     mine = data.addressing
     addressing = None if mine is None else agree(lambda: as_stored(mine, workdir))
+    data = dataclasses.replace(data, addressing=addressing)  # host addresses are the run's, too
     program = build_training(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         restored = table_order.restore(

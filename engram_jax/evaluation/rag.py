@@ -191,7 +191,7 @@ class ChunkScorer:
         seconds = time.perf_counter() - started
         found = [x[b["loss_mask"] > 0] for x, b in zip(losses, made, strict=True)]
         nats = np.concatenate(found).astype(np.float64)
-        return nats, seconds / len(nats)
+        return nats, seconds / max(1, len(nats))  # a chunk of one token may have no target
 
 
 def layout(settings: Settings, length: int) -> tuple[int, int, int]:

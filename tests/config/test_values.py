@@ -277,6 +277,10 @@ RAW = {"model.engram.case": True, "model.engram.compression": False}
         ),
         (RAW, ("engram.case = True", "raw ids")),
         (
+            {"model.product_keys.layers": (1,), "optimizer.memory_optimizer": "frozen"},
+            ("memory_optimizer = 'frozen'", "product keys"),
+        ),
+        (
             {"model.engram.case": True, "model.engram.hash_dialect": QWEN, "tokenizer.eos_id": 2},
             ("engram.case = True", "raw ids"),
         ),
