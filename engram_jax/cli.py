@@ -184,6 +184,8 @@ def _check_neighbours() -> None:
         ):
             which = f"={wanted}" if wanted in (KNN, RAG) else ""
             raise UserError(f"--{flag.name}: only with --neighbours{which}")
+    if chosen and _TASKS.value:
+        raise UserError(f"--tasks: not with --neighbours={chosen}, which scores held-out text")
     if chosen and _ACCEPT.value:
         raise UserError("--neighbours: takes the run as it is; leave --accept_changes out")
 

@@ -7,6 +7,7 @@ goodput.json, profile/       the time it took (monitoring/goodput.py, monitoring
 checkpoints/, addressing/    the model (checkpoint/manager.py, addressing/artifact.py)
 tokenizer.json, text.json    its tokenizer (checkpoint/run_tokenizer.py)
 task_items.json, task_scores.json   of synthetic tasks (data/mixed_tasks.py, evaluation/tasks.py)
+neighbours_NAME.json         of neighbours (evaluation/neighbours.py)
 .lock                        held while a process trains here
 """
 
@@ -61,6 +62,14 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     folder = workdir / CHECKPOINTS
     found = folder.iterdir() if folder.is_dir() else []
     return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def file_of_step(workdir: Path, name: str, step: int) -> Path:
+    """Where a result of the checkpoint after `step` is written: of the newest one `workdir`/NAME,
+    of another one NAME with _STEP before its ending, so that it overwrites none of the newest."""
+    file = workdir / name
+    newest = max(checkpoint_steps(workdir), default=step)
+    return file if step >= newest else file.with_stem(f"{file.stem}_{step}")
 
 
 def parse_step(step: str) -> int | str | None:

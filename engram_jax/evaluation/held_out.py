@@ -29,7 +29,7 @@ from engram_jax.checkpoint.run_settings import DATA, Changes, check_opened, chec
 from engram_jax.checkpoint.workdir import (
     HELD_OUT_DOCUMENTS,
     TOKENIZER,
-    checkpoint_steps,
+    file_of_step,
     parse_step,
 )
 from engram_jax.config import Config
@@ -213,7 +213,7 @@ def evaluate(
     `open_checkpoint`.
 
     With "data" in `accept` it is scored on another text. The result lists the differences. Without
-    any, process 0 writes the documents' losses to `workdir` (see `documents_file`), and the result
+    any, process 0 writes the documents' losses to `workdir` (see `file_of_step`), and the result
     says by what n-grams of context, too.
     """
     found = open_checkpoint(config, workdir, step, accept)
@@ -237,7 +237,7 @@ def evaluate(
         contexts = seen_contexts(found.data, found.step)
         result[BY_CONTEXT] = losses_by_context(contexts, {config.name: nats})
         if not found.changes and jax.process_index() == 0:
-            file = documents_file(workdir, found.step)
+            file = file_of_step(workdir, HELD_OUT_DOCUMENTS, found.step)
             store = found.data.prepared.store_valid
             try:
                 write_documents(file, store, nats, contexts, found.step)
@@ -245,14 +245,6 @@ def evaluate(
             except OSError as error:
                 processes.warn(f"{file} cannot be written: {error.strerror}")
     return result
-
-
-def documents_file(workdir: Path, step: int) -> Path:
-    """Where the documents' losses after `step` are written: of the newest checkpoint
-    held_out_documents.npz, of another one held_out_documents_STEP.npz."""
-    file = workdir / HELD_OUT_DOCUMENTS
-    newest = max(checkpoint_steps(workdir), default=step)
-    return file if step >= newest else file.with_stem(f"{file.stem}_{step}")
 
 
 def perplexity(loss: float) -> float:

@@ -31,6 +31,8 @@ from engram_jax.data.packing import PackedSequences
 from engram_jax.data.placement import place_batch
 from engram_jax.evaluation.held_out import Checkpoint, fetched
 from engram_jax.evaluation.neighbours import (
+    FLAT,
+    IVF,
     Measured,
     check_halves,
     check_memory,
@@ -42,7 +44,6 @@ from engram_jax.evaluation.neighbours import (
 from engram_jax.evaluation.target_losses import held_out_sequences
 from engram_jax.training.step import score_step
 
-FLAT, IVF = "flat", "ivf"
 INDEXES = (FLAT, IVF)
 NEIGHBOURS = (4, 16, 64, 256)
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean squared distance to the nearest key

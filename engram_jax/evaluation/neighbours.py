@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from engram_jax.checkpoint.workdir import check_writable
+from engram_jax.checkpoint.workdir import check_writable, file_of_step
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
@@ -36,6 +36,7 @@ from engram_jax.monitoring.metrics import json_value
 
 TRAINED, ALL = "trained", "all"
 TEXTS = (TRAINED, ALL)
+FLAT, IVF = "flat", "ivf"  # kNN-LM's indexes: exact search, or an inverted file
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,14 @@ def record(
 
 
 def write_record(workdir: Path, result: dict[str, Any]) -> Path:
-    """Write a result as `workdir`/neighbours_NAME.json; returns the file."""
-    file = workdir / f"neighbours_{result['neighbours']}.json"
+    """Write a result as `workdir`/neighbours_NAME.json; returns the file.
+
+    NAME is followed by _INDEX for another index than exact search, and by _STEP for another
+    checkpoint than the newest (`file_of_step`).
+    """
+    index = result["settings"].get("index", FLAT)
+    name = result["neighbours"] + ("" if index == FLAT else f"_{index}")
+    file = file_of_step(workdir, f"neighbours_{name}.json", result["step"])
     write_text(file, json.dumps(json_value(result), indent=1, allow_nan=False) + "\n")
     return file
 

@@ -22,8 +22,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax.checkpoint.load_model import load_model
-from engram_jax.checkpoint.workdir import TASK_ITEMS, TASK_SCORES
-from engram_jax.config import Config
+from engram_jax.checkpoint.workdir import TASK_ITEMS, TASK_SCORES, file_of_step
+from engram_jax.config import OVER_ENCODING, Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.mixed_tasks import TaskItems, read_items
 from engram_jax.distributed.consensus import agree
@@ -56,19 +56,30 @@ def evaluate_tasks(
     config: Config, workdir: Path, step: str, accept: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Score a checkpoint ("latest", "best" or a step) on the items that its run kept; the result is
-    written to `workdir`/task_scores.json, too.
+    written to `workdir`/task_scores.json, too, or of another checkpoint than the newest to
+    task_scores_STEP.json.
 
     What is switched off for the second scoring is config.serve.off_layers, or by default every
     layer's memory, Engram's and product keys. accept: keys or sections of `config` that may differ
     from the run's.
 
-    Raises UserError for a run without tasks or a checkpoint that does not fit.
+    Raises UserError for a run without tasks, a checkpoint that does not fit, or as `check_off`.
     """
+    check_off(config)
     found = agree(lambda: read_items(workdir / TASK_ITEMS))
     trained = load_model(config, workdir, step, accept=accept)
     return score_tasks(
         trained.program, trained.weights, trained.tokenizer, found, trained.step, workdir
     )
+
+
+def check_off(config: Config) -> None:
+    """Raises UserError for orders to switch off: the scores are of whole layers on and off."""
+    if orders := config.serve.off_orders:
+        raise UserError(
+            f"config.serve.off_orders={orders}: not for scoring tasks, which switches whole layers"
+            " off (config.serve.off_layers); leave it out"
+        )
 
 
 def score_tasks(
@@ -80,7 +91,7 @@ def score_tasks(
     workdir: Path,
 ) -> dict[str, Any]:
     """Score the model after `step` steps, with its memory on and off; process 0 also writes the
-    result to `workdir`/task_scores.json. Items longer than the trained sequences are left out."""
+    result to `workdir` (`file_of_step`). Items longer than the trained sequences are left out."""
     config = program.config
     learned = map(str, config.model.product_keys.layers)
     layers = tuple(sorted({*program.table_rows, *learned}, key=int))
@@ -103,7 +114,7 @@ def score_tasks(
         "groups": summarise(items, on_scores, off_scores),
     }
     if jax.process_index() == 0:
-        write_text(workdir / TASK_SCORES, json.dumps(result, indent=1) + "\n")
+        write_text(file_of_step(workdir, TASK_SCORES, step), json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -129,7 +140,13 @@ def score(
     encoded: Sequence[Sequence[tuple[list[int], int]]],
     off: Sequence[str] = (),
 ) -> list[ItemScore]:
-    """Score items, each a list of candidates of `encode`. off: Engram layers that add nothing."""
+    """Score items, each a list of candidates of `encode`. off: layers whose memory adds nothing.
+
+    In form "over_encoding" the input is the mean of a token's embedding and one embedding per
+    order. There the rows, with the classes of case, are taken as zero. That leaves
+    embedding / (1 + orders), the share that the network was trained with; without the module it
+    would be 1 + orders times as large.
+    """
     rows = [candidate for item in encoded for candidate in item]
     if not rows:
         return []
@@ -184,15 +201,17 @@ def _score_batch(
     addresses = batch_addresses(program, {"tokens": tokens, "segments": segments})
     dtype = program.config.model.dtype
     rows = {
-        layer: lookup(weights.rows[layer], ids).astype(dtype)
-        for layer, ids in addresses.items()
-        if layer not in off
+        layer: lookup(weights.rows[layer], ids).astype(dtype) for layer, ids in addresses.items()
     }
     model = program.model(weights.params, weights.router_bias)
     for layer in off:  # a model made for this call alone: without the module, nothing is added
-        for modules in (model.engrams, model.product_keys):
-            if layer in modules:
-                del modules[layer]
+        model.product_keys.pop(layer, None)
+        if program.config.model.engram.form == OVER_ENCODING:
+            if layer in rows:
+                rows[layer] = jnp.zeros_like(rows[layer])
+            model.engram_case.pop(layer, None)  # it is added to the rows
+        elif layer in model.engrams:
+            del model.engrams[layer], rows[layer]
     mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
     output = model(tokens, rows, positions, segments, mask, beside=beside)
     hidden = jnp.take_along_axis(output.hidden, batch["places"][..., None], axis=1)

@@ -32,6 +32,7 @@ from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree
 from engram_jax.distributed.preemption import Preemption
 from engram_jax.evaluation.held_out import Evaluator, check_held_out
+from engram_jax.evaluation.tasks import check_off
 from engram_jax.model.transformer import moe_layers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
 from engram_jax.monitoring.provenance import process_name
@@ -99,6 +100,8 @@ class Launch:
 
 def _train(launch: Launch, preemption: Preemption) -> TrainState:
     config, workdir, log = launch.config, launch.workdir, launch.log
+    if config.data.tasks.names:
+        check_off(config)
     agree(lambda: check_writable(workdir))
     changes = agree(lambda: check_resumed(config, workdir, launch.accept, log))
     data = open_on_all_processes(config, log)

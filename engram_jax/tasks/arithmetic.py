@@ -1,4 +1,8 @@
-"""Modular arithmetic: "mod 19 : 37 + 85 = 8". No training document has operands of a test item."""
+"""Modular arithmetic: "mod 19 : 37 + 85 = 8".
+
+No training document has the operands of a test item, in this order or the other: both operations
+commute.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,6 @@ def _sum(draw: Draw, difficulty: str, *, testing: bool) -> tuple[str, str]:
     modulus, operation = KINDS[difficulty]
     while True:
         a, b = draw.below(OPERANDS), draw.below(OPERANDS)
-        if for_testing(f"{a} {operation} {b}") == testing:
+        if for_testing(f"{min(a, b)} {operation} {max(a, b)}") == testing:
             result = a + b if operation == "+" else a * b
             return f"mod {modulus} : {a} {operation} {b} =", f" {result % modulus}"

@@ -2,6 +2,10 @@
 
 A fact of frequency f is stated exactly f times in an epoch. Names and values are made of syllables,
 so that a tokenizer spells them with several tokens, which other names share.
+
+How often a value is stated tells nothing about the answer: every value of an attribute stands in
+equally many facts of each frequency, so whoever knows all values and their counts, and does not
+read the name, guesses at chance.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ WAYS = (
     "{name} has the {attribute} {value}.",
     "Asked for the {attribute} of {name}, they say {value}.",
 )
-VALUES = 48  # of an attribute
+VALUES = 48  # of an attribute, at most
 _LINES = 4  # statements of a document
 
 
@@ -36,25 +40,50 @@ def count_affordable(size: int, frequencies: tuple[int, ...]) -> int:
     return count
 
 
+def count_values(facts: int) -> int:
+    """Over how many values to deal `facts` facts, so that the fewest are left over; of these
+    numbers, the largest up to `VALUES`."""
+    if facts <= VALUES:
+        return facts
+    return min(range(VALUES, VALUES // 2 - 1, -1), key=lambda values: facts % values)
+
+
 class Facts:
-    """The facts of one difficulty, `count` of each frequency."""
+    """The facts of one difficulty, about `count` of each frequency: a few less where the values of
+    an attribute would not be used equally often."""
 
     def __init__(self, difficulty: str, seed: int, frequencies: tuple[int, ...], count: int):
         self.difficulty, self._seed = difficulty, seed
         draw = Draw(seed, "facts", difficulty)
-        attributes = ATTRIBUTES[difficulty]
-        values = {a: [draw.word(3).capitalize() for _ in range(VALUES)] for a in attributes}
-        self._values = {a: sorted(set(found)) for a, found in values.items()}
+        # With fewer facts of an attribute than candidates, values could not be used equally often.
+        attributes = ATTRIBUTES[difficulty][: max(1, count // CANDIDATES)]
+        facts_of = {a: len(range(j, count, len(attributes))) for j, a in enumerate(attributes)}
+        self._values: dict[str, list[str]] = {}
+        words: dict[str, None] = {}
+        for attribute, facts in facts_of.items():
+            start, wanted = len(words), count_values(facts)
+            while len(words) < start + wanted:
+                words[draw.word(3).capitalize()] = None
+            self._values[attribute] = sorted(list(words)[start:])
         names: dict[str, None] = {}
-        while len(names) < count * len(frequencies):
-            names[draw.name()] = None
         # (frequency, attribute, name, value, the way that is not used)
         self.facts: list[tuple[int, str, str, str, int]] = []
-        for i, name in enumerate(names):
-            attribute = attributes[i % len(attributes)]
-            value = draw.one(self._values[attribute])
-            frequency = frequencies[i // count]
-            self.facts.append((frequency, attribute, name, value, draw.below(len(WAYS))))
+        for frequency in frequencies:
+            dealt: dict[str, list[str]] = {}
+            for attribute, values in self._values.items():
+                rounds = facts_of[attribute] // len(values)
+                dealt[attribute] = [
+                    v for _ in range(rounds) for v in draw.some(values, len(values))
+                ]
+            for i in range(count):
+                attribute = attributes[i % len(attributes)]
+                if not dealt[attribute]:
+                    continue
+                while (name := draw.name()) in names:
+                    pass
+                names[name] = None
+                unused = draw.below(len(WAYS))
+                self.facts.append((frequency, attribute, name, dealt[attribute].pop(), unused))
 
     def documents(self) -> list[str]:
         """All statements of an epoch in random order, a few per document."""

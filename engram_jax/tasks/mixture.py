@@ -15,7 +15,7 @@ from engram_jax.tasks.drawing import Item
 
 FACTS, ARITHMETIC = "facts", "arithmetic"
 # Increase it when the same configuration would give other documents or items.
-FORMAT = 1
+FORMAT = 2
 # Of the answers of a task, those that natural text happens to have are left out; so more are drawn.
 _SPARE = 2
 

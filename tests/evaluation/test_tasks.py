@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from functools import partial
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from engram_jax.config import GenerateConfig, ProductKeyConfig
-from engram_jax.evaluation.tasks import ItemScore, encode, score, summarise
+from engram_jax.data.mixed_tasks import TaskItems
+from engram_jax.evaluation.tasks import ItemScore, encode, score, score_tasks, summarise
 from engram_jax.model.decode import Generator
 from engram_jax.tasks.drawing import Item
 from engram_jax.tasks.score_table import as_row, table
-from engram_jax.training.state import weights_of
+from engram_jax.training.state import build_training, init_state, weights_of
 from tests.oracle import transformer as oracle
-from tests.tiny import VOCAB, tiny
+from tests.tiny import VOCAB, tiny, tiny_addressing, tiny_config
 
 # Candidates of different lengths, more of them than a batch has rows.
 PROMPTS, ANSWERS = (7, 3, 5), ((2, 1, 3), (1, 1, 2), (3, 3))
@@ -82,6 +84,31 @@ def test_product_keys_are_switched_off_too(encoded):
         assert value == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
+def test_over_encoding_switched_off_keeps_the_share_of_the_embedding(encoded):
+    """The NumPy model without memory whose input is divided by three, 1 + two orders: that of an
+    embedding divided by three, whose logits, from the same matrix, are then too small by three."""
+    over = {"model.engram.form": "over_encoding", "model.engram.layers": (0,)}
+    config = tiny_config(**over, **{"model.engram.case": True})
+    classes = np.arange(VOCAB, dtype=np.int32) % 10
+    addressing = dataclasses.replace(tiny_addressing(config), case=classes)
+    program = build_training(config, addressing)
+    state = jax.jit(lambda: init_state(program))()
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), state.params)
+    state = dataclasses.replace(state, params=params)
+    found = score(program, weights_of(program, state), encoded[:1], ("0",))
+    params, bias = jax.tree.map(
+        lambda x: np.asarray(x, np.float64), (state.params, state.router_bias)
+    )
+    params["embedding"] = params["embedding"] / 3
+    config = without_memory(program).config
+    for (ids, shared), value in zip(encoded[0], found[0].log_likelihoods, strict=True):
+        logits = 3 * oracle.forward(params, bias, {}, np.array(ids), config, program.addressing)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = sum(logs[i - 1, ids[i]] for i in range(shared, len(ids)))
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
 def test_the_memory_matters(model, encoded):
     program, _, weights = model
     on, off = score(program, weights, encoded), score(program, weights, encoded, ("1",))
@@ -89,6 +116,16 @@ def test_the_memory_matters(model, encoded):
         np.abs(a.log_likelihoods - b.log_likelihoods).max() > 0.01
         for a, b in zip(on, off, strict=True)
     )
+
+
+def test_scores_of_another_step_are_kept_beside_the_newest(model, tmp_path):
+    program, _, weights = model
+    for saved in (4, 12):
+        (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
+    for step in (12, 4):
+        score_tasks(program, weights, Letters(), TaskItems((), 100), step, tmp_path)
+    for step, name in ((12, "task_scores.json"), (4, "task_scores_4.json")):
+        assert json.loads((tmp_path / name).read_text())["step"] == step
 
 
 def test_greedy_equals_decoding(model, encoded):

@@ -199,6 +199,10 @@ def test_rag_of_a_run(run, model):
             "--neighbours: takes the run as it is",
         ),
         (
+            ["--mode=evaluate", "--neighbours=knn", "--tasks"],
+            "--tasks: not with --neighbours=knn",
+        ),
+        (
             ["--mode=evaluate", "--neighbours=rag", "--rag_passage=300"],
             "--rag_passage=300: together at most data.seq_len",
         ),

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.runs import launched, small_run
+from tests.runs import TINY, launched, refused, small_run
 
 TASKS = "('copying','facts')"
 
@@ -55,3 +55,14 @@ def test_a_run_without_tasks_has_none_to_score(undisturbed, tmp_path):
     assert outcome.code == 2 and "trained without config.data.tasks" in outcome.err
     outcome = launched("--mode=train", "--tasks", f"--workdir={workdir}")
     assert outcome.code == 2 and "--tasks: only for --mode=evaluate" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [["--mode=evaluate", "--tasks"], ["--mode=train", f"--config.data.tasks.names={TASKS}"]],
+)
+def test_orders_cannot_be_switched_off_for_tasks(tmp_path, mode):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    outcome = launched(TINY, workdir, *mode, "--config.serve.off_orders=(2,)")
+    refused(outcome, "config.serve.off_orders=(2,): not for scoring tasks")
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,17 @@ def test_no_answer_of_a_test_item_stands_in_a_training_document(everything):
     assert not operands & set(re.findall(r"\d+ [+*] \d+", text))
 
 
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_no_test_pair_is_trained_on_in_either_order(difficulty):
+    def pairs(text):
+        return {frozenset(pair) for pair in re.findall(r"(\d+) [+*] (\d+)", text)}
+
+    trained = pairs("".join(some(arithmetic.documents(difficulty, SEED), 3000)))
+    tested = pairs("\n".join(item.prompt for item in some(arithmetic.items(difficulty, SEED), 500)))
+    assert len(trained) > 3000 and len(tested) > 300
+    assert not trained & tested
+
+
 def test_every_prompt_is_new_but_those_of_facts(everything):
     text, items = everything
     assert not [i for i in items if i.task != "facts" and i.prompt in text]
@@ -148,6 +159,35 @@ def test_facts_are_stated_as_often_as_told(difficulty):
         asked_as_stated = stated[item.prompt + item.answer + "."]
         assert asked_as_stated == (0 if difficulty == "hard" else item.frequency)
     assert len(made.items(limit=5)) == 5 * len(frequencies)
+
+
+@pytest.mark.parametrize("count", [10, 12, 38, 45, 53, 97, 250])
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_the_counts_of_values_tell_nothing_about_facts(difficulty, count):
+    """A guess by training counts alone, the candidate stated most often (by attribute, without the
+    name), is right in a tenth of the items of every frequency; ties count 1 / n."""
+    frequencies = (1, 4, 16, 64)
+    for seed in range(3):
+        made = facts.Facts(difficulty, seed, frequencies, count)
+        stated: Counter[tuple[str, str]] = Counter()
+        for document in made.documents():
+            for line in document.splitlines():
+                stated[_attribute(line), line.removesuffix(".").split()[-1]] += 1
+        right: dict[int, list[float]] = {f: [] for f in frequencies}
+        for item in made.items(limit=1000):
+            attribute = _attribute(item.prompt)
+            counts = [stated[attribute, c.strip()] for c in (item.answer, *item.distractors)]
+            best = counts[0] == max(counts)
+            right[item.frequency].append(best / counts.count(max(counts)))
+        for scores in right.values():
+            assert count - 4 <= len(scores) <= count
+            error = (0.1 * 0.9 / len(scores)) ** 0.5
+            assert sum(scores) / len(scores) <= 0.1 + 2 * error
+
+
+def _attribute(line):
+    (found,) = set(line.split()) & set(facts.ATTRIBUTES["hard"])
+    return found
 
 
 def _entity(line):
