@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engram_jax.evaluation.target_losses import ORDERS
 from engram_jax.hardware.storage import replacing
 from engram_jax.lab.comparison import Compared, compare
 from engram_jax.lab.experiment import text_of
@@ -23,6 +24,11 @@ _INTERVALS = (
     " runs of a seed: the mean, its 95 % interval over seeds (Student's t; none of one seed), and"
     f" the 95 % interval of a paired bootstrap over held-out documents ({RESAMPLES:,} resamples)."
     " The learning rate of a family was chosen by the same held-out loss, at one seed."
+)
+_SIDES = ("seen", "unseen")
+_CONTEXT = (
+    "Of the targets whose last 2, 3 or 4 tokens of context stood in the training text in this order,"
+    " and of the others; means over seeds."
 )
 _BUDGET = (
     "P_tot, P_act: all parameters, and those a token is multiplied with, both without vocabulary"
@@ -45,6 +51,7 @@ def write_report(plan: Plan) -> Path | None:
     sections = [
         *_pictures(plan, compared),
         _losses(plan, compared),
+        *_by_context(compared),
         _budgets(compared),
         _trials(plan, rows),
         *_notes(plan, rows),
@@ -73,7 +80,7 @@ def _subtitle(rows: Sequence[Row]) -> str:
 
 def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
     header = (
-        *("point", "seeds", "learning rate", "held-out loss", "seen / unseen n-gram"),
+        *("point", "seeds", "learning rate", "held-out loss"),
         *("difference", "95 % over seeds", "95 % over documents", "hours"),
     )
     rows = tuple(
@@ -82,7 +89,6 @@ def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
             ", ".join(str(row["seed"]) for row in one.rows),
             text_of(one.rows[0]["learning_rate"]),
             f"{one.loss:.4f}",
-            " / ".join(_mean(one.rows, name) for name in ("seen_loss", "unseen_loss")),
             _signed(one.difference.mean),
             _interval(one.difference),
             _interval(one.by_documents),
@@ -92,6 +98,18 @@ def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
     )
     caption = _INTERVALS.format(baseline=plan.experiment.baseline)
     return Section("Held-out loss", caption, header=header, rows=rows)
+
+
+def _by_context(compared: Sequence[Compared]) -> list[Section]:
+    """The losses of targets whose n-gram of context was seen in training, and of the others."""
+    rows = []
+    for one in compared:
+        pairs = [[_mean(one.rows, f"{side}_loss_{n}") for side in _SIDES] for n in ORDERS]
+        rows.append((_title(one), *(" / ".join(pair) for pair in pairs)))
+    if all(cell == "- / -" for row in rows for cell in row[1:]):
+        return []
+    header = ("point", *(f"{n} tokens: seen / unseen" for n in ORDERS))
+    return [Section("Held-out loss by context", _CONTEXT, header=header, rows=tuple(rows))]
 
 
 def _budgets(compared: Sequence[Compared]) -> Section:

@@ -64,9 +64,12 @@ def test_the_table_has_a_row_for_every_finished_run(sweep):
     assert row["tokens_per_row"] == pytest.approx(24 * 4 * 16 * 4 / 240)
     assert (row["seconds"], row["training_seconds"]) == (100.0, 50.0)
     assert (row["learning_rate"], row["variant"], row["axis_value"]) == (0.01, "tables", 50.0)
-    # A quarter of the nats on half of the targets of every document: half and three halves.
-    assert row["seen_loss"] == pytest.approx(3.0 / 2, rel=1e-2)
-    assert row["unseen_loss"] == pytest.approx(3.0 * 3 / 2, rel=1e-2)
+    # The first half of the targets have half the mean loss, the others three halves of it.
+    assert row["seen_loss_2"] == pytest.approx(3.0 / 2)
+    assert row["unseen_loss_2"] == pytest.approx(3.0 * 3 / 2)
+    assert row["seen_loss_3"] == pytest.approx(3.0 / 2)  # the first quarter
+    assert row["unseen_loss_3"] == pytest.approx(3.0 * (1 / 2 + 3) / 3)
+    assert (row["seen_loss_4"], row["unseen_loss_4"]) == (None, pytest.approx(3.0))
     assert used["rows=0", 0]["tokens_per_row"] is None
     assert all(row["command"] and row["started"] and row["versions"] for row in rows)
 
@@ -86,11 +89,13 @@ def test_the_report_compares_seed_by_seed(sweep):
     line = next(x for x in text.splitlines() if x.startswith("| tables, rows=50 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:4] == ["0, 1", "0.01", "2.9500"]
-    assert cells[5] == "-0.1500"
+    assert cells[4] == "-0.1500"
     half = 12.7062 * 0.05
-    assert cells[6] == f"[{-0.15 - half:+.4f}, {-0.15 + half:+.4f}]"
-    assert cells[7] == "[-0.1500, -0.1500]"  # each document's loss falls by as much
+    assert cells[5] == f"[{-0.15 - half:+.4f}, {-0.15 + half:+.4f}]"
+    assert cells[6] == "[-0.1500, -0.1500]"  # each document's loss falls by as much
     baseline = next(x for x in text.splitlines() if x.startswith("| none, rows=0 |"))
+    # Means of seeds: 2.95 of 2 tokens halved and three halves; of 3 tokens 7 / 6.
+    assert "| tables, rows=50 | 1.4750 / 4.4250 | 1.4750 / 3.4417 | - / 2.9500 |" in text
     assert "| 3.1000 |" in baseline and baseline.count("| - ") == 3
     assert "rows=101,seed=1,rate=0.01 | failed: exit status 2: oh" in text
     assert "rows=101,seed=0,rate=0.01 | not finished" in text
