@@ -14,6 +14,8 @@ from tests.lab.experiments import experiment, finish, sweep_process, write_exper
 from tests.runs import ROOT, TINY, environment, launched, refused, write_corpus
 
 ALLOCATION = f"--config={ROOT / 'configs/experiments/allocation.py'}"
+COMPONENTS = f"--config={ROOT / 'configs/experiments/components.py'}"
+CONTROLS = ("--points=variant=engram,variant=frozen", "--seeds=0")
 SWEEP = (ALLOCATION, "--mode=sweep")
 
 
@@ -26,6 +28,22 @@ SWEEP = (ALLOCATION, "--mode=sweep")
         ((*SWEEP, "--points=rho=0.99"), "rho = 0.99: must be from 0.000 to 0.947"),
         ((*SWEEP, "--seeds=first"), "--seeds=first: must be whole numbers"),
         ((*SWEEP, "--config.data.batch_size=0"), "config.data.batch_size = 0: must be positive"),
+        ((*SWEEP, "--config.name=x"), "--config.name=x: not for --mode=sweep, which names its"),
+        ((*SWEEP, "--config.train.seed=7"), "not for --mode=sweep, whose seeds are named by --seeds"),
+        ((*SWEEP, "--config.data.seed=7"), "not for --mode=sweep, whose seeds are named by --seeds"),
+        (
+            (*SWEEP, "--config.optimizer.peak_lr=0.1"),
+            "--config.optimizer.peak_lr=0.1: not for --mode=sweep, which tries the",
+        ),
+        (
+            (*SWEEP, "--config.model.d_model=64"),
+            "--config.model.d_model=64: not for --mode=sweep, whose sizes are solved",
+        ),
+        ((*SWEEP, "--config.tokenizer.vocab_size=512"), "whose sizes are solved for equal budgets"),
+        (
+            (COMPONENTS, "--mode=sweep", *CONTROLS, "--config.optimizer.memory_optimizer=frozen"),
+            "--config.optimizer.memory_optimizer=frozen: not for --mode=sweep, whose points differ",
+        ),
         ((*SWEEP, "--workdir=/proc/x"), "/proc cannot be written to"),
         ((*SWEEP, "--json"), "--json: only for --mode=describe"),
         ((*SWEEP, "--coordinator_address=a:1"), "--coordinator_address: not for --mode=sweep"),
