@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from engram_jax.evaluation.target_losses import ORDERS
 from engram_jax.hardware.storage import replacing
-from engram_jax.lab.comparison import Compared, compare
+from engram_jax.lab.comparison import Compared, compare, text
 from engram_jax.lab.experiment import text_of
 from engram_jax.lab.plan import Plan, attempts
 from engram_jax.lab.results import Row, collect, write_table
@@ -57,12 +57,12 @@ def write_report(plan: Plan) -> Path | None:
         *_notes(plan, rows),
         _commands(rows),
     ]
-    for name, text in (
+    for name, page in (
         ("report.md", as_markdown(title, subtitle, sections, plan.folder)),
         ("report.html", as_html(title, subtitle, sections)),
     ):
         with replacing(plan.folder / name) as file:
-            file.write(text.encode())
+            file.write(page.encode())
     return plan.folder / "report.html"
 
 
@@ -71,7 +71,7 @@ def _subtitle(rows: Sequence[Row]) -> str:
     machines = sorted({row["machine"] for row in rows})
     tokens = sorted({f"{row['tokens']:,}" for row in rows})
     days = sorted({row["started"][:10] for row in rows})
-    commits = sorted({row["commit"][:12] for row in rows})
+    commits = sorted({_short(row["commit"]) for row in rows})
     return (
         f"{len(rows)} runs of {' or '.join(tokens)} tokens, {hours:.2f} machine hours on"
         f" {', '.join(machines)}; {days[0]} to {days[-1]}; commit {', '.join(commits)}"
@@ -81,7 +81,7 @@ def _subtitle(rows: Sequence[Row]) -> str:
 def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
     header = (
         *("point", "seeds", "learning rate", "held-out loss"),
-        *("difference", "95 % over seeds", "95 % over documents", "hours"),
+        *("difference", "of seeds", "95 % over seeds", "95 % over documents", "hours"),
     )
     rows = tuple(
         (
@@ -90,6 +90,7 @@ def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
             text_of(one.rows[0]["learning_rate"]),
             f"{one.loss:.4f}",
             _signed(one.difference.mean),
+            ", ".join(map(str, one.seeds)) or "-",
             _interval(one.difference),
             _interval(one.by_documents),
             f"{sum(row['seconds'] for row in one.rows) / 3600:.2f}",
@@ -168,9 +169,19 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[Section]:
             continue
         why = [attempt["why"] for attempt in attempts(plan.folder, launch) if attempt["why"]]
         notes.append((launch.name, f"failed: {why[-1]}" if why else "not finished"))
-    if len(digests := {row["text_digest"] for row in rows}) > 1:
-        notes.append(("text", f"the runs read different texts: {', '.join(sorted(digests))}"))
+    baseline = [row for row in rows if row["point"] == plan.experiment.baseline]
+    first = text((baseline or rows)[0])
+    for row in rows:
+        if text(row) != first:
+            digest, targets = text(row)
+            why = f"read another text ({digest}, {targets:,} held-out targets) than {first[0]}"
+            notes.append((run_name(row), f"{why}, {first[1]:,}: not compared with runs of that"))
     return [Section("Missing", rows=tuple(notes))] if notes else []
+
+
+def run_name(row: Row) -> str:
+    """Of a run, as its folder is called."""
+    return f"{row['point']},seed={row['seed']},rate={text_of(row['learning_rate'])}"
 
 
 def _commands(rows: Sequence[Row]) -> Section:
@@ -180,7 +191,7 @@ def _commands(rows: Sequence[Row]) -> Section:
             row["started"],
             f"{row['seconds']:.0f}",
             row["machine"],
-            row["commit"][:12],
+            _short(row["commit"]),
             f"{row['held_out_loss']:.6f}",
             row["command"],
         )
@@ -230,6 +241,12 @@ def _series(plan: Plan, name: str, points: Sequence[Compared]) -> Series:
     fits = plan.experiment.log_axis and len(set(x)) > 2
     fitted = fit_line([math.log10(value) for value in x], y) if fits else None
     return Series(name, x, y, [one.difference for one in points], fitted)
+
+
+def _short(commit: str) -> str:
+    """12 digits of the hash, and whether there were changes."""
+    digits, space, changes = commit.partition(" ")
+    return digits[:12] + space + changes
 
 
 def _title(one: Compared) -> str:
