@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from engram_jax.evaluation.target_losses import ORDERS
 from engram_jax.hardware.storage import replacing
 from engram_jax.lab.comparison import Compared, compare, text
-from engram_jax.lab.experiment import text_of
-from engram_jax.lab.plan import Plan, attempts
+from engram_jax.lab.experiment import Launch, text_of
+from engram_jax.lab.plan import Plan
 from engram_jax.lab.results import Row, collect, write_table
 from engram_jax.lab.statistics import RESAMPLES, Interval, fit_line
 from engram_jax.report.page import Section, as_html, as_markdown
@@ -25,6 +25,7 @@ _INTERVALS = (
     f" the 95 % interval of a paired bootstrap over held-out documents ({RESAMPLES:,} resamples)."
     " The learning rate of a family was chosen by the same held-out loss, at one seed."
 )
+_OUTCOMES = ("diverged", "failed", "not finished")
 _SIDES = ("seen", "unseen")
 _CONTEXT = (
     "Of the targets whose last 2, 3 or 4 tokens of context stood in the training text in this order,"
@@ -32,7 +33,7 @@ _CONTEXT = (
 )
 _BUDGET = (
     "P_tot, P_act: all parameters, and those a token is multiplied with, both without vocabulary"
-    " embedding and head; rho: the routed experts' share of their difference. Tokens per row: how"
+    " embedding and head; rho: the routed experts' share of their difference. Lookups per row: how"
     " often a row was looked up in training, on average. In % against the base."
 )
 
@@ -115,7 +116,7 @@ def _by_context(compared: Sequence[Compared]) -> list[Section]:
 
 def _budgets(compared: Sequence[Compared]) -> Section:
     header = (
-        *("point", "P_tot", "P_act", "rho", "FLOPs per token", "rows", "tokens per row"),
+        *("point", "P_tot", "P_act", "rho", "FLOPs per token", "rows", "lookups per row"),
         *("P_tot", "P_act", "FLOPs"),
     )
     rows = tuple(
@@ -126,7 +127,7 @@ def _budgets(compared: Sequence[Compared]) -> Section:
             "-" if row["rho"] is None else f"{row['rho']:.3f}",
             f"{row['flops_per_token']:,.0f}",
             f"{row['rows']:,}",
-            "-" if row["tokens_per_row"] is None else f"{row['tokens_per_row']:,.1f}",
+            "-" if row["lookups_per_row"] is None else f"{row['lookups_per_row']:,.1f}",
             *(f"{row[f'mismatch_{name}']:+.3%}" for name in ("total", "active", "flops")),
         )
         for one in compared
@@ -151,12 +152,24 @@ def _trials(plan: Plan, rows: Sequence[Row]) -> Section:
                 launch.point.name,
                 str(launch.seed),
                 text_of(launch.rate),
-                "not finished" if row is None else f"{row['held_out_loss']:.4f}",
-                "used" if chosen.get(family) == launch.rate else "",
+                _outcome(plan, launch) if row is None else f"{row['held_out_loss']:.4f}",
+                _chosen(plan, launch) if chosen.get(family) == launch.rate else "",
             )
         )
     header = ("family", "tried at", "seed", "learning rate", "held-out loss", "")
     return Section("Learning rates", header=header, rows=tuple(shown))
+
+
+def _outcome(plan: Plan, launch: Launch) -> str:
+    """Of a trial without a loss: "diverged", "failed", "not finished" or "other settings"."""
+    why = plan.missing(launch).partition(":")[0]
+    return why if why in _OUTCOMES else "other settings"
+
+
+def _chosen(plan: Plan, launch: Launch) -> str:
+    """What stands beside the rate that was chosen; a better one may lie beyond an edge."""
+    rates = plan.experiment.rates[launch.point.family]
+    return "used; edge of the rates tried" if launch.rate in (min(rates), max(rates)) else "used"
 
 
 def _notes(plan: Plan, rows: Sequence[Row]) -> list[Section]:
@@ -167,8 +180,7 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[Section]:
     for launch in wanted:
         if (launch.point.name, launch.seed, launch.rate) in done:
             continue
-        why = [attempt["why"] for attempt in attempts(plan.folder, launch) if attempt["why"]]
-        notes.append((launch.name, f"failed: {why[-1]}" if why else "not finished"))
+        notes.append((launch.name, plan.missing(launch)))
     baseline = [row for row in rows if row["point"] == plan.experiment.baseline]
     first = text((baseline or rows)[0])
     for row in rows:
@@ -213,7 +225,7 @@ def _pictures(plan: Plan, compared: Sequence[Compared]) -> list[Section]:
         names, intervals = [_title(one) for one in others], [one.difference for one in others]
         figure = figures.differences(names, intervals, experiment.baseline)
     else:
-        on_axis = [one for one in compared if one.rows[0][experiment.column]]
+        on_axis = [one for one in compared if _has_place(plan, one)]
         if not on_axis:
             return []
         off = [one for one in compared if one not in on_axis]
@@ -231,6 +243,12 @@ def _pictures(plan: Plan, compared: Sequence[Compared]) -> list[Section]:
         f" {experiment.name}.svg is the same picture."
     )
     return [Section(experiment.axis, caption, path.with_suffix(".png"))]
+
+
+def _has_place(plan: Plan, one: Compared) -> bool:
+    """Whether a point has a value on the axis; 0 has none on a logarithmic one."""
+    value = one.rows[0][plan.experiment.column]
+    return value is not None and not (plan.experiment.log_axis and value <= 0)
 
 
 def _series(plan: Plan, name: str, points: Sequence[Compared]) -> Series:

@@ -35,10 +35,10 @@ def collect(plan: Plan) -> list[Row]:
     for launch in launches:
         try:
             losses = plan.losses(launch)
-        except UserError:  # the sweep shows it; it is no result of this experiment
+        except UserError:  # the report says why (Plan.missing)
             continue
         if losses is not None:
-            used = launch.rate == rates[launch.point.family] and launch.seed in plan.seeds
+            used = launch.rate == rates.get(launch.point.family) and launch.seed in plan.seeds
             used = used and launch.point in plan.points
             rows.append(_row(plan, launch, losses, base, used))
     return rows
@@ -79,7 +79,8 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
         "rho": budget.rho,
         "rows": size[0],
         "lookups_per_token": size[1],
-        "tokens_per_row": tokens * size[1] / size[0] if size[0] else None,
+        "tokens_per_row": tokens / size[0] if size[0] else None,
+        "lookups_per_row": tokens * size[1] / size[0] if size[0] else None,
         "mismatch_total": off["total"],
         "mismatch_active": off["active"],
         "mismatch_flops": off["flops"],

@@ -66,10 +66,10 @@ def run_sweep(
     for launch in all_of(sweep):
         plan.config(launch)
     if report_only:
-        return _report(folder, write_report(plan.whole()))
+        return _report(plan.whole())
     done = sweep.run()
     print(f"{rates(sweep)}; {summary(sweep)}")
-    _report(folder, write_report(plan.whole()))
+    _report(plan.whole())
     return done
 
 
@@ -104,9 +104,7 @@ def check_overrides(plan: Plan, overrides: Mapping[str, str]) -> None:
             )
         settings = {repr(_value(plan.experiment.config(p.name), key)) for p in plan.points}
         if len(settings) > 1:
-            raise UserError(
-                f"{flag}whose points differ in it; change it in the experiment's file"
-            )
+            raise UserError(f"{flag}whose points differ in it; change it in the experiment's file")
 
 
 def _value(config: ConfigDict, key: str) -> Any:
@@ -123,7 +121,14 @@ def program() -> list[str]:
     return [sys.executable, str(main)]
 
 
-def _report(folder: Path, path: Path | None) -> bool:
-    """Say where the report is; whether there is one."""
-    print(f"report: {path}" if path else f"no run in {folder} is finished: no report")
-    return path is not None
+def _report(plan: Plan) -> bool:
+    """Write the report and say where it is; whether there is one."""
+    path = write_report(plan)
+    if path is not None:
+        print(f"report: {path}")
+        return True
+    print(f"no run in {plan.folder} is finished: no report")
+    for reason in dict.fromkeys(map(plan.missing, plan.trials())):
+        if reason != "not finished":
+            print(reason)
+    return False

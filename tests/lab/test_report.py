@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from engram_jax.lab.plan import add_attempt, part
+from engram_jax.lab import figures, report
 from engram_jax.lab.comparison import compare
 from engram_jax.lab.report import write_report
 from engram_jax.lab.results import collect
@@ -63,7 +65,8 @@ def test_the_table_has_a_row_for_every_finished_run(sweep):
         assert row[f"mismatch_{name}"] == pytest.approx(expected[name] / base[name] - 1)
     assert row["rows"] == 53 + 59 + 61 + 67  # the primes from 50 up, two heads of two orders
     assert row["tokens"] == 24 * 4 * 16
-    assert row["tokens_per_row"] == pytest.approx(24 * 4 * 16 * 4 / 240)
+    assert row["tokens_per_row"] == pytest.approx(24 * 4 * 16 / 240)
+    assert row["lookups_per_row"] == pytest.approx(24 * 4 * 16 * 4 / 240)  # two orders, two heads
     assert (row["seconds"], row["training_seconds"]) == (100.0, 50.0)
     assert (row["learning_rate"], row["variant"], row["axis_value"]) == (0.01, "tables", 50.0)
     # The first half of the targets have half the mean loss, the others three halves of it.
@@ -101,7 +104,7 @@ def test_the_report_compares_seed_by_seed(sweep):
     assert "| 3.1000 |" in baseline and baseline.count("| - ") == 4
     assert "rows=101,seed=1,rate=0.01 | failed: exit status 2: oh" in text
     assert "rows=101,seed=0,rate=0.01 | not finished" in text
-    assert "| MoE | rows=0 | 0 | 0.02 | 3.0000 | used |" in text
+    assert "| MoE | rows=0 | 0 | 0.02 | 3.0000 | used; edge of the rates tried |" in text
     assert "| MoE | rows=0 | 0 | 0.01 | 5.0000 |  |" in text
     assert all(row["command"] in text for row in read_rows(sweep))
     assert "another text" not in text
@@ -142,6 +145,50 @@ def test_runs_of_other_text_are_not_compared(tmp_path):
         "| rows=101,seed=0,rate=0.01",
         "| rows=50,seed=1,rate=0.01",
     ]
+
+
+def test_trials_that_diverged_and_other_settings_are_told(tmp_path):
+    file = write_experiment(tmp_path / "small.py", tmp_path / "text")
+
+    def planned(override=lambda config: None):
+        return part(experiment(file), tmp_path / "out", [], [], override)
+
+    def longer(config):
+        config.train.steps = 48
+
+    plan = planned()
+    first, second, third, fourth = plan.trials()
+    finish(plan, first, 3.0)
+    (finish(plan, second, 3.0) / "losses.json").unlink()
+    add_attempt(plan.folder, second, {"seconds": 1.0, "why": "not finite", "diverged": True})
+    finish(planned(longer), third, 2.0)
+    write_report(plan)
+    text = (plan.folder / "report.md").read_text()
+    assert "| MoE | rows=0 | 0 | 0.01 | 3.0000 | used; edge of the rates tried |" in text
+    assert "| MoE | rows=0 | 0 | 0.02 | diverged |  |" in text
+    assert "| Engram | rows=50 | 0 | 0.01 | other settings |  |" in text
+    assert "| Engram | rows=50 | 0 | 0.02 | not finished |  |" in text
+    assert f"| {second.name} | diverged: not finite |" in text
+    assert f"| {third.name} | {plan.workdir(third)}: the run there has other settings" in text
+    assert f"| {fourth.name} | not finished |" in text
+    three = dataclasses.replace(plan.experiment, rates={"MoE": (0.005, 0.01, 0.02), "Engram": (1,)})
+    assert report._chosen(dataclasses.replace(plan, experiment=three), first) == "used"
+
+
+@pytest.mark.parametrize(("log", "shown"), [(False, [0.0, 50.0]), (True, [50.0])])
+def test_only_a_logarithmic_axis_leaves_zero_out(sweep, monkeypatch, log, shown):
+    drawn = []
+
+    def keep(series, *arguments, **rest):
+        drawn.extend(value for one in series for value in one.x)
+        return over_axis(series, *arguments, **rest)
+
+    over_axis = figures.over_axis
+    monkeypatch.setattr(figures, "over_axis", keep)
+    small = dataclasses.replace(sweep.experiment, log_axis=log, column="axis_value")
+    plan = dataclasses.replace(sweep, experiment=small)
+    report._pictures(plan, compare(plan, collect(plan)))
+    assert sorted(drawn) == shown
 
 
 def test_a_commit_is_cut_and_its_changes_are_not():
