@@ -13,6 +13,7 @@ import ml_collections
 
 from configs import engram_tiny
 from configs.experiments import allocation
+from engram_jax.config.errors import UserError
 from engram_jax.lab.experiment import Experiment, Point
 
 SIZES = (64, 256, 1024, 4096, 16_384, 65_536)
@@ -47,6 +48,10 @@ def build(point: Point) -> ml_collections.ConfigDict:
 
 
 def point_at(key: str, rows: float) -> Point:
+    if key not in FORMS:
+        raise UserError(f"{key}={rows:g}: the one point without tables is none=0")
+    if rows < 1 or rows != int(rows):
+        raise UserError(f"{key}={rows:g}: must be a whole number of rows per head >= 1")
     return Point(key, int(rows), FORMS[key][0], FORMS[key][0])
 
 

@@ -21,14 +21,16 @@ from engram_jax.lab.statistics import (
 class Compared:
     """A point with finished runs.
 
-    rows: of its runs at the chosen learning rate. loss: mean over seeds. difference: to the
-    baseline, mean of the seeds that both have, with the interval over seeds. by_documents: the same
-    with the interval over held-out documents; None where the runs did not write them.
+    rows: of its runs at the chosen learning rate. loss: mean over all their seeds. seeds: those
+    that the baseline has, too, with the same text. difference: to the baseline, mean of `seeds`,
+    with the interval over them. by_documents: the same with the interval over held-out documents;
+    None where the runs did not write them.
     """
 
     point: Point
     rows: Sequence[Row]
     loss: float
+    seeds: Sequence[int]
     difference: Interval
     by_documents: Interval | None
 
@@ -43,18 +45,26 @@ def compare(plan: Plan, rows: Sequence[Row]) -> list[Compared]:
         if not mine:
             continue
         losses = [row["held_out_loss"] for row in mine.values()]
-        common = [] if point.name == plan.experiment.baseline else sorted(mine.keys() & baseline)
+        common = [s for s in sorted(mine.keys() & baseline) if text(mine[s]) == text(baseline[s])]
+        if point.name == plan.experiment.baseline:
+            common = []
         differences = [mine[s]["held_out_loss"] - baseline[s]["held_out_loss"] for s in common]
         found.append(
             Compared(
                 point,
                 list(mine.values()),
                 sum(losses) / len(losses),
+                common,
                 t_interval(differences),
                 _bootstrap(plan, point, baseline, common, mine),
             )
         )
     return found
+
+
+def text(row: Row) -> tuple[str, int]:
+    """What tells the text that a run read and was evaluated on: losses of others do not compare."""
+    return row["text_digest"], row["held_out_targets"]
 
 
 def _by_seed(rows: Sequence[Row], point: str) -> dict[int, Row]:
@@ -77,7 +87,7 @@ def _bootstrap(
         return None
     try:
         return paired_bootstrap(base, variant)
-    except ValueError:  # other text on both sides: the report says so
+    except ValueError:  # as many targets in other documents
         return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,35 +82,71 @@ class Plan:
         )
 
     def losses(self, launch: Launch) -> dict[str, Any] | None:
-        """losses.json of a finished run; None of one that is not.
+        """losses.json of a finished run; None of one that is not, or has no record of its settings.
 
         Raises UserError if the run in its folder has other settings than it is asked to have.
         """
-        workdir = self.workdir(launch)
-        found = read_json(workdir / LOSSES)
-        if found is None:
+        found = read_json(self.workdir(launch) / LOSSES)
+        if found is None or not self._as_asked(launch, found["step"]):
             return None
-        asked = self.config(launch)
-        stored = recorded(workdir, found["step"])
-        if stored is not None and (changes := decisive(stored, asked)):
+        return found if found["step"] >= self.config(launch).train.steps else None
+
+    def diverged(self, launch: Launch) -> bool:
+        """Whether training ended because the loss was not finite, the same settings given.
+
+        Raises UserError as `losses` does.
+        """
+        noted = attempts(self.folder, launch)
+        return bool(noted and noted[-1].get("diverged")) and self._as_asked(launch, sys.maxsize)
+
+    def _as_asked(self, launch: Launch, step: int) -> bool:
+        """Whether the run there, up to a step, has a record, which says what it is asked to be."""
+        workdir = self.workdir(launch)
+        stored = recorded(workdir, step)
+        if stored is None:
+            return False
+        if changes := decisive(stored, self.config(launch)):
             raise UserError(
                 f"{workdir}: the run there has other settings: {listed(changes, list(changes))};"
                 " go back to them, or give another --workdir"
             )
-        return found if found["step"] >= asked.train.steps else None
+        return True
+
+    def missing(self, launch: Launch) -> str:
+        """Why a run is no result; "" of one that is."""
+        try:
+            if self.losses(launch) is not None:
+                return ""
+            if self.diverged(launch):
+                return f"diverged: {attempts(self.folder, launch)[-1]['why']}"
+        except UserError as error:
+            return str(error)
+        why = [attempt["why"] for attempt in attempts(self.folder, launch) if attempt["why"]]
+        return f"failed: {why[-1]}" if why else "not finished"
 
     def chosen_rates(self) -> dict[str, float]:
-        """Of every family with a finished trial, the rate of the lowest held-out loss."""
+        """Of every family whose trials have all finished or diverged, the rate of the lowest
+        held-out loss that is finite; no rate of a family without one."""
         best: dict[str, tuple[float, float]] = {}
+        open_families = set()
         for launch in self.trials():
-            try:
-                losses = self.losses(launch)
-            except UserError:
-                continue
-            if losses is not None and math.isfinite(held_out_loss(losses)):
-                found = held_out_loss(losses), launch.rate
-                best[launch.point.family] = min(best.get(launch.point.family, found), found)
-        return {family: rate for family, (_, rate) in best.items()}
+            family = launch.point.family
+            loss = self._trial_loss(launch)
+            if loss is None:
+                open_families.add(family)
+            elif math.isfinite(loss):
+                best[family] = min(best.get(family, (loss, launch.rate)), (loss, launch.rate))
+        return {family: rate for family, (_, rate) in best.items() if family not in open_families}
+
+    def _trial_loss(self, launch: Launch) -> float | None:
+        """Infinite of one that diverged, None of one that has not ended well."""
+        try:
+            losses = self.losses(launch)
+            if losses is not None:
+                return held_out_loss(losses)
+            return math.inf if self.diverged(launch) else None
+        except UserError:  # `missing` says why
+            return None
 
 
 def part(

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engram_jax.evaluation.target_losses import ORDERS
 from engram_jax.hardware.storage import replacing
-from engram_jax.lab.comparison import Compared, compare
-from engram_jax.lab.experiment import text_of
-from engram_jax.lab.plan import Plan, attempts
+from engram_jax.lab.comparison import Compared, compare, text
+from engram_jax.lab.experiment import Launch, text_of
+from engram_jax.lab.plan import Plan
 from engram_jax.lab.results import Row, collect, write_table
 from engram_jax.lab.statistics import RESAMPLES, Interval, fit_line
 from engram_jax.report.page import Section, as_html, as_markdown
@@ -24,9 +25,15 @@ _INTERVALS = (
     f" the 95 % interval of a paired bootstrap over held-out documents ({RESAMPLES:,} resamples)."
     " The learning rate of a family was chosen by the same held-out loss, at one seed."
 )
+_OUTCOMES = ("diverged", "failed", "not finished")
+_SIDES = ("seen", "unseen")
+_CONTEXT = (
+    "Of the targets whose last 2, 3 or 4 tokens of context stood in the training text in this order,"
+    " and of the others; means over seeds."
+)
 _BUDGET = (
     "P_tot, P_act: all parameters, and those a token is multiplied with, both without vocabulary"
-    " embedding and head; rho: the routed experts' share of their difference. Tokens per row: how"
+    " embedding and head; rho: the routed experts' share of their difference. Lookups per row: how"
     " often a row was looked up in training, on average. In % against the base."
 )
 
@@ -45,17 +52,18 @@ def write_report(plan: Plan) -> Path | None:
     sections = [
         *_pictures(plan, compared),
         _losses(plan, compared),
+        *_by_context(compared),
         _budgets(compared),
         _trials(plan, rows),
         *_notes(plan, rows),
         _commands(rows),
     ]
-    for name, text in (
+    for name, page in (
         ("report.md", as_markdown(title, subtitle, sections, plan.folder)),
         ("report.html", as_html(title, subtitle, sections)),
     ):
         with replacing(plan.folder / name) as file:
-            file.write(text.encode())
+            file.write(page.encode())
     return plan.folder / "report.html"
 
 
@@ -64,7 +72,7 @@ def _subtitle(rows: Sequence[Row]) -> str:
     machines = sorted({row["machine"] for row in rows})
     tokens = sorted({f"{row['tokens']:,}" for row in rows})
     days = sorted({row["started"][:10] for row in rows})
-    commits = sorted({row["commit"][:12] for row in rows})
+    commits = sorted({_short(row["commit"]) for row in rows})
     return (
         f"{len(rows)} runs of {' or '.join(tokens)} tokens, {hours:.2f} machine hours on"
         f" {', '.join(machines)}; {days[0]} to {days[-1]}; commit {', '.join(commits)}"
@@ -73,8 +81,8 @@ def _subtitle(rows: Sequence[Row]) -> str:
 
 def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
     header = (
-        *("point", "seeds", "learning rate", "held-out loss", "seen / unseen n-gram"),
-        *("difference", "95 % over seeds", "95 % over documents", "hours"),
+        *("point", "seeds", "learning rate", "held-out loss"),
+        *("difference", "of seeds", "95 % over seeds", "95 % over documents", "hours"),
     )
     rows = tuple(
         (
@@ -82,8 +90,8 @@ def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
             ", ".join(str(row["seed"]) for row in one.rows),
             text_of(one.rows[0]["learning_rate"]),
             f"{one.loss:.4f}",
-            " / ".join(_mean(one.rows, name) for name in ("seen_loss", "unseen_loss")),
             _signed(one.difference.mean),
+            ", ".join(map(str, one.seeds)) or "-",
             _interval(one.difference),
             _interval(one.by_documents),
             f"{sum(row['seconds'] for row in one.rows) / 3600:.2f}",
@@ -94,9 +102,21 @@ def _losses(plan: Plan, compared: Sequence[Compared]) -> Section:
     return Section("Held-out loss", caption, header=header, rows=rows)
 
 
+def _by_context(compared: Sequence[Compared]) -> list[Section]:
+    """The losses of targets whose n-gram of context was seen in training, and of the others."""
+    rows = []
+    for one in compared:
+        pairs = [[_mean(one.rows, f"{side}_loss_{n}") for side in _SIDES] for n in ORDERS]
+        rows.append((_title(one), *(" / ".join(pair) for pair in pairs)))
+    if all(cell == "- / -" for row in rows for cell in row[1:]):
+        return []
+    header = ("point", *(f"{n} tokens: seen / unseen" for n in ORDERS))
+    return [Section("Held-out loss by context", _CONTEXT, header=header, rows=tuple(rows))]
+
+
 def _budgets(compared: Sequence[Compared]) -> Section:
     header = (
-        *("point", "P_tot", "P_act", "rho", "FLOPs per token", "rows", "tokens per row"),
+        *("point", "P_tot", "P_act", "rho", "FLOPs per token", "rows", "lookups per row"),
         *("P_tot", "P_act", "FLOPs"),
     )
     rows = tuple(
@@ -107,7 +127,7 @@ def _budgets(compared: Sequence[Compared]) -> Section:
             "-" if row["rho"] is None else f"{row['rho']:.3f}",
             f"{row['flops_per_token']:,.0f}",
             f"{row['rows']:,}",
-            "-" if row["tokens_per_row"] is None else f"{row['tokens_per_row']:,.1f}",
+            "-" if row["lookups_per_row"] is None else f"{row['lookups_per_row']:,.1f}",
             *(f"{row[f'mismatch_{name}']:+.3%}" for name in ("total", "active", "flops")),
         )
         for one in compared
@@ -132,12 +152,24 @@ def _trials(plan: Plan, rows: Sequence[Row]) -> Section:
                 launch.point.name,
                 str(launch.seed),
                 text_of(launch.rate),
-                "not finished" if row is None else f"{row['held_out_loss']:.4f}",
-                "used" if chosen.get(family) == launch.rate else "",
+                _outcome(plan, launch) if row is None else f"{row['held_out_loss']:.4f}",
+                _chosen(plan, launch) if chosen.get(family) == launch.rate else "",
             )
         )
     header = ("family", "tried at", "seed", "learning rate", "held-out loss", "")
     return Section("Learning rates", header=header, rows=tuple(shown))
+
+
+def _outcome(plan: Plan, launch: Launch) -> str:
+    """Of a trial without a loss: "diverged", "failed", "not finished" or "other settings"."""
+    why = plan.missing(launch).partition(":")[0]
+    return why if why in _OUTCOMES else "other settings"
+
+
+def _chosen(plan: Plan, launch: Launch) -> str:
+    """What stands beside the rate that was chosen; a better one may lie beyond an edge."""
+    rates = plan.experiment.rates[launch.point.family]
+    return "used; edge of the rates tried" if launch.rate in (min(rates), max(rates)) else "used"
 
 
 def _notes(plan: Plan, rows: Sequence[Row]) -> list[Section]:
@@ -148,11 +180,20 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[Section]:
     for launch in wanted:
         if (launch.point.name, launch.seed, launch.rate) in done:
             continue
-        why = [attempt["why"] for attempt in attempts(plan.folder, launch) if attempt["why"]]
-        notes.append((launch.name, f"failed: {why[-1]}" if why else "not finished"))
-    if len(digests := {row["text_digest"] for row in rows}) > 1:
-        notes.append(("text", f"the runs read different texts: {', '.join(sorted(digests))}"))
+        notes.append((launch.name, plan.missing(launch)))
+    baseline = [row for row in rows if row["point"] == plan.experiment.baseline]
+    first = text((baseline or rows)[0])
+    for row in rows:
+        if text(row) != first:
+            digest, targets = text(row)
+            why = f"read another text ({digest}, {targets:,} held-out targets) than {first[0]}"
+            notes.append((run_name(row), f"{why}, {first[1]:,}: not compared with runs of that"))
     return [Section("Missing", rows=tuple(notes))] if notes else []
+
+
+def run_name(row: Row) -> str:
+    """Of a run, as its folder is called."""
+    return f"{row['point']},seed={row['seed']},rate={text_of(row['learning_rate'])}"
 
 
 def _commands(rows: Sequence[Row]) -> Section:
@@ -162,7 +203,7 @@ def _commands(rows: Sequence[Row]) -> Section:
             row["started"],
             f"{row['seconds']:.0f}",
             row["machine"],
-            row["commit"][:12],
+            _short(row["commit"]),
             f"{row['held_out_loss']:.6f}",
             row["command"],
         )
@@ -184,7 +225,7 @@ def _pictures(plan: Plan, compared: Sequence[Compared]) -> list[Section]:
         names, intervals = [_title(one) for one in others], [one.difference for one in others]
         figure = figures.differences(names, intervals, experiment.baseline)
     else:
-        on_axis = [one for one in compared if one.rows[0][experiment.column]]
+        on_axis = [one for one in compared if _has_place(plan, one)]
         if not on_axis:
             return []
         off = [one for one in compared if one not in on_axis]
@@ -204,6 +245,12 @@ def _pictures(plan: Plan, compared: Sequence[Compared]) -> list[Section]:
     return [Section(experiment.axis, caption, path.with_suffix(".png"))]
 
 
+def _has_place(plan: Plan, one: Compared) -> bool:
+    """Whether a point has a value on the axis; 0 has none on a logarithmic one."""
+    value = one.rows[0][plan.experiment.column]
+    return value is not None and not (plan.experiment.log_axis and value <= 0)
+
+
 def _series(plan: Plan, name: str, points: Sequence[Compared]) -> Series:
     from engram_jax.lab.figures import Series
 
@@ -212,6 +259,12 @@ def _series(plan: Plan, name: str, points: Sequence[Compared]) -> Series:
     fits = plan.experiment.log_axis and len(set(x)) > 2
     fitted = fit_line([math.log10(value) for value in x], y) if fits else None
     return Series(name, x, y, [one.difference for one in points], fitted)
+
+
+def _short(commit: str) -> str:
+    """12 digits of the hash, and whether there were changes."""
+    digits, space, changes = commit.partition(" ")
+    return digits[:12] + space + changes
 
 
 def _title(one: Compared) -> str:

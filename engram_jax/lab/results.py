@@ -14,6 +14,7 @@ from engram_jax.checkpoint.run_record import config_of_launch, read_launches
 from engram_jax.checkpoint.workdir import RUN
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
+from engram_jax.evaluation.target_losses import ORDERS
 from engram_jax.hardware.storage import replacing
 from engram_jax.lab.experiment import Launch
 from engram_jax.lab.plan import Plan, attempts, held_out_loss
@@ -34,10 +35,10 @@ def collect(plan: Plan) -> list[Row]:
     for launch in launches:
         try:
             losses = plan.losses(launch)
-        except UserError:  # the sweep shows it; it is no result of this experiment
+        except UserError:  # the report says why (Plan.missing)
             continue
         if losses is not None:
-            used = launch.rate == rates[launch.point.family] and launch.seed in plan.seeds
+            used = launch.rate == rates.get(launch.point.family) and launch.seed in plan.seeds
             used = used and launch.point in plan.points
             rows.append(_row(plan, launch, losses, base, used))
     return rows
@@ -54,7 +55,7 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
     tokens = losses["step"] * config.data.batch_size * config.data.seq_len
     off = budget.mismatch(base)
     documents = read_documents(workdir)
-    seen, unseen = documents.losses_by_seen() if documents else (None, None)
+    by_seen = documents.losses_by_seen() if documents else {}
     account = goodput.read(workdir)
     noted = sum(attempt["seconds"] for attempt in attempts(plan.folder, launch))
     numeric = isinstance(point.value, int | float)
@@ -69,8 +70,7 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
         "used": used,
         "held_out_loss": held_out_loss(losses),
         "held_out_targets": losses["held_out_loss"]["targets"],
-        "seen_loss": seen,
-        "unseen_loss": unseen,
+        **_seen_columns(by_seen),
         "tokens": tokens,
         "P_tot": budget.total,
         "P_act": budget.active,
@@ -79,7 +79,8 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
         "rho": budget.rho,
         "rows": size[0],
         "lookups_per_token": size[1],
-        "tokens_per_row": tokens * size[1] / size[0] if size[0] else None,
+        "tokens_per_row": tokens / size[0] if size[0] else None,
+        "lookups_per_row": tokens * size[1] / size[0] if size[0] else None,
         "mismatch_total": off["total"],
         "mismatch_active": off["active"],
         "mismatch_flops": off["flops"],
@@ -92,6 +93,17 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
         "text_digest": losses["data"]["digest"],
         "command": _command(last),
     }
+
+
+def _seen_columns(
+    by_seen: Mapping[int, tuple[float | None, float | None]],
+) -> dict[str, float | None]:
+    """seen_loss_2, unseen_loss_2, ...: the same columns whatever a run searched."""
+    found = {}
+    for order in ORDERS:
+        seen, unseen = by_seen.get(order, (None, None))
+        found |= {f"seen_loss_{order}": seen, f"unseen_loss_{order}": unseen}
+    return found
 
 
 def table_size(config: Config) -> tuple[int, int]:

@@ -25,10 +25,12 @@ from typing import Any, TextIO
 from engram_jax.checkpoint.workdir import try_lock
 from engram_jax.config.errors import UserError
 from engram_jax.lab.experiment import Launch
-from engram_jax.lab.plan import Plan, add_attempt, held_out_loss, log_file
+from engram_jax.lab.plan import Plan, add_attempt, attempts, held_out_loss, log_file
 from engram_jax.monitoring.metrics import read_metrics
 
 _LOOK = 1.0  # seconds between looks at a running process
+_USER_ERROR = 2  # exit status of a program that ends with one line
+NOT_FINITE = ": not finite; the state before this step"  # in that line: run/loop.py
 _WAIT = 10.0  # seconds between looks at what other sweeps run
 
 
@@ -37,13 +39,17 @@ class State(Enum):
     RUNNING = "running"
     ELSEWHERE = "running elsewhere"
     DONE = "done"
+    DIVERGED = "diverged"
     FAILED = "failed"
+
+
+ENDED = (State.DONE, State.DIVERGED)  # as it should: it would end the same again
 
 
 @dataclass
 class Progress:
     """How far a run is. loss: held out, of one that is done. step, steps: of one that is running.
-    seconds: its process's, so far or in all. why: of one that failed."""
+    seconds: its process's, so far or in all. why: of one that failed or diverged."""
 
     state: State = State.OPEN
     loss: float | None = None
@@ -74,7 +80,7 @@ class Sweep:
     _process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> bool:
-        """Run what is not done; whether all of it is done now.
+        """Run what is not done; whether all of it is done, or has diverged, now.
 
         First the trials of every family's learning rate; the best of them is then used.
         """
@@ -88,7 +94,7 @@ class Sweep:
         families = {point.family for point in self.plan.points}
         wanted = (*self.plan.trials(), *self.plan.runs(self.rates))
         return families == set(self.rates) and all(
-            self.of(launch).state is State.DONE for launch in wanted
+            self.of(launch).state in ENDED for launch in wanted
         )
 
     def _until_settled(self, wanted: Callable[[], Sequence[Launch]]) -> None:
@@ -118,20 +124,28 @@ class Sweep:
     def _look(self, launch: Launch) -> None:
         """Note what the run's folder says, unless this sweep has seen it end."""
         mine = self.of(launch)
-        if mine.state in (State.DONE, State.FAILED):
-            return
-        try:
-            losses = self.plan.losses(launch)
-        except UserError as error:
-            mine.state, mine.why = State.FAILED, str(error)
-            return
-        if losses is not None:
-            mine.state, mine.loss = State.DONE, held_out_loss(losses)
+        if mine.state in (*ENDED, State.FAILED) or self._ended(launch):
             return
         lock = self._lock(launch)
         mine.state = State.ELSEWHERE if lock is None else State.OPEN
         if lock is not None:
             lock.close()
+
+    def _ended(self, launch: Launch) -> bool:
+        """Whether the run's folder says that it needs no process, or can have none; noted."""
+        mine = self.of(launch)
+        try:
+            losses = self.plan.losses(launch)
+            if losses is not None:
+                mine.state, mine.loss = State.DONE, held_out_loss(losses)
+            elif self.plan.diverged(launch):
+                mine.state = State.DIVERGED
+                mine.why = str(attempts(self.plan.folder, launch)[-1]["why"])
+            else:
+                return False
+        except UserError as error:
+            mine.state, mine.why = State.FAILED, str(error)
+        return True
 
     def _lock(self, launch: Launch) -> TextIO | None:
         return try_lock(self.plan.folder / "locks" / launch.name)
@@ -142,7 +156,7 @@ class Sweep:
         if lock is None:
             return
         with lock:
-            if self.plan.losses(launch) is None:  # not finished between the look and the lock
+            if not self._ended(launch):  # between the look and the lock
                 self._train(launch, lock)
 
     def _train(self, launch: Launch, lock: TextIO) -> None:
@@ -172,9 +186,11 @@ class Sweep:
             status, self._process = self._process.returncode, None
         mine.seconds = time.monotonic() - clock
         last = log.read_text(errors="replace").strip().splitlines()[-1]
-        losses = self.plan.losses(launch) if status == 0 else None
-        if losses is not None:
-            mine.state, mine.loss = State.DONE, held_out_loss(losses)
+        diverged = status == _USER_ERROR and NOT_FINITE in last
+        if diverged:
+            mine.state, mine.why = State.DIVERGED, last
+        elif status == 0 and self._ended(launch):
+            pass
         elif self.stopping:
             mine.state = State.OPEN
         else:  # status 0: it got a SIGTERM that was not the sweep's
@@ -185,9 +201,10 @@ class Sweep:
             "seconds": mine.seconds,
             "status": status,
             "command": shlex.join(command),
+            "diverged": diverged,
         }
         add_attempt(self.plan.folder, launch, {**attempt, "why": mine.why})
-        if mine.state is State.DONE:
+        if mine.state in ENDED:
             self.finished()
 
     def _sleep(self, seconds: float) -> None:

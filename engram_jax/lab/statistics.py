@@ -34,26 +34,32 @@ class Line:
 
 @dataclass(frozen=True)
 class Documents:
-    """Held-out nats of one run by document; all arrays [n].
+    """Held-out nats of one run by document; arrays [n], and [n, K] of K lengths of n-grams.
 
     document: int, ascending. nats: float64, the sum over the document's targets. targets: their
-    number. seen_nats, seen_targets: those of targets whose n-gram was seen in training.
+    number. orders: [K], lengths of the n-grams of context. seen_nats, seen_targets: [n, K], those
+    of targets whose n-gram of that length was seen in training.
     """
 
     document: np.ndarray
     nats: np.ndarray
     targets: np.ndarray
+    orders: np.ndarray
     seen_nats: np.ndarray
     seen_targets: np.ndarray
 
     def loss(self) -> float:
         return float(self.nats.sum() / self.targets.sum())
 
-    def losses_by_seen(self) -> tuple[float, float]:
-        """Nats per target whose n-gram was seen in training, and of the others; NaN of none."""
-        unseen_nats = self.nats.sum() - self.seen_nats.sum()
-        unseen = self.targets.sum() - self.seen_targets.sum()
-        return _ratio(self.seen_nats.sum(), self.seen_targets.sum()), _ratio(unseen_nats, unseen)
+    def losses_by_seen(self) -> dict[int, tuple[float | None, float | None]]:
+        """By order: nats per target whose n-gram was seen in training, and of the others; None of
+        no target."""
+        found = {}
+        for k, order in enumerate(self.orders.tolist()):
+            nats, targets = self.seen_nats[:, k].sum(), self.seen_targets[:, k].sum()
+            unseen = _ratio(self.nats.sum() - nats, self.targets.sum() - targets)
+            found[order] = _ratio(nats, targets), unseen
+        return found
 
 
 def t_interval(values: Sequence[float]) -> Interval:
@@ -75,8 +81,9 @@ def read_documents(workdir: Path) -> Documents | None:
         return None
     with np.load(path, allow_pickle=False) as archive:
         order = np.argsort(archive["document"], kind="stable")
-        names = ("document", "nats", "targets", "seen_nats", "seen_targets")
-        return Documents(*(archive[name][order] for name in names))
+        found = {name: archive[name] for name in archive.files if name != "step"}
+        orders = found.pop("orders")
+        return Documents(orders=orders, **{name: array[order] for name, array in found.items()})
 
 
 def paired_bootstrap(
@@ -118,5 +125,5 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     return Line(float(intercept), float(slope), float(1 - left / spread) if spread else 1.0)
 
 
-def _ratio(nats: float, targets: float) -> float:
-    return float(nats / targets) if targets else float("nan")
+def _ratio(nats: float, targets: float) -> float | None:
+    return float(nats / targets) if targets else None

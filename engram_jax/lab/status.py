@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from engram_jax.lab.experiment import Launch, text_of
-from engram_jax.lab.runner import Progress, State, Sweep
+from engram_jax.lab.runner import ENDED, Progress, State, Sweep
 
-_SHOWN = (State.DONE, State.FAILED, State.RUNNING, State.ELSEWHERE)
+_SHOWN = (*ENDED, State.FAILED, State.RUNNING, State.ELSEWHERE)
 
 
 class Screen:
@@ -71,7 +71,9 @@ def summary(sweep: Sweep) -> str:
     wanted = all_of(sweep)
     states = [_state(sweep, launch) for launch in wanted]
     failed = states.count(State.FAILED)
+    diverged = states.count(State.DIVERGED)
     parts = [f"{states.count(State.DONE)} of {len(wanted)} done"]
+    parts += [f"{diverged} diverged"] if diverged else []
     parts += [f"{failed} failed"] if failed else []
     left = seconds_left(sweep)
     parts += [f"about {duration(left)} left"] if left else []

@@ -6,16 +6,26 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from engram_jax.checkpoint.workdir import check_writable
 from engram_jax.config.errors import UserError
 from engram_jax.lab.experiment import Experiment
-from engram_jax.lab.plan import part
+from engram_jax.lab.plan import Plan, part
 from engram_jax.lab.report import write_report
 from engram_jax.lab.runner import Sweep
 from engram_jax.lab.status import Screen, all_of, rates, summary
+
+
+# Keys that a sweep sets for each of its runs, and what does so.
+_SET = {
+    "name": "which names its runs",
+    "train.seed": "whose seeds are named by --seeds",
+    "data.seed": "whose seeds are named by --seeds",
+    "optimizer.peak_lr": "which tries the experiment's learning rates",
+}
 
 
 def run_sweep(
@@ -34,13 +44,15 @@ def run_sweep(
     overrides: keys of the configuration with what the command line set them to; override: applies
     them. report_only: run nothing.
 
-    Raises UserError for a file that declares no experiment, for a point that it does not have, and
-    for a configuration that is not valid: of every run, before the first is started.
+    Raises UserError for a file that declares no experiment, for a point that it does not have, for
+    an override that `check_overrides` refuses, and for a configuration that is not valid: of every
+    run, before the first is started.
     """
     experiment = load_experiment(file)
     folder = folder or Path("runs") / experiment.name
     check_writable(folder)
     plan = part(experiment, folder, points, seeds, override)
+    check_overrides(plan, overrides or {})
     screen = Screen()
     sweep = Sweep(
         plan,
@@ -54,10 +66,10 @@ def run_sweep(
     for launch in all_of(sweep):
         plan.config(launch)
     if report_only:
-        return _report(folder, write_report(plan.whole()))
+        return _report(plan.whole())
     done = sweep.run()
     print(f"{rates(sweep)}; {summary(sweep)}")
-    _report(folder, write_report(plan.whole()))
+    _report(plan.whole())
     return done
 
 
@@ -78,6 +90,29 @@ def load_experiment(file: str) -> Experiment:
     return found
 
 
+def check_overrides(plan: Plan, overrides: Mapping[str, str]) -> None:
+    """Raises UserError for keys that the sweep itself sets, and for those of the model's size: they
+    would be changed after seed, learning rate and budget have been settled."""
+    for key, value in overrides.items():
+        flag = f"--config.{key}={value}: not for --mode=sweep, "
+        if key in _SET:
+            raise UserError(f"{flag}{_SET[key]}")
+        if key == "tokenizer.vocab_size" or key.startswith("model."):
+            raise UserError(
+                f"{flag}whose sizes are solved for equal budgets before it; change them in the"
+                " experiment's file"
+            )
+        settings = {repr(_value(plan.experiment.config(p.name), key)) for p in plan.points}
+        if len(settings) > 1:
+            raise UserError(f"{flag}whose points differ in it; change it in the experiment's file")
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
 def program() -> list[str]:
     """How this program was started, without its flags."""
     main = Path(sys.argv[0])
@@ -86,7 +121,14 @@ def program() -> list[str]:
     return [sys.executable, str(main)]
 
 
-def _report(folder: Path, path: Path | None) -> bool:
-    """Say where the report is; whether there is one."""
-    print(f"report: {path}" if path else f"no run in {folder} is finished: no report")
-    return path is not None
+def _report(plan: Plan) -> bool:
+    """Write the report and say where it is; whether there is one."""
+    path = write_report(plan)
+    if path is not None:
+        print(f"report: {path}")
+        return True
+    print(f"no run in {plan.folder} is finished: no report")
+    for reason in dict.fromkeys(map(plan.missing, plan.trials())):
+        if reason != "not finished":
+            print(reason)
+    return False

@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from engram_jax.checkpoint.run_record import add_launch
+from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS
+from engram_jax.data.token_store import TokenStore
+from engram_jax.evaluation import target_losses
+from engram_jax.evaluation.target_losses import ORDERS, SeenContexts
 from engram_jax.lab.experiment import Experiment
 from engram_jax.lab.sweep import load_experiment
 from tests.runs import ROOT, SMALL, environment
@@ -111,14 +115,26 @@ def finish(plan, launch, loss: float, *, digest: str = "d1", seconds: float = 10
     return workdir
 
 
-def write_documents(workdir: Path, nats: np.ndarray, targets: np.ndarray) -> None:
-    """held_out_documents.npz; the documents in descending order, half of each seen."""
-    order = np.arange(len(nats))[::-1]
-    np.savez(
-        workdir / "held_out_documents.npz",
-        document=order.astype(np.int32),
-        nats=nats[order],
-        targets=targets[order],
-        seen_nats=nats[order] / 4,
-        seen_targets=targets[order] // 2,
+def write_documents(workdir: Path, nats: np.ndarray, targets: np.ndarray, orders=ORDERS) -> None:
+    """held_out_documents.npz, as the end of a run writes it.
+
+    nats, targets: [documents], targets multiples of 4. Of every document's targets the first half
+    have a third of the others' loss. Contexts of 2 tokens were seen before that half, those of 3
+    tokens before its own first half, those of 4 tokens nowhere.
+    """
+    folder = workdir / "store"
+    folder.mkdir()
+    np.zeros(int((targets + 1).sum()), np.uint16).tofile(folder / "tokens.bin")
+    np.save(folder / "starts.npy", np.cumsum([0, *(targets + 1)]))
+    (folder / "store.json").write_text('{"dtype": "uint16", "eos_id": 0, "text_bytes": 1}')
+    share = np.concatenate([(np.arange(n) + 0.5) / n for n in targets])  # of the document before it
+    mean = np.repeat(nats / targets, targets)
+    until = {2: 0.5, 3: 0.25, 4: 0.0}
+    flags = share[:, None] < np.array([until[order] for order in orders])
+    target_losses.write_documents(
+        workdir / HELD_OUT_DOCUMENTS,
+        TokenStore(folder),
+        mean * np.where(share < 0.5, 0.5, 1.5),
+        SeenContexts(tuple(orders), flags, 1),
+        24,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 
 import pytest
 
@@ -142,6 +143,21 @@ def test_a_point_is_named_as_on_the_command_line(allocation):
 def test_wrong_points_are_refused(argument, words):
     file = FOLDER / "allocation.py"
     refused(launched(f"--config={file}:{argument}", "--mode=describe"), words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none=5", "none=5: the one point without tables is none=0"),
+        ("engram=1.5", "engram=1.5: must be a whole number of rows per head >= 1"),
+        ("engram=0", "engram=0: must be a whole number of rows per head >= 1"),
+        ("over_encoding=0.5", "over_encoding=0.5: must be a whole number"),
+    ],
+)
+def test_slots_that_are_no_tables_are_refused(name, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        declared("slots").point(name)
+    assert declared("slots").point("engram=100").value == 100
 
 
 def test_a_declaration_that_does_not_fit_together_is_refused():

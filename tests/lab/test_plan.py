@@ -84,9 +84,45 @@ def test_a_loss_that_is_not_finite_is_never_the_best(plan):
     whole = plan()
     first, second, *_ = whole.trials()
     finish(whole, first, float("nan"))
-    assert whole.chosen_rates() == {}
+    assert whole.chosen_rates() == {}  # nor is a rate chosen before all have been tried
     finish(whole, second, 4.0)
     assert whole.chosen_rates() == {"MoE": 0.02}
+
+
+def test_no_rate_is_chosen_before_all_have_been_tried(plan):
+    whole = plan()
+    first, second, *_ = whole.trials()
+    finish(whole, first, 3.0)
+    add_attempt(whole.folder, second, {"status": 137, "why": "exit status 137: killed"})
+    assert whole.chosen_rates() == {}
+    assert whole.missing(first) == "" and whole.missing(second) == "failed: exit status 137: killed"
+
+
+def test_a_trial_that_diverged_has_been_tried(plan):
+    whole = plan()
+    first, second, *_ = whole.trials()
+    finish(whole, first, 3.0)
+    workdir = finish(whole, second, 1.0)
+    (workdir / "losses.json").unlink()
+    add_attempt(whole.folder, second, {"why": "loss nan: not finite", "diverged": True})
+    assert whole.chosen_rates() == {"MoE": 0.01}
+    assert whole.missing(second) == "diverged: loss nan: not finite"
+
+    def longer(config):
+        config.train.steps = 48
+
+    other = plan(override=longer)  # that is no outcome of these settings
+    assert "train.steps is 24" in other.missing(second)
+    (workdir / "run.json").unlink()
+    assert not whole.diverged(second)
+
+
+def test_losses_without_a_record_of_settings_are_no_result(plan):
+    launch = plan().trials()[0]
+    workdir = finish(plan(), launch, 3.0)
+    assert plan().losses(launch) is not None
+    (workdir / "run.json").unlink()
+    assert plan().losses(launch) is None
 
 
 def test_other_settings_are_no_result(plan):

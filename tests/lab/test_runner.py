@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+from engram_jax.checkpoint.run_record import add_launch
 from engram_jax.checkpoint.workdir import try_lock
 from engram_jax.lab import runner
 from engram_jax.lab.plan import attempts, part
@@ -21,11 +23,16 @@ from tests.lab.experiments import experiment, write_experiment
 
 # Ends by what the run is called; its held-out loss is its rate.
 PROGRAM = """
-import json, pathlib, signal, sys, time
+import json, pathlib, shutil, signal, sys, time
 name = sys.argv[1].partition(":")[2]
 workdir = pathlib.Path(sys.argv[-1].partition("=")[2])
 workdir.mkdir(exist_ok=True)
 print("arguments", sys.argv[1:])
+shutil.copy(workdir.parent.parent / "records" / name / "run.json", workdir)
+if "rows=16" in name and name.endswith("rate=0.01"):
+    print("error: step 3: loss nan, gradient norm nan on process 0: not finite; the state before"
+          " this step is checkpoint 3")
+    sys.exit(2)
 if "rows=13" in name:
     sys.exit("error: no text")
 if "rows=14" in name:
@@ -46,9 +53,14 @@ loss = {"nats_per_token": {name: float(name.rpartition("=")[2])}, "targets": 5}
 def make(tmp_path):
     """make(points, seeds, rows=declared) -> a Sweep of the program above, and what it has shown."""
 
-    def sweep(points=(), seeds=("0",), rows=(0, 50, 101, 14, 13, 15)):
+    def sweep(points=(), seeds=("0",), rows=(0, 50, 101, 14, 13, 15, 16)):
         file = write_experiment(tmp_path / "small.py", tmp_path / "text", rows=rows)
         plan = part(experiment(file), tmp_path / "out", points, seeds, lambda config: None)
+        rates = [{"MoE": rate, "Engram": rate} for rate in (0.01, 0.02)]
+        for launch in (*plan.trials(), *(run for each in rates for run in plan.runs(each))):
+            record = tmp_path / "records" / launch.name
+            if not record.exists():  # the program leaves a copy of it, as training does
+                add_launch(record, plan.config(launch), {"digest": "d"})
         stream, done = io.StringIO(), []
         command = [sys.executable, "-c", PROGRAM]
         screen = Screen(stream)
@@ -99,6 +111,40 @@ def test_what_fails_is_kept_and_the_rest_is_run(make):
     assert len(attempts(sweep.plan.folder, launch)) == 2
 
 
+def test_a_run_whose_loss_is_not_finite_is_an_outcome(make):
+    """The trial of 0.01 diverges: 0.02 is used, all is done, and it is not tried again."""
+    sweep, stream, _ = make(["rows=16"], rows=(0, 16))
+    assert sweep.run()
+    assert sweep.rates == {"Engram": 0.02}
+    first, second = sweep.plan.trials()
+    assert [sweep.of(launch).state for launch in (first, second)] == [State.DIVERGED, State.DONE]
+    assert f"{first.name}: diverged: error: step 3: loss nan" in stream.getvalue()
+    assert "1 of 2 done, 1 diverged" in stream.getvalue()
+    assert sweep.plan.diverged(first) and not sweep.plan.diverged(second)
+    again, stream, _ = make(["rows=16"], rows=(0, 16))
+    assert again.run() and "step 0" not in stream.getvalue()
+    assert len(attempts(sweep.plan.folder, first)) == 1
+
+
+def test_other_settings_fail_that_run_alone(make, monkeypatch):
+    """Where they are found out only once its lock is held, and once its process has ended."""
+    sweep, *_ = make(["rows=50", "rows=101"])
+    first, second = sweep.plan.trials()
+    sweep.progress[first.name] = Progress(State.DONE, loss=1.0)
+    other = sweep.plan.folder.parent / "records" / second.name
+    shutil.rmtree(other)
+    add_launch(other, sweep.plan.config(first), {"digest": "d"})  # the other rate's
+    assert not sweep.run()
+    failed = sweep.of(second)
+    assert failed.state is State.FAILED and "optimizer.peak_lr is 0.01" in failed.why
+    before = runner.Sweep._look
+    monkeypatch.setattr(runner.Sweep, "_look", lambda self, launch: None)
+    again, *_ = make(["rows=50"])
+    again._take(second)
+    monkeypatch.setattr(runner.Sweep, "_look", before)
+    assert again.of(second).state is State.FAILED
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_ends_the_sweep(make, number):
     sweep, _stream, _ = make(["rows=15", "rows=101"])
@@ -134,6 +180,7 @@ def test_a_run_that_another_sweep_has_is_waited_for(make, monkeypatch):
         workdir = sweep.plan.workdir(first)
         workdir.mkdir()
         losses = '{"step": 24, "held_out_loss": {"nats_per_token": {"x": 0.5}, "targets": 5}}'
+        shutil.copy(workdir.parent.parent / "records" / first.name / "run.json", workdir)
         (workdir / "losses.json").write_text(losses)
         lock.close()
 

@@ -22,7 +22,8 @@ from tests.lab.experiments import write_documents
 
 def documents(nats, targets) -> Documents:
     nats, targets = np.asarray(nats, np.float64), np.asarray(targets, np.int64)
-    return Documents(np.arange(len(nats)), nats, targets, nats / 4, targets // 2)
+    none = np.zeros((len(nats), 0))
+    return Documents(np.arange(len(nats)), nats, targets, np.zeros(0, int), none, none)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -96,16 +97,21 @@ def test_other_documents_are_not_paired():
 
 def test_the_file_of_a_run_is_read_by_document(tmp_path):
     assert read_documents(tmp_path) is None
-    nats, targets = np.array([4.0, 8.0, 12.0]), np.array([2, 4, 6])
+    nats, targets = np.array([8.0, 16.0, 24.0]), np.array([4, 8, 12])
     write_documents(tmp_path, nats, targets)
     found = read_documents(tmp_path)
     assert found is not None
     assert found.document.tolist() == [0, 1, 2]
     assert (found.nats.tolist(), found.targets.tolist()) == (nats.tolist(), targets.tolist())
-    # A quarter of the nats on half of the targets: 6 / 6 seen, 18 / 6 others.
-    assert (found.loss(), found.losses_by_seen()) == (2.0, (1.0, 3.0))
-    none = dataclasses.replace(found, seen_nats=found.nats * 0, seen_targets=found.targets * 0)
-    assert math.isnan(none.losses_by_seen()[0]) and none.losses_by_seen()[1] == 2.0
+    # 48 nats on 24 targets. Order 2: 12 of them, a nat each; order 3: 6 of those; order 4: none.
+    assert found.loss() == 2.0
+    assert found.losses_by_seen() == {2: (1.0, 3.0), 3: (1.0, (48 - 6) / 18), 4: (None, 2.0)}
+
+
+def test_a_run_that_searched_nothing_has_no_losses_by_context(tmp_path):
+    write_documents(tmp_path, np.array([8.0]), np.array([4]), orders=())
+    found = read_documents(tmp_path)
+    assert found is not None and (found.loss(), found.losses_by_seen()) == (2.0, {})
 
 
 def test_the_line_is_scipys():

@@ -14,6 +14,8 @@ from tests.lab.experiments import experiment, finish, sweep_process, write_exper
 from tests.runs import ROOT, TINY, environment, launched, refused, write_corpus
 
 ALLOCATION = f"--config={ROOT / 'configs/experiments/allocation.py'}"
+COMPONENTS = f"--config={ROOT / 'configs/experiments/components.py'}"
+CONTROLS = ("--points=variant=engram,variant=frozen", "--seeds=0")
 SWEEP = (ALLOCATION, "--mode=sweep")
 
 
@@ -26,6 +28,28 @@ SWEEP = (ALLOCATION, "--mode=sweep")
         ((*SWEEP, "--points=rho=0.99"), "rho = 0.99: must be from 0.000 to 0.947"),
         ((*SWEEP, "--seeds=first"), "--seeds=first: must be whole numbers"),
         ((*SWEEP, "--config.data.batch_size=0"), "config.data.batch_size = 0: must be positive"),
+        ((*SWEEP, "--config.name=x"), "--config.name=x: not for --mode=sweep, which names its"),
+        (
+            (*SWEEP, "--config.train.seed=7"),
+            "not for --mode=sweep, whose seeds are named by --seeds",
+        ),
+        (
+            (*SWEEP, "--config.data.seed=7"),
+            "not for --mode=sweep, whose seeds are named by --seeds",
+        ),
+        (
+            (*SWEEP, "--config.optimizer.peak_lr=0.1"),
+            "--config.optimizer.peak_lr=0.1: not for --mode=sweep, which tries the",
+        ),
+        (
+            (*SWEEP, "--config.model.d_model=64"),
+            "--config.model.d_model=64: not for --mode=sweep, whose sizes are solved",
+        ),
+        ((*SWEEP, "--config.tokenizer.vocab_size=512"), "whose sizes are solved for equal budgets"),
+        (
+            (COMPONENTS, "--mode=sweep", *CONTROLS, "--config.optimizer.memory_optimizer=frozen"),
+            "--config.optimizer.memory_optimizer=frozen: not for --mode=sweep, whose points differ",
+        ),
         ((*SWEEP, "--workdir=/proc/x"), "/proc cannot be written to"),
         ((*SWEEP, "--json"), "--json: only for --mode=describe"),
         ((*SWEEP, "--coordinator_address=a:1"), "--coordinator_address: not for --mode=sweep"),
@@ -52,13 +76,32 @@ def test_a_report_of_what_is_there(tmp_path):
     found = launched(*arguments, "--report_only")
     assert (found.code, found.out) == (0, f"report: {tmp_path / 'out' / 'report.html'}\n")
     # With other settings that run is no result.
-    assert launched(*arguments, "--report_only", steps).out.startswith("no run in")
+    other = launched(*arguments, "--report_only", steps)
+    none, reason = other.out.splitlines()
+    assert other.code == 1 and none.startswith("no run in")
+    assert "other settings: config.train.steps is 24 there and 30 here" in reason
 
 
 def until(condition, process) -> None:
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_is_an_outcome(tmp_path):
+    corpus = write_corpus(tmp_path / "text")
+    file = write_experiment(tmp_path / "small.py", corpus, rows=(0, 101))
+    file.write_text(file.read_text().replace('"MoE": (0.01, 0.02)', '"MoE": (0.01, 1e30)'))
+    arguments = (file, tmp_path / "out", "--seeds=0", "--points=rows=0")
+    for started in (True, False):
+        process = sweep_process(*arguments)
+        text, errors = process.communicate(timeout=300)
+        assert (process.returncode, errors) == (0, "")
+        assert "1 of 2 done, 1 diverged" in text.splitlines()[-2]
+        assert ("step 0 of" in text) is started
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| MoE | rows=0 | 0 | 1e+30 | diverged |  |" in page
 
 
 @pytest.mark.slow
