@@ -99,7 +99,7 @@ def _seen_columns(
     by_seen: Mapping[int, tuple[float | None, float | None]],
 ) -> dict[str, float | None]:
     """seen_loss_2, unseen_loss_2, ...: the same columns whatever a run searched."""
-    found = {}
+    found: dict[str, float | None] = {}
     for order in ORDERS:
         seen, unseen = by_seen.get(order, (None, None))
         found |= {f"seen_loss_{order}": seen, f"unseen_loss_{order}": unseen}

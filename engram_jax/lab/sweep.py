@@ -18,7 +18,6 @@ from engram_jax.lab.report import write_report
 from engram_jax.lab.runner import Sweep
 from engram_jax.lab.status import Screen, all_of, rates, summary
 
-
 # Keys that a sweep sets for each of its runs, and what does so.
 _SET = {
     "name": "which names its runs",

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from engram_jax.lab.plan import add_attempt, part
 from engram_jax.lab import figures, report
 from engram_jax.lab.comparison import compare
+from engram_jax.lab.plan import add_attempt, part
 from engram_jax.lab.report import write_report
 from engram_jax.lab.results import collect
 from engram_jax.lab.statistics import Interval
