@@ -28,8 +28,8 @@ _INTERVALS = (
 _OUTCOMES = ("diverged", "failed", "not finished")
 _SIDES = ("seen", "unseen")
 _CONTEXT = (
-    "Of the targets whose last 2, 3 or 4 tokens of context stood in the training text in this"
-    " order, and of the others; means over seeds."
+    "Of the targets whose last 2, 3 or 4 tokens of context stood in the training text, in order,"
+    " and of the others; means over seeds."
 )
 _BUDGET = (
     "P_tot, P_act: all parameters, and those a token is multiplied with, both without vocabulary"
