@@ -40,6 +40,13 @@ def validate_memory(config: Config) -> None:
     if engram.layers:
         if engram.form == SCONE:
             _scone(engram, config.serve)
+        if engram.form == OVER_ENCODING:
+            off, why = (
+                config.serve.off_layers,
+                "whose module averages the token's own embedding, too",
+            )
+            only = f"() for model.engram.form = {OVER_ENCODING!r}, {why}"
+            require(not off, "serve.off_layers", off, only)
         if engram.precision == FP8:
             _fp8(model)
         _lookups(config.data, engram.heads)

@@ -256,6 +256,7 @@ RAW = {"model.engram.case": True, "model.engram.compression": False}
     ("overrides", "words"),
     [
         ({**OVER, "model.engram.layers": (1,)}, ("engram.layers = (1,)", "(0,)", "over_encoding")),
+        ({**OVER, "serve.off_layers": (-1,)}, ("serve.off_layers = (-1,)", "over_encoding")),
         ({**OVER, "model.engram.gate": "one"}, ("engram.gate = 'one'", "over_encoding")),
         ({**OVER, "model.engram.multi_branch": False}, ("multi_branch = False", "over_encoding")),
         ({**OVER, "model.engram.precision": "bf16"}, ("precision = 'bf16'", "over_encoding")),
