@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-HELD_OUT = "held_out_documents.npz"
+from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS
+
 RESAMPLES = 10_000
 _CHUNK = 1 << 24  # numbers drawn at a time
 
@@ -76,7 +77,7 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 def read_documents(workdir: Path) -> Documents | None:
     """What a run's end wrote about its held-out documents; None if it wrote nothing."""
-    path = workdir / HELD_OUT
+    path = workdir / HELD_OUT_DOCUMENTS
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as archive:

@@ -46,6 +46,7 @@ def test_every_point_is_a_configuration_that_says_what_it_is(name):
     assert len({config.name for config in found.values()}) == len(found) == len(experiment.points)
     for config in found.values():
         assert config.train.count_models is False and config.train.samples == ()
+        assert config.data.near_duplicates > 0
         tokens = config.train.steps * config.data.batch_size * config.data.seq_len
         assert tokens >= (3_000_000 if name == "allocation_large" else 800_000)
     for point in experiment.points:

@@ -188,6 +188,12 @@ def test_the_papers_budgets_within_one_percent(budget, total, active, experts):
     assert counted(solved)["rho"] == pytest.approx(0.78, abs=0.006)
 
 
+@pytest.mark.parametrize("argument", ["budget=2e20,foo", "foo", "budget=3e20", "rho=0.8"])
+def test_arguments_that_are_not_known(argument):
+    with pytest.raises(UserError, match="must be budget=2e20 or budget=6e20"):
+        paper_budgets.get_config(argument)
+
+
 def test_describe_shows_the_budget_and_its_mismatch():
     arguments = (f"--config={ROOT}/configs/engram27b.py", "--mode=describe")
     base = f"--base={ROOT}/configs/moe27b.py"

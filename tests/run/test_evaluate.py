@@ -56,3 +56,14 @@ def test_perplexity_of_any_loss():
     assert perplexity(710.0) == perplexity(math.inf) == math.inf and math.isnan(
         perplexity(math.nan)
     )
+
+
+def test_f_grams_are_counted_where_they_are_wanted(corpus):
+    """Another text than the run's may have fewer n-grams than the run has rows."""
+    keys = {"form": "scone", "layers": (0,), "heads_per_order": 1, "rows_per_head": (10**6,)}
+    overrides = {f"model.engram.{key}": value for key, value in keys.items()}
+    config = small_config(corpus, **overrides)
+    with pytest.raises(UserError, match="rows_per_head = 1000000: must be at most"):
+        open_data(config, log=lambda line: None)
+    found = open_data(config, log=lambda line: None, count_fgrams=False).addressing
+    assert found.layers[0].ngrams is None and found.layers[0].count == 10**6

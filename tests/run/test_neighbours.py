@@ -218,3 +218,11 @@ def test_without_the_extra(tmp_path, package):
     with hidden(package):
         done = launched(TINY, f"--workdir={tmp_path}", "--mode=evaluate", "--neighbours=knn")
     refused(done, "--neighbours=knn: needs the extra 'lab'", f"{package} is not installed")
+
+
+@pytest.mark.slow
+def test_chunks_of_one_token(run):
+    """The first token of a document is a chunk without a target."""
+    _, rows = evaluated(run, "--neighbours=rag", "--rag_chunk=1", "--rag_passage=4")
+    plain = json.loads((run / "losses.json").read_text())["held_out_loss"]
+    assert sum(rows[0][name] for name in ("targets", "tuning_targets")) == plain["targets"]
