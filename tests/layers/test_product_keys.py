@@ -98,3 +98,14 @@ def test_scores_are_float32_where_the_network_is_bfloat16():
     query = jnp.ones((1, 1, 2, 4), jnp.bfloat16)
     keys = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 2)), jnp.float32)
     assert search(query, keys, 2)[0].dtype == jnp.float32
+
+
+def test_what_it_starts_from():
+    """Sub-keys uniform within 1 / sqrt(their width), values of variance 1 / dim: the paper's."""
+    config = ProductKeyConfig(sub_keys=64, key_dim=16, heads=4, top_k=8, dim=32)
+    how = {"norm_eps": EPS, "init_std": 0.02, "dtype": "float32", "param_dtype": "float32"}
+    memory = ProductKeys(D, config, **how, rngs=nnx.Rngs(0))
+    sub_keys, bound = np.abs(memory.sub_keys[...]), 1 / np.sqrt(16 / 2)
+    assert 0.99 * bound < sub_keys.max() <= bound
+    np.testing.assert_allclose(sub_keys.mean(), bound / 2, rtol=0.02)
+    np.testing.assert_allclose(np.std(memory.values[...]), 1 / np.sqrt(32), rtol=0.01)
