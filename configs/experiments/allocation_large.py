@@ -8,15 +8,11 @@ and rows of 32: 4.1 times the demo's training FLOPs per token. 733 steps of 32 x
 40 minutes a run on 2 cores.
 """
 
-import dataclasses
-
 import ml_collections
 
 from configs import engram_tiny, moe_tiny
 from configs.experiments import allocation
-from engram_jax.config import parse_config, to_dict
 from engram_jax.lab.experiment import Experiment, Point
-from engram_jax.model import budgets
 
 RATES = (1e-3, 2e-3, 4e-3)
 
@@ -42,12 +38,7 @@ def base() -> ml_collections.ConfigDict:
 
 
 def build(point: Point) -> ml_collections.ConfigDict:
-    rho = float(point.value)
-    if rho == 1:
-        return base()
-    variant = parse_config(large(engram_tiny.get_config()))
-    solved = budgets.solve(parse_config(base()), variant, rho)
-    return ml_collections.ConfigDict(to_dict(dataclasses.replace(solved, name="allocation_large")))
+    return allocation.allocated(float(point.value), base(), large(engram_tiny.get_config()))
 
 
 EXPERIMENT = Experiment(
