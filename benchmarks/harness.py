@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engram_jax.hardware.cores import cores
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -127,13 +129,6 @@ def machine_peaks(size: int = 1536) -> Peaks:
     seconds = take_turns(calls, rounds=7)
     moved = sum(a.nbytes + b.nbytes for a, b in blocks)
     return Peaks(2 * size**3 / min(seconds["product"]), moved / min(seconds["copy"]))
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numba import njit, uint64
 
-from benchmarks.harness import Figure, Result, cores, table, take_turns, write_json
+from benchmarks.harness import Figure, Result, table, take_turns, write_json
 from benchmarks.text_addresses import open_text
+from engram_jax.hardware.cores import cores
 from engram_jax.hardware.numba_internals import load_8, prefetch
 from engram_jax.memory.store.distinct_rows import distinct
 from engram_jax.memory.store.dram import HostTable, host_array

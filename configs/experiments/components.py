@@ -64,6 +64,18 @@ VARIANTS = {
         MATCHED,
         {f"{_ENGRAM}.form": "over_encoding", f"{_ENGRAM}.layers": (0,)},
     ),
+    **{
+        f"over_encoding_rate_{rate}": (
+            OVER_ENCODING,
+            MATCHED,
+            {
+                f"{_ENGRAM}.form": "over_encoding",
+                f"{_ENGRAM}.layers": (0,),
+                "optimizer.memory_lr_multiplier": float(rate),
+            },
+        )
+        for rate in (1, 25)
+    },
     "scone": (
         SCONE,
         MATCHED,

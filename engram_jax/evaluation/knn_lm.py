@@ -45,7 +45,7 @@ from engram_jax.evaluation.target_losses import held_out_sequences
 from engram_jax.training.step import score_step
 
 INDEXES = (FLAT, IVF)
-NEIGHBOURS = (4, 16, 64, 256)
+NEIGHBOURS = (4, 16, 64, 256, 1024)
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean squared distance to the nearest key
 WEIGHTS = (0.0, 0.01, 0.02, *(round(0.05 * i, 2) for i in range(1, 20)))
 _QUERIES = 4096  # looked up at a time
@@ -129,11 +129,15 @@ def target_probabilities(
     distances: np.ndarray, hits: np.ndarray, neighbours: int, temperature: float
 ) -> np.ndarray:
     """p_kNN of the targets, float64 [m], from what `Datastore.search` found, [m, at least k]."""
-    nearest = distances[:, :neighbours].astype(np.float64)
-    first = np.where(np.isfinite(nearest[:, :1]), nearest[:, :1], 0)  # nothing found: all 0
-    weights = np.exp((first - nearest) / temperature)
-    total = np.maximum(weights.sum(axis=1), np.finfo(np.float64).tiny)
-    return np.sum(weights * hits[:, :neighbours], axis=1) / total
+    found = np.empty(len(distances))
+    for start in range(0, len(distances), _QUERIES):
+        part = slice(start, start + _QUERIES)
+        nearest = distances[part, :neighbours].astype(np.float64)
+        first = np.where(np.isfinite(nearest[:, :1]), nearest[:, :1], 0)  # nothing found: all 0
+        weights = np.exp((first - nearest) / temperature)
+        total = np.maximum(weights.sum(axis=1), np.finfo(np.float64).tiny)
+        found[part] = np.sum(weights * hits[part, :neighbours], axis=1) / total
+    return found
 
 
 def mixed_nats(nats: np.ndarray, probabilities: np.ndarray, weight: float) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 import engram_jax
+from engram_jax.hardware.cores import cores
 
 _PACKAGES = (
     "jax",
@@ -47,7 +48,7 @@ def describe_launch() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpu": cpu_model(),
-        "cpus": os.cpu_count(),
+        "cpus": cores(),
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,

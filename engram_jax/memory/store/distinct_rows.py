@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
+from engram_jax.hardware.cores import cores
 from engram_jax.hardware.numba_internals import host_jit
-from engram_jax.memory.store.gather_rows import cores, split
+from engram_jax.memory.store.gather_rows import split
 from engram_jax.memory.store.reused_buffers import Scratch
 
 _SHARED = 1 << 18  # ids from which the cores share the work, each a range of ids

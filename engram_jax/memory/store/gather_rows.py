@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 from numba import uint64
 
+from engram_jax.hardware.cores import cores
 from engram_jax.hardware.numba_internals import (
     LINE,
     fence,
@@ -154,13 +155,6 @@ def split(count: int, work: Callable[[int, int], None], pool: str = "memory") ->
     for future in waiting:
         if not future.cancelled():
             future.result()
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @cache
