@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from engram_jax.aot import PROGRAMS, TRAIN
 from engram_jax.checkpoint import run_settings
-from engram_jax.checkpoint.workdir import parse_step
+from engram_jax.checkpoint.workdir import check_writable, parse_step
 from engram_jax.config import ROW_FORMATS, Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
@@ -241,6 +241,7 @@ def _evaluate(config: Config, workdir: Path, accept: Accepted) -> None:
         _evaluate_neighbours(config, workdir)
         return
     if _TASKS.value:
+        check_writable(workdir)
         scores = tasks.evaluate_tasks(config, workdir, _STEP.value, accept)
         processes.log(json.dumps(scores) if _JSON.value else score_table.table(scores))
         return
@@ -253,6 +254,7 @@ def _evaluate_neighbours(config: Config, workdir: Path) -> None:
     from engram_jax.evaluation import knn_lm, neighbours, rag
     from engram_jax.monitoring.metrics import json_value
 
+    check_writable(workdir)  # the result is written there
     text, step = _NEIGHBOURS_TEXT.value, _STEP.value
     if _NEIGHBOURS.value == KNN:
         of_knn = knn_lm.Settings(text, _KNN_TOKENS.value, _KNN_INDEX.value)

@@ -12,6 +12,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from engram_jax import config as config_lib
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 TINY = f"--config={ROOT / 'configs' / 'engram_tiny.py'}"
+
+NEVER_WRITTEN = Path(tempfile.gettempdir()) / "engram_jax-never-written"
 
 # One dense and one MoE layer, the latter with memory: every part there is, little to compile.
 SMALL = {
@@ -88,7 +91,10 @@ def flags_of(overrides: Mapping[str, Any]) -> list[str]:
 
 def in_mode(mode: str) -> list[str]:
     """The flags that start a mode, with what it cannot do without."""
-    needed = {"generate": ["--prompt=a"], "export-memory": ["--output=/none/x"]}
+    needed = {
+        "generate": ["--prompt=a"],
+        "export-memory": [f"--output={NEVER_WRITTEN}"],
+    }
     return [f"--mode={mode}", *needed.get(mode, [])]
 
 

@@ -30,8 +30,9 @@ from engram_jax.addressing.tokenizer import (
     tokenizer_size,
 )
 from engram_jax.config import HASHED, QWEN, SCONE, Config, TokenizerConfig
-from engram_jax.config.errors import UserError
-from engram_jax.hardware.storage import write_text
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import open_arrays, read_json, reason_of
+from engram_jax.hardware.storage import replacing, write_text
 
 _JSON, _NPZ = "addressing.json", "addressing.npz"
 _FORMAT = 1
@@ -102,7 +103,8 @@ class Addressing:
                 tables = zip(layer.orders, layer.ngrams, strict=True)
                 arrays |= {f"fgrams_{n}": table for n, table in tables}
         if arrays:
-            np.savez_compressed(folder / _NPZ, **arrays)
+            with replacing(folder / _NPZ, shared=False) as file:
+                np.savez_compressed(file, **arrays)
         state = {"format": _FORMAT, "fingerprint": self.fingerprint, **self._numbers()}
         write_text(folder / _JSON, json.dumps(state, indent=1) + "\n")
 
@@ -110,13 +112,13 @@ class Addressing:
     def load(cls, directory: str | Path) -> Addressing:
         """Read what `save` wrote. Raises UserError when it is missing, broken or modified."""
         folder = Path(directory)
+        state = read_json(folder / _JSON, "addressing")
         try:
-            state = json.loads((folder / _JSON).read_text())
             there = [name for name in _MAPS if state.get(name, False)]
             arrays: dict[str, np.ndarray] = {}
             if there or any("fgrams" in values for values in state["layers"]):
-                with np.load(folder / _NPZ, allow_pickle=False) as archive:
-                    arrays = dict(archive)
+                with open_arrays(folder / _NPZ, "addressing") as archive:
+                    arrays = {name: archive[name] for name in archive}
             layers = [_layer(values, arrays) for values in state["layers"]]
             maps: dict[str, Any] = dict.fromkeys(_MAPS) | {name: arrays[name] for name in there}
             found = cls(
@@ -131,9 +133,12 @@ class Addressing:
                 signs=state.get("signs", False),
             )
             stored = state["fingerprint"]
+        except UserError:
+            raise
         except Exception as error:  # whatever a truncated or foreign file raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"addressing in {folder}: cannot be read ({reason})") from error
+            raise UserError(
+                f"addressing in {shown(folder)}: cannot be read ({reason_of(error)})"
+            ) from error
         if found.fingerprint != stored:
             raise UserError(
                 f"addressing in {folder}: damaged; its fingerprint is {found.fingerprint},"

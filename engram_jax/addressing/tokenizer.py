@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import read_text
 
 
 def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenizer:
@@ -26,15 +28,18 @@ def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenize
     Raises UserError naming the path when there is no such file or it does not hold a tokenizer.
     """
     file = Path(path).expanduser()
-    if file.is_dir():
+    if os.path.isdir(file):  # Path.is_dir raises for a name that is too long
         file = file / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"tokenizer {file}: no such file; give the path of a tokenizer.json")
+    if not os.path.exists(file) and not os.path.islink(file):
+        raise UserError(f"tokenizer {shown(file)}: no such file; give the path of a tokenizer.json")
+    text = read_text(file, "tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for anything it cannot parse
-        reason = str(error).splitlines()[0]
-        raise UserError(f"tokenizer {file}: not a tokenizer.json ({reason})") from error
+        tokenizer = Tokenizer.from_str(text)
+    except BaseException as error:  # bare Exception for what it cannot parse; panics, too
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = shown(str(error).splitlines()[0], quoted=False)
+        raise UserError(f"tokenizer {shown(file)}: not a tokenizer.json ({reason})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None

@@ -6,7 +6,6 @@ Nothing of training is imported: what inference needs of a checkpoint has no opt
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from engram_jax.addressing import artifact, load_tokenizer, tokenizer_fingerprint
+from engram_jax.addressing.tokenizer import tokenizer_size
 from engram_jax.checkpoint.manager import Checkpointer, Restored
 from engram_jax.checkpoint.run_record import recorded
 from engram_jax.checkpoint.run_settings import check_opened, told
 from engram_jax.checkpoint.table_order import true_rows
 from engram_jax.checkpoint.workdir import TEXT, TOKENIZER, parse_step
 from engram_jax.config import DEVICE, HOST, Config
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import read_json
 from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree
 from engram_jax.model.program import Program, Weights, build_program
@@ -68,7 +69,7 @@ def load_model(
             processes.warn(f"other settings than the run's: {told(changes)}")
         check_same_tokenizer(config, workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=config.serve.parse_special)
-        return tokenizer, json.loads((workdir / TEXT).read_text())["eos_id"]
+        return tokenizer, read_eos_id(workdir, tokenizer_size(tokenizer))
 
     tokenizer, eos_id = agree(read)
     mine = artifact.build_addressing(config, tokenizer) if config.model.engram.layers else None
@@ -81,6 +82,19 @@ def load_model(
     return LoadedModel(
         program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len
     )
+
+
+def read_eos_id(workdir: Path, size: int) -> int:
+    """The end-of-sequence id of the run's text, of a tokenizer of `size` ids (workdir/text.json).
+    Raises UserError for a file that is missing, damaged or does not say it."""
+    path = workdir / TEXT
+    eos_id = read_json(path).get("eos_id")
+    if type(eos_id) is not int or not 0 <= eos_id < size:
+        raise UserError(
+            f'{shown(path)}: "eos_id" is {shown(eos_id, quoted=isinstance(eos_id, str))}, must be'
+            f" an id of the run's tokenizer, 0 to {size - 1}"
+        )
+    return eos_id
 
 
 def restore_weights(

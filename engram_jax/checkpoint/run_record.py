@@ -30,7 +30,8 @@ from engram_jax.checkpoint.workdir import (
     parse_step,
 )
 from engram_jax.config import Config, config_from_dict, section_types, to_dict
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import read_json
 from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring import provenance
 
@@ -103,12 +104,16 @@ def add_launch(
 def read_launches(path: str | Path) -> list[dict[str, Any]]:
     """The launches of a run.json, oldest first."""
     try:
-        launches = json.loads(Path(path).read_text())["launches"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not a record of launches; move it away") from error
-    if not isinstance(launches, list) or not all(isinstance(x, dict) for x in launches):
-        raise UserError(f"{path}: is not a record of launches; move it away")
+        launches = read_json(path).get("launches")
+    except UserError as error:
+        raise UserError(f"{error}; not a record of launches: move it away") from error
+    if not isinstance(launches, list) or not all(map(_is_launch, launches)):
+        raise UserError(f"{shown(path)}: is not a record of launches; move it away")
     return launches
+
+
+def _is_launch(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("resumed_at", 0)) is int
 
 
 def recorded(workdir: Path, step: int) -> Config | None:

@@ -23,13 +23,19 @@ from typing import TextIO
 
 import jax
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from engram_jax.distributed.consensus import agree
 
 RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
 TEXT, LOSSES = "text.json", "losses.json"
 HELD_OUT_DOCUMENTS = "held_out_documents.npz"
 TASK_ITEMS, TASK_SCORES = "task_items.json", "task_scores.json"
+# What a run writes: told before hours of work if something else stands there.
+FILES = (
+    *(RUN, TOKENIZER, TEXT, LOSSES, HELD_OUT_DOCUMENTS, TASK_ITEMS, TASK_SCORES, ".lock"),
+    *("metrics.jsonl", "goodput.json", "tokenizer_config.json", "report.md", "report.html"),
+)
+FOLDERS = (CHECKPOINTS, "addressing", "tensorboard", "profile", "report")
 LOGS = ("metrics.jsonl", "tensorboard", "goodput.json")
 
 
@@ -42,13 +48,19 @@ def check_writable(workdir: Path) -> None:
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise UserError(f"--workdir={workdir}: {folder} is not a folder")
+        raise UserError(f"--workdir={shown(workdir)}: {shown(folder)} is not a folder")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = f"{folder} cannot be written to ({error.strerror})"
-        raise UserError(f"--workdir={workdir}: {reason}") from error
+        reason = f"{shown(folder)} cannot be written to ({error.strerror})"
+        raise UserError(f"--workdir={shown(workdir)}: {reason}") from error
+    for name in FILES:
+        if os.path.lexists(workdir / name) and not os.path.isfile(workdir / name):
+            raise UserError(f"--workdir={shown(workdir)}: {name} there is no file; move it away")
+    for name in FOLDERS:
+        if os.path.lexists(workdir / name) and not os.path.isdir(workdir / name):
+            raise UserError(f"--workdir={shown(workdir)}: {name} there is no folder; move it away")
 
 
 def check_trained(workdir: Path) -> None:

@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN = 300  # characters of a foreign text in a message
+
 
 class UserError(ValueError):
     """Wrong input from the user; the message says what is wrong, where, and what is allowed."""
+
+
+def shown(value: Any, *, quoted: bool | None = None, most: int = _SHOWN) -> str:
+    """Text from outside (a name in a file, a path) as a message shows it: on one line, printable,
+    and short enough to be read.
+
+    quoted: as a literal of Python; None = only where it would not be printable as it is. Bytes of a
+    file's name that are not UTF-8 appear as \\udcff for 0xff. most: characters, the rest are dots.
+    """
+    text = value if isinstance(value, str) else str(value)
+    cut = text if len(text) <= most else f"{text[: most - 3]}..."
+    if quoted or (quoted is None and not cut.isprintable()):
+        return repr(cut) if cut.isprintable() else ascii(cut)
+    if cut.isprintable():
+        return cut
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def one_of(choices: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
-from engram_jax.hardware.storage import cache_folder, replacing
+from engram_jax.hardware.storage import cache_folder, replacing, sync_folder, sync_tree
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -67,7 +67,9 @@ def build_once(
         partial.mkdir()
         try:
             make(partial)
+            sync_tree(partial)
             _rename(partial, entry)
+            sync_folder(entry.parent)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -13,6 +13,7 @@ import numpy as np
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
+from engram_jax.config.given_files import load_array
 from engram_jax.data import source_report as why
 from engram_jax.data import text_store
 from engram_jax.data.cache import build_once, key_of, read_json, write_json
@@ -181,5 +182,5 @@ def _open_tfds(config: DataConfig, cache: Path, log: Callable[[str], Any]) -> Co
 
     entry = build_once(cache / "sources" / key, make)
     splits = (text_store.TRAIN, text_store.VALIDATION)
-    ids = {split: np.load(entry / f"{split}.npy") for split in splits}
+    ids = {split: load_array(entry / f"{split}.npy") for split in splits}
     return Corpus(_stored_report(entry), lambda split: source.documents(split, ids[split]))

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config import DataConfig
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import load_array, read_json
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.token_store import TokenStore
+from engram_jax.hardware.storage import replacing, write_text
 from engram_jax.tasks.drawing import Item
 from engram_jax.tasks.mixture import Mixture, Unseen, interleave
 
@@ -47,8 +49,9 @@ def mix(texts: Iterator[str], corpus: Corpus, mixture: Mixture, folder: Path) ->
     for text in corpus.documents("validation"):
         unseen.read(text)
     items = unseen.keep(mixture.config.test_items)
-    np.save(folder / FROM_TASKS, np.asarray(from_tasks, bool))
-    (folder / ITEMS).write_text(json.dumps([dataclasses.asdict(item) for item in items]))
+    with replacing(folder / FROM_TASKS, shared=False) as file:
+        np.save(file, np.asarray(from_tasks, bool))
+    write_text(folder / ITEMS, json.dumps([dataclasses.asdict(item) for item in items]))
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,24 @@ class TaskItems:
 
 def read_items(path: Path) -> TaskItems:
     """What `MixedTasks.stored` gave. Raises UserError if there is no such file."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
-            f"--workdir={path.parent}: no {path.name} there: its run was trained without"
+            f"--workdir={shown(path.parent)}: no {path.name} there: its run was trained without"
             " config.data.tasks"
-        ) from None
-    return TaskItems(_items(stored["items"]), stored["train_tokens"])
+        )
+    stored = read_json(path)
+    tokens = stored.get("train_tokens")
+    if type(tokens) is not int or tokens < 1:
+        raise UserError(f'{shown(path)}: lacks "train_tokens"; it is damaged')
+    return TaskItems(_items(stored.get("items"), path), tokens)
 
 
-def _items(stored: list[dict[str, Any]]) -> list[Item]:
-    return [Item(**{**item, "distractors": tuple(item["distractors"])}) for item in stored]
+def _items(stored: Any, path: Path) -> list[Item]:
+    """Raises UserError for what is no list of items."""
+    try:
+        return [Item(**{**item, "distractors": tuple(item["distractors"])}) for item in stored]
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{shown(path)}: holds no items of tasks; it is damaged") from error
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,8 @@ class MixedTasks:
     @cached_property
     def items(self) -> list[Item]:
         """The test items."""
-        return _items(json.loads((self.folder / ITEMS).read_text()))
+        path = self.folder / ITEMS
+        return _items(read_json(path, kind=list), path)
 
     @property
     def for_scoring(self) -> TaskItems:
@@ -100,7 +110,7 @@ class MixedTasks:
     def tokens(self) -> int:
         """Training tokens of the tasks, ends of documents counted."""
         sizes = np.diff(self.train.starts)
-        return int(sizes[np.load(self.folder / FROM_TASKS)].sum())
+        return int(sizes[load_array(self.folder / FROM_TASKS)].sum())
 
     def summary(self) -> dict[str, Any]:
         """JSON values."""

@@ -87,6 +87,8 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
 
     folder = build_once(cache / "tokens" / key, make)
     train, valid = TokenStore(folder / "train"), TokenStore(folder / "validation")
+    train.verify()
+    valid.verify()
     tasks = None if mixture is None else MixedTasks(folder, train)
     for what, store in (("training", train), ("held-out", valid)):
         check_targets(what, store, config.data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +15,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import load_array, read_json
+from engram_jax.hardware.storage import write_text
 
 _BATCH_BYTES = 4 << 20  # text handed to the tokenizer's threads at a time
 _BATCH_DOCUMENTS = 1024
+_CHECKED = 1 << 24  # bytes of tokens.bin whose checksum is computed at a time
 
 
 @dataclass(frozen=True)
@@ -25,30 +29,61 @@ class TokenStore:
     """Token ids of a split's documents, each followed by the end-of-document id, memory-mapped.
 
     folder: has tokens.bin, starts.npy and store.json. A pickled copy opens it again.
+    All properties raise UserError for files that are missing or damaged.
     """
 
     folder: Path
 
     @cached_property
     def _meta(self) -> dict[str, Any]:
-        return json.loads((self.folder / "store.json").read_text())
+        path = self.folder / "store.json"
+        try:
+            meta = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; {self._remedy}") from error
+        whole = all(type(meta.get(key)) is int for key in ("eos_id", "text_bytes"))
+        if meta.get("dtype") not in ("uint16", "uint32") or not whole:
+            raise self._damaged(path, "does not describe a token store")
+        return meta
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete {shown(self.folder.parent)} and run again"
+
+    def _damaged(self, path: Path, what: str) -> UserError:
+        return UserError(f"{shown(path)}: {what}; {self._remedy}")
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """uint16 or uint32 [tokens]: all documents, concatenated."""
-        path = self.folder / "tokens.bin"
-        dtype = np.dtype(self._meta["dtype"])
-        if path.stat().st_size != len(self) * dtype.itemsize:
-            raise UserError(
-                f"{path}: {path.stat().st_size:,} bytes instead of {len(self) * dtype.itemsize:,}; "
-                f"delete {self.folder.parent} and run again"
-            )
+        path, dtype = self.folder / "tokens.bin", np.dtype(self._meta["dtype"])
+        found, wanted = path.stat().st_size, len(self) * dtype.itemsize
+        if found != wanted:
+            raise self._damaged(path, f"{found:,} bytes instead of {wanted:,}")
         return np.memmap(path, dtype, "r")
+
+    def verify(self) -> None:
+        """Compare tokens and starts with their CRC-32s, reading them once. Raises UserError.
+
+        Stores of earlier versions have none.
+        """
+        for name, values in (("tokens.bin", self.tokens), ("starts.npy", self.starts)):
+            stored = self._meta.get(name)
+            if stored is not None and stored != crc32(values):
+                raise self._damaged(self.folder / name, "damaged, its CRC-32 is not the stored one")
 
     @cached_property
     def starts(self) -> np.ndarray:
         """int64 [documents + 1]: where each document starts; the last is the number of tokens."""
-        return np.load(self.folder / "starts.npy")
+        path = self.folder / "starts.npy"
+        try:
+            starts = load_array(path)
+        except UserError as error:
+            raise UserError(f"{error}; {self._remedy}") from error
+        rising = starts.ndim == 1 and starts.dtype == np.int64 and starts.size > 0
+        if not rising or starts[0] != 0 or (np.diff(starts) < 1).any():
+            raise self._damaged(path, "damaged, documents do not follow each other")
+        return starts
 
     @property
     def eos_id(self) -> int:
@@ -81,18 +116,29 @@ def write_store(
 ) -> None:
     """Tokenise `texts` into `folder` in batches: memory does not grow with the text."""
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    starts, written, text_bytes = array.array("q", [0]), 0, 0
+    starts, written, text_bytes, checksum = array.array("q", [0]), 0, 0, 0
     with open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(texts):
             for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 ids = np.asarray([*encoding.ids, eos_id], dtype)
                 file.write(ids.tobytes())
+                checksum = zlib.crc32(ids.data, checksum)
                 written += len(ids)
                 starts.append(written)
             text_bytes += sum(len(text.encode()) for text in batch)
-    np.save(folder / "starts.npy", np.asarray(starts, np.int64))
+    places = np.asarray(starts, np.int64)
+    np.save(folder / "starts.npy", places)
     meta = {"dtype": dtype.name, "eos_id": eos_id, "text_bytes": text_bytes}
-    (folder / "store.json").write_text(json.dumps(meta))
+    meta |= {"tokens.bin": checksum, "starts.npy": crc32(places)}
+    write_text(folder / "store.json", json.dumps(meta))
+
+
+def crc32(values: np.ndarray) -> int:
+    """CRC-32 of an array's bytes, a part at a time: it may be mapped from a file."""
+    step, checksum = max(1, _CHECKED // values.itemsize), 0
+    for start in range(0, values.size, step):
+        checksum = zlib.crc32(np.ascontiguousarray(values[start : start + step]).data, checksum)
+    return checksum
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from engram_jax.data.pipeline import trained_sequences
 from engram_jax.data.run_data import RunData
 from engram_jax.evaluation.held_out import Checkpoint, check_held_out, open_checkpoint
 from engram_jax.evaluation.target_losses import documents_of, target_positions
+from engram_jax.hardware.memory import machine_bytes
 from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring.metrics import json_value
 
@@ -99,7 +99,7 @@ def check_halves(tuned: np.ndarray, what: str) -> None:
 
 def check_memory(needed: float, what: str) -> None:
     """Raises UserError for more bytes than the machine has: trying may hang it."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = machine_bytes()
     if needed > there:
         raise UserError(f"{what} takes {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f}")
 

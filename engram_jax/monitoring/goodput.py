@@ -26,7 +26,8 @@ from typing import Any
 
 import jax
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import read_json
 from engram_jax.hardware.storage import write_text
 
 FILE = "goodput.json"
@@ -112,11 +113,15 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        launches = json.loads(path.read_text())["launches"]
+        launches = list(read_json(path)["launches"])
         for launch in launches:
-            float(launch["seconds"]), float(launch["training_seconds"]), dict(launch["saved"])
+            float(launch["seconds"]), float(launch["training_seconds"])
+            for step, seconds in dict(launch["saved"]).items():
+                int(step), float(seconds)
+    except UserError as error:
+        raise UserError(f"{error}; not an account of launches: move it away") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not an account of launches; move it away") from error
+        raise UserError(f"{shown(path)}: is not an account of launches; move it away") from error
     return launches
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from engram_jax.config.given_files import open_file
 from engram_jax.hardware.storage import write_text
 
 _FILE = "metrics.jsonl"
@@ -94,7 +95,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     A last line that a killed process left unfinished is passed over.
     """
     path = Path(workdir) / _FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _lines(path)
     return [
         {
             key: np.asarray(_number(value)) if isinstance(value, list) else _number(value)
@@ -105,11 +106,20 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     ]
 
 
+def _lines(path: Path) -> list[str]:
+    """The file's lines with their ends. Bytes that are not UTF-8 make their own line unreadable,
+    which is passed over, and no other. Raises UserError for what is no file."""
+    if not path.exists():
+        return []
+    with open_file(path) as file:
+        return [line.decode(errors="replace") for line in file.readall().splitlines(keepends=True)]
+
+
 def _forget_after(path: Path, step: int) -> None:
     """Remove the records of later steps, and an unfinished last line; atomically."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = _lines(path)
     kept = [line for line in lines if (r := _parse(line)) is not None and r["step"] <= step]
     if kept != lines:
         write_text(path, "".join(kept))
@@ -118,9 +128,11 @@ def _forget_after(path: Path, step: int) -> None:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+        _number(list(record.values()) if isinstance(record, dict) else [])
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    readable = isinstance(record, dict) and type(record.get("step")) is int
+    return record if readable and "\ufffd" not in line else None
 
 
 def json_value(value: Any) -> Any:

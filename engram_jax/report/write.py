@@ -6,7 +6,6 @@ plain values, so a report can be written again.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from engram_jax.checkpoint.run_record import read_launches
 from engram_jax.checkpoint.workdir import LOSSES, RUN, TASK_SCORES
 from engram_jax.config.extras import lacks
+from engram_jax.config.given_files import read_json
 from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring.metrics import read_metrics
 from engram_jax.report.page import Section, as_html, as_markdown
@@ -75,7 +75,7 @@ def write_report(
     root = Path(workdir)
     (root / _FOLDER).mkdir(parents=True, exist_ok=True)
     records = read_metrics(root)
-    losses = json.loads((root / LOSSES).read_text()) if (root / LOSSES).exists() else {}
+    losses = read_json(root / LOSSES) if (root / LOSSES).exists() else {}
     launches = read_launches(root / RUN) if (root / RUN).exists() else []
     # One that found the run finished made no step of what is shown here.
     launches = [x for x in launches if x["resumed_at"] < losses.get("step", math.inf)] or launches
@@ -84,7 +84,7 @@ def write_report(
     if losses and (by_context := context_section(losses)):
         sections.append(by_context)
     if (root / TASK_SCORES).exists():
-        sections.append(task_section(json.loads((root / TASK_SCORES).read_text())))
+        sections.append(task_section(read_json(root / TASK_SCORES)))
     if records or losses:
         sections.append(Section("Training", rows=run_rows(records, losses, launch)))
     if missing := lacks("report"):

@@ -33,6 +33,8 @@ from engram_jax.distributed.consensus import agree
 from engram_jax.distributed.preemption import Preemption
 from engram_jax.evaluation.held_out import Evaluator, check_held_out
 from engram_jax.evaluation.tasks import check_off
+from engram_jax.hardware.memory import all_devices_bytes, machine_bytes
+from engram_jax.model.memory_needs import check_training
 from engram_jax.model.transformer import moe_layers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
 from engram_jax.monitoring.provenance import process_name
@@ -103,6 +105,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     if config.data.tasks.names:
         check_off(config)
     agree(lambda: check_writable(workdir))
+    agree(lambda: check_training(config, all_devices_bytes(), machine_bytes()))
     changes = agree(lambda: check_resumed(config, workdir, launch.accept, log))
     data = open_on_all_processes(config, log)
     agree(lambda: check_resumed_text(workdir, data.prepared.summary()))

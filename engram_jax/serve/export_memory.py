@@ -11,6 +11,7 @@ from engram_jax.addressing.hash_batches import BatchAddresser
 from engram_jax.checkpoint.load_model import load_model
 from engram_jax.config import HOST, Config
 from engram_jax.config.errors import UserError
+from engram_jax.config.given_files import check_output
 from engram_jax.data.run_data import open_on_all_processes
 from engram_jax.memory.store.memory_file import write_memory
 from engram_jax.memory.store.read_counts import count_accesses, save_frequency
@@ -40,6 +41,7 @@ def export_memory(
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory to export")
     check_decodes(config)
+    check_output("output", path)
     trained = load_model(config, workdir, step, rows=HOST, accept=accept)
     stored = RowFormat(row_format or config.model.engram.table_dtype, config.model.engram.dim)
     addressing = trained.program.addressing
@@ -63,6 +65,7 @@ def count_memory(config: Config, path: Path, tokens: int, log: Log) -> None:
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory whose reads to count")
     check_decodes(config)
+    check_output("output", path)
     data = open_on_all_processes(config, log=log)
     assert data.addressing is not None
     addresser = BatchAddresser(data.addressing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from engram_jax.config import DEVICE, HOST, Config, ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
 from engram_jax.distributed import processes
+from engram_jax.distributed.consensus import agree
+from engram_jax.hardware.memory import device_bytes, machine_bytes
+from engram_jax.model.memory_needs import check_serving
 from engram_jax.model.program import check_decodes
 from engram_jax.serve.compatibility import Warn, check_memory_file, for_one, with_capacity
 from engram_jax.serve.engine import Engine
@@ -32,7 +36,14 @@ def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] 
 
     Raises UserError without a checkpoint, or for another model's memory file.
     """
+    check_memory(config, config.serve.capacity or config.data.seq_len)
     return make_engine(load_for(config, workdir, step, accept), config.serve)
+
+
+def check_memory(config: Config, capacity: int) -> None:
+    """Raises UserError, before anything is read, if the engine of config.serve for sequences of
+    `capacity` tokens takes more memory than there is."""
+    agree(lambda: check_serving(config, capacity, device_bytes(), machine_bytes()))
 
 
 def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> LoadedModel:
@@ -97,6 +108,8 @@ def print_continuation(
     config: Config, workdir: Path, step: str, prompt: str, accept: Sequence[str] = ()
 ) -> None:
     """Stream a prompt's continuation to standard output. accept: as in `open_engine`."""
+    one = dataclasses.replace(config.serve, sequences=1, prefill_sequences=1, pages=0)
+    check_memory(dataclasses.replace(config, serve=one), config.generate.max_tokens)
     trained = load_for(config, workdir, step, accept)
     ids = trained.tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config import DEVICE, DISK, ServeConfig
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from engram_jax.memory.store.dram import HostTable
 from engram_jax.memory.store.host_cache import CachedTable
 from engram_jax.memory.store.memory_file import MemoryFile, open_memory
@@ -53,8 +53,13 @@ def open_memories(
         if file is not None:
             _check_file(program, serve, file, layer)
         if counts and layer not in counts:
-            have = ", ".join(counts)
+            have = shown(", ".join(counts))
             raise UserError(f"{serve.frequency_file}: has no Engram layer {layer}; it has {have}")
+        if counts and counts[layer].rows != program.table_rows[layer]:
+            raise UserError(
+                f"{serve.frequency_file}: counted layer {layer} as a table of"
+                f" {counts[layer].rows} rows, this model's has {program.table_rows[layer]}"
+            )
         if serve.memory == DEVICE:
             made[layer] = _on_device(program, file, layer, rows)
             continue
@@ -92,7 +97,7 @@ def _source(serve: ServeConfig, file: MemoryFile | None, layer: str, rows: Any) 
 
 def _check_file(program: Program, serve: ServeConfig, file: MemoryFile, layer: str) -> None:
     if layer not in file.layers:
-        have = ", ".join(file.layers)
+        have = shown(", ".join(file.layers))
         raise UserError(f"{serve.memory_file}: has no Engram layer {layer}; it has {have}")
     rows, stored = file.layers[layer]
     mine = program.table_rows[layer], program.config.model.engram.dim

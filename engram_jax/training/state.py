@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from engram_jax.addressing.artifact import Addressing
 from engram_jax.config import FROZEN, Config, random_streams
 from engram_jax.config.errors import UserError
+from engram_jax.hardware.memory import device_bytes
 from engram_jax.memory.exchange import natural_order
 from engram_jax.memory.table import Table, init_memory
 from engram_jax.model.program import (
@@ -127,8 +127,7 @@ def check_fits(program: TrainingProgram) -> None:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(abstract_state(program))
     )
-    stats = jax.local_devices()[0].memory_stats() or {}
-    there = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = device_bytes()
     if needed > there:
         raise UserError(
             f"config.model: parameters, tables and their moments take {needed / 1e9:,.1f} GB on"

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from engram_jax.memory.store.row_format import RowFormat
 
 PAGE = 4096
@@ -138,7 +138,8 @@ def parse_header(text: bytes, data_bytes: int) -> Header:
     try:
         entries = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the header is no valid JSON ({str(error).splitlines()[0]})") from error
+        reason = shown(str(error).splitlines()[0], quoted=False)
+        raise ValueError(f"the header is no valid JSON ({reason})") from error
     if not isinstance(entries, dict):
         raise ValueError("the header is no JSON object")
     metadata = entries.pop("__metadata__", {})
@@ -150,7 +151,8 @@ def parse_header(text: bytes, data_bytes: int) -> Header:
         )
     if metadata.get("version") != VERSION:
         raise ValueError(
-            f"format version {metadata.get('version')!r}, this program reads {VERSION}"
+            f"format version {shown(metadata.get('version'), quoted=True)}, this program reads"
+            f" {VERSION}"
         )
     if "fingerprint" not in metadata:
         raise ValueError("metadata has no fingerprint")
@@ -161,7 +163,7 @@ def parse_header(text: bytes, data_bytes: int) -> Header:
     for name in [*wanted, *tensors]:
         if wanted.get(name) != tensors.get(name):
             raise ValueError(
-                f"tensor {name}: {_say(tensors.get(name))}, must be {_say(wanted.get(name))}"
+                f"tensor {shown(name)}: {_say(tensors.get(name))}, must be {_say(wanted.get(name))}"
             )
     return Header(tensors, metadata, layers)
 
@@ -185,10 +187,14 @@ def _whole(value: Any) -> bool:
 
 def _tensor(name: str, entry: Any) -> Tensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name}: must have dtype, shape and data_offsets")
+        raise ValueError(f"tensor {shown(name)}: must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    name = shown(name)
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise ValueError(f"tensor {name}: dtype {dtype!r}, must be one of {', '.join(_ITEM_BYTES)}")
+        raise ValueError(
+            f"tensor {name}: dtype {shown(dtype, quoted=True)}, must be one of"
+            f" {', '.join(_ITEM_BYTES)}"
+        )
     if not isinstance(shape, list) or len(shape) > 2 or not all(map(_whole, shape)):
         raise ValueError(f"tensor {name}: the shape must be at most two numbers from 0 on")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
@@ -208,7 +214,7 @@ def _check_tiling(tensors: Mapping[str, Tensor], data_bytes: int) -> None:
         if tensor.begin != at:
             what = "overlaps the one before" if tensor.begin < at else "leaves a gap before it"
             raise ValueError(
-                f"tensor {name}: begins at {tensor.begin} and {what}, which ends at {at}"
+                f"tensor {shown(name)}: begins at {tensor.begin} and {what}, which ends at {at}"
             )
         at = tensor.end
     if at != data_bytes:
@@ -221,13 +227,15 @@ def _layers(described: str, tensors: Mapping[str, Tensor]) -> dict[str, LayerHea
     try:
         for layer, entry in json.loads(described, object_pairs_hook=_object).items():
             if not all(map(_whole, (entry["dim"], *entry["block_rows"]))):  # 3.0 == 3, and no index
-                raise ValueError(f"layer {layer}: dim and block_rows must be whole numbers")
+                raise ValueError(f"layer {shown(layer)}: dim and block_rows must be whole numbers")
             row_format = RowFormat(entry["format"], entry["dim"])
             weight = tensors[tensor_name(layer, "weight")]
             layers[layer] = LayerHeader(row_format, weight.shape[0], tuple(entry["block_rows"]))
             if layers[layer].block_rows != block_rows(row_format):
-                raise ValueError(f"layer {layer}: block_rows must be {block_rows(row_format)}")
+                raise ValueError(
+                    f"layer {shown(layer)}: block_rows must be {block_rows(row_format)}"
+                )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = shown(f"{type(error).__name__}: {error}".splitlines()[0], quoted=False)
         raise ValueError(f"metadata 'layers' does not describe the tensors ({reason})") from error
     return layers

@@ -8,12 +8,12 @@ its size, and `disk` keeps them in memory.
 from __future__ import annotations
 
 import os
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import open_file, reason_of
 from engram_jax.memory.store.dram import HostTable, host_array
 from engram_jax.memory.store.file_format import (
     CHECKSUM,
@@ -82,7 +82,7 @@ class MemoryFile:
 
     def _parts(self, layer: str) -> list[StoredPart]:
         if layer not in self._header.layers:
-            have = ", ".join(self.layers)
+            have = shown(", ".join(self.layers))
             raise UserError(f"{self._file.path}: has no layer {layer!r}; it has {have}")
         head = self._header.layers[layer]
         found = []
@@ -119,17 +119,19 @@ def open_memory(path: str | Path, fingerprint: str | None = None) -> MemoryFile:
     and for one that belongs to another addressing.
     """
     try:
-        file = OpenFile(FileIO(str(path), "rb"))
+        file = OpenFile(open_file(path))
         start, header = _header(file)
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{shown(path)}: cannot be read ({reason_of(error)})") from error
     except ValueError as error:
-        raise UserError(f"{path}: no usable memory file: {error}") from error
+        raise UserError(f"{shown(path)}: no usable memory file: {error}") from error
     found = header.metadata["fingerprint"]
     if fingerprint is not None and found != fingerprint:
         raise UserError(
-            f"{path}: made for addressing {found}, this model has {fingerprint}: its tables would"
-            " be read at the wrong rows"
+            f"{shown(path)}: made for addressing {shown(found)}, this model has {fingerprint}: its"
+            " tables would be read at the wrong rows"
         )
     return MemoryFile(file, start, header)
 

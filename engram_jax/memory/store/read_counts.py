@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import open_arrays, reason_of
 from engram_jax.hardware.numba_internals import host_jit
 from engram_jax.hardware.storage import replacing
 
@@ -117,7 +118,7 @@ def save_frequency(
         with replacing(path) as file:
             np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{shown(path)}: cannot be written ({reason_of(error)})") from error
 
 
 def load_frequency(path: str | Path, fingerprint: str | None = None) -> FrequencyFile:
@@ -126,29 +127,31 @@ def load_frequency(path: str | Path, fingerprint: str | None = None) -> Frequenc
     Raises UserError, one line, for a file that is missing, damaged, or of another format or
     addressing.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if int(archive["format"]) != _FORMAT:
-                raise ValueError(f"format {archive['format']}, this program reads {_FORMAT}")
-            layers = {name: _layer(archive, name) for name in archive["layers"].tolist()}
-            found = FrequencyFile(layers, str(archive["fingerprint"]), int(archive["tokens"]))
-    except Exception as error:  # whatever a truncated or foreign file raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path}: no usable frequency file ({reason})") from error
+    with open_arrays(path, "frequency file") as archive:
+        if int(archive["format"]) != _FORMAT:
+            raise ValueError(f"format {archive['format']}, this program reads {_FORMAT}")
+        layers = {str(name): _layer(archive, str(name)) for name in archive["layers"].tolist()}
+        if not layers:
+            raise ValueError("has no layers")
+        found = FrequencyFile(layers, str(archive["fingerprint"]), int(archive["tokens"]))
     if fingerprint is not None and found.fingerprint != fingerprint:
         raise UserError(
-            f"{path}: counted with addressing {found.fingerprint}, this model has {fingerprint}"
+            f"frequency file {shown(path)}: counted with addressing {shown(found.fingerprint)},"
+            f" this model has {fingerprint}"
         )
     return found
 
 
 def _layer(archive: Mapping[str, np.ndarray], name: str) -> Frequency:
     ids, counts = archive[f"{name}.ids"], archive[f"{name}.counts"]
-    rows, lookups = archive[f"{name}.table"].tolist()
+    rows, lookups = (int(number) for number in archive[f"{name}.table"].tolist())
+    name = shown(name)
     if ids.dtype != np.int32 or counts.dtype != np.int64 or ids.shape != counts.shape:
         raise ValueError(f"layer {name}: ids must be int32 [m], counts int64 [m]")
     if ids.ndim != 1 or (ids.size and (ids.min() < 0 or ids.max() >= rows)):
         raise ValueError(f"layer {name}: ids must be [m], each in 0 to {rows - 1}")
+    if (counts < 1).any() or counts.sum() > lookups:
+        raise ValueError(f"layer {name}: counts must be 1 or more, {lookups} together at most")
     if (np.diff(counts) > 0).any() or np.unique(ids).size != ids.size:
         raise ValueError(f"layer {name}: must be distinct rows by falling count")
     return Frequency(ids, counts, rows, lookups)

@@ -15,9 +15,9 @@ WEIGHT = "layers.0.engram.embed.weight"
 
 
 def test_missing_and_foreign_files_are_refused(path, tmp_path):
-    with pytest.raises(UserError, match=r"cannot be read .No such file"):
+    with pytest.raises(UserError, match="No such file"):
         open_memory(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         open_memory(tmp_path)
     (tmp_path / "text").write_text("once upon a time" * 900)
     with pytest.raises(UserError, match="the header's length is"):

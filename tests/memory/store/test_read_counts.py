@@ -71,18 +71,18 @@ def test_another_addressing_is_refused(batches, tmp_path):
 
 def test_damaged_and_foreign_files_are_refused(batches, tmp_path):
     path = tmp_path / "f"
-    with pytest.raises(UserError, match="no usable frequency file"):
+    with pytest.raises(UserError, match="frequency file"):
         load_frequency(path)
     save_frequency(path, count_accesses(batches, ROWS), "cafe", 1)
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="no usable frequency file") as caught:
+        with pytest.raises(UserError, match="frequency file") as caught:
             load_frequency(path)
         assert "\n" not in str(caught.value)
     at = whole.index(b"NUMPY", whole.index(b"14.ids")) + 140  # in the numbers: zip has a checksum
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    with pytest.raises(UserError, match="no usable frequency file"):
+    with pytest.raises(UserError, match="frequency file"):
         load_frequency(path)
 
 
