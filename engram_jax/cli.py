@@ -294,7 +294,7 @@ def _count_memory(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.serve import export_memory
 
     file = Path(_OUTPUT.value or "")
-    export_memory.count_memory(config, file, _TOKENS.value, processes.log)
+    export_memory.count_memory(config, file, _TOKENS.value, processes.log, workdir)
 
 
 def _describe(config: Config, workdir: Path, accept: Accepted) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from io import FileIO
@@ -148,12 +148,11 @@ def check_output(flag: str, value: str | Path) -> None:
             raise UserError(f"{where}: is no file that could be replaced")
         if not path.parent.is_dir():
             raise UserError(f"{where}: {shown(path.parent)} is no folder; make it first")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name[:200]):
-            pass
-        os.stat(path.parent / f"{path.name}.xxxxxxxx.partial")  # a name that is too long
-    except (UserError, FileNotFoundError) as error:
-        if isinstance(error, UserError):
-            raise
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        partial.touch(exist_ok=False)  # tells of a name that is too long
+        partial.unlink()
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{where}: cannot be written: {reason_of(error)}") from error
     except ValueError as error:

@@ -19,13 +19,17 @@ from engram_jax.data import text_store
 from engram_jax.data.cache import build_once, key_of, read_json, write_json
 from engram_jax.data.documents import Spool, split_text
 from engram_jax.data.folder_text import FolderText
+from engram_jax.data.large_documents import MOST, cut_large, large_documents
 from engram_jax.data.local_text import LIBRARY, LocalText
 from engram_jax.data.near_duplicates import resembling
 from engram_jax.data.source_report import SourceReport
-from engram_jax.data.split import hold_out
+from engram_jax.data.split import below, hold_out, missed
 
 # Increase it when the same files would be prepared differently.
 FORMAT = 1
+# Increase it when that may be so of some: all are then read again, and what they give is compared
+# by content. 2: large documents are cut; formats are told apart.
+READING = 2
 
 _MIN_PIECE = 1 << 10
 
@@ -61,7 +65,7 @@ def open_corpus(config: DataConfig, cache: Path, log: Callable[[str], Any] = pri
     else:
         report = SourceReport(source=config.path)
         source = FolderText(config, report)
-    entry = cache / "sources" / key_of(FORMAT, source.manifest(), _settings(config))
+    entry = cache / "sources" / key_of(FORMAT, READING, source.manifest(), _settings(config))
 
     def make(folder: Path) -> None:
         log(f"data: reading {report.source}")
@@ -100,12 +104,22 @@ def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) 
     if not len(spool):
         skipped = ", ".join(f"{tally.count:,} {reason}" for reason, tally in report.skipped.items())
         raise UserError(f"{report.source}: no text to train on (left out: {skipped or 'nothing'})")
+    fraction, decided = config.validation_fraction, np.empty(0, np.int8)
     if len(np.unique(spool.origins)) == 1:
         spool = _cut_small(spool, config, report)
+    elif len(large := large_documents(spool)):
+        whole, spool = spool, Spool(spool.path.with_name("spool-cut"), report)
+        decided = cut_large(whole, spool, large, fraction, config.max_document_bytes)
+        report.notes.append(
+            f"{len(large):,} document(s) of more than {MOST:.0%} of the text: a part of each is"
+            " held out"
+        )
     try:
         sizes = spool.sizes
-        fraction = config.validation_fraction
-        held = hold_out(spool.digests, sizes, fraction, spool.origins, report.source)
+        if len(decided):
+            held = np.where(decided < 0, _by_content(spool, fraction), decided == 1)
+        else:
+            held = hold_out(spool.digests, sizes, fraction, spool.origins, report.source)
         near = _near_duplicates(spool, held, config, report)
         train = ~held & ~near
         report.train_documents, report.validation_documents = int(train.sum()), int(held.sum())
@@ -113,6 +127,8 @@ def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) 
             int(sizes[train].sum()),
             int(sizes[held].sum()),
         )
+        if note := missed(report.validation_bytes, report.train_bytes, fraction):
+            report.notes.append(note)
         digests = sorted(
             d.tobytes().hex() + "-+"[int(h)]
             for d, h, out in zip(spool.digests, held, near, strict=True)
@@ -123,6 +139,12 @@ def _store(spool: Spool, config: DataConfig, cache: Path, report: SourceReport) 
     finally:
         spool.close()
     return key
+
+
+def _by_content(spool: Spool, fraction: float) -> np.ndarray:
+    """As `hold_out`, where other documents fill both sides already: bool [documents]."""
+    _, first, group = np.unique(spool.origins, return_index=True, return_inverse=True)
+    return below(spool.digests[first], fraction)[group]
 
 
 def _near_duplicates(
@@ -169,7 +191,7 @@ def _open_tfds(config: DataConfig, cache: Path, log: Callable[[str], Any]) -> Co
     from engram_jax.data.tfds_text import TfdsText  # imports tensorflow_datasets, only if used
 
     source = TfdsText(config, log)
-    key = key_of(FORMAT, source.manifest(), _settings(config))
+    key = key_of(FORMAT, READING, source.manifest(), _settings(config))
 
     def make(folder: Path) -> None:
         log(f"data: reading TFDS data set {config.path}")

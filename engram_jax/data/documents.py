@@ -10,22 +10,17 @@ from __future__ import annotations
 import array
 import codecs
 import hashlib
-import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from engram_jax.data import source_report as why
 from engram_jax.data.source_report import SourceReport
 
-# Bytes. A JSON line is parsed whole: a longer one is skipped, and counted.
-MAX_JSON_LINE = 64 << 20
-
 _BLOCK = 1 << 20
+_HEAD = 4096  # bytes that tell what a file is
 
 
 class Spool:
@@ -134,6 +129,26 @@ def add_text(spool: Spool, name: str, text: str, origin: int, max_bytes: int) ->
         spool.add(name, piece, origin)
 
 
+def foreign_format(path: Path) -> str | None:
+    """What a file is that holds its text in another form than UTF-8, with the remedy, as the reason
+    why it is left out; None for one that may be text."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    for start, reason in why.FORMATS:
+        if head.startswith(start):
+            return reason
+    if head[257:262] == b"ustar":
+        return "tar: unpack it (tar -xf)"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return why.UTF16
+    # Without a mark: every other byte of ASCII is NUL.
+    pairs = len(head) // 2
+    for zeros, others in ((head[1::2], head[::2]), (head[::2], head[1::2])):
+        if pairs >= 2 and zeros.count(0) > 0.6 * pairs and others.count(0) < 0.1 * pairs:
+            return why.UTF16
+    return None
+
+
 def add_file(spool: Spool, path: Path, name: str, origin: int, max_bytes: int) -> None:
     """Add a text file as one document, read in parts. It is skipped if it has a NUL byte."""
     with open(path, "rb") as file:
@@ -152,52 +167,6 @@ def add_file(spool: Spool, path: Path, name: str, origin: int, max_bytes: int) -
             spool.add(name, rest[:end], origin)
             rest, pieces, left = rest[end:], pieces + 1, left - end
         spool.report.cut_documents += pieces > 1
-
-
-def add_json_lines(
-    spool: Spool, path: Path, name: str, origin: int, text_key: str, max_bytes: int
-) -> tuple[int, Counter[str]]:
-    """Add the `text_key` of every line as a document. Returns the next free origin, and counts of
-    the keys of the records that lack it."""
-    other_keys: Counter[str] = Counter()
-    with open(path, "rb") as file:
-        for number, line in _lines(file, spool.report, name):
-            where = f"{name}:{number}"
-            if spool.full:
-                spool.report.skip(why.OVER_LIMIT, where, len(line))
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                spool.report.skip(why.NOT_UTF8, where, len(line))
-                continue
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                spool.report.skip(why.BAD_JSON, where, len(line))
-            elif text_key not in record:
-                spool.report.skip(why.NO_KEY, where, len(line))
-                other_keys.update(record.keys())
-            elif not isinstance(record[text_key], str):
-                spool.report.skip(why.NOT_TEXT, where, len(line))
-            else:
-                add_text(spool, where, record[text_key], origin, max_bytes)
-                origin += 1
-    return origin, other_keys
-
-
-def _lines(file: BinaryIO, report: SourceReport, name: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank; one that is too long is skipped without being held."""
-    number = 0
-    while line := file.readline(MAX_JSON_LINE + 1):
-        number += 1
-        size = len(line)
-        if size > MAX_JSON_LINE:
-            while not line.endswith(b"\n") and (line := file.readline(MAX_JSON_LINE)):
-                size += len(line)
-            report.skip(why.LONG_LINE, f"{name}:{number}", size)
-        elif line.strip():
-            yield number, line
 
 
 def _cut_point(text: bytes, limit: int) -> int:

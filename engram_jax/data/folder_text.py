@@ -1,4 +1,4 @@
-"""The source "folder": a local folder or file of text, or of JSON lines (.jsonl, .ndjson)."""
+"""The source "folder": text files or JSON records (.jsonl, .ndjson, .json) below a path, or one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.config import DataConfig
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from engram_jax.data import source_report as why
-from engram_jax.data.documents import Spool, add_file, add_json_lines
+from engram_jax.data.documents import Spool, add_file, foreign_format
+from engram_jax.data.json_text import add_json, add_json_lines
 from engram_jax.data.source_report import SourceReport
 
-JSON_LINES = (".jsonl", ".ndjson")
+JSON_LINES, JSON = (".jsonl", ".ndjson"), ".json"
 
 
 @dataclass(frozen=True)
@@ -52,32 +53,42 @@ class FolderText:
         return ["folder", str(self._root), self._config.text_key, files]
 
     def collect(self, spool: Spool) -> None:
-        """Add every document to the spool. Raises UserError if no JSON line has the text key."""
+        """Add every document to the spool. Raises UserError if most of the text is in JSON lines
+        without the text key, or there is no other; a few of them are counted."""
         max_bytes, text_key = self._config.max_document_bytes, self._config.text_key
-        origin, documents_of_json, other_keys = 0, 0, Counter[str]()
+        origin, other_keys, without_key = 0, Counter[str](), 0
         for file in self.files:
             if spool.full:
                 spool.report.skip(why.OVER_LIMIT, file.name, file.size)
                 continue
             try:
-                if file.path.suffix.lower() in JSON_LINES:
-                    start = origin
-                    origin, keys = add_json_lines(
-                        spool, file.path, file.name, origin, text_key, max_bytes
-                    )
-                    documents_of_json += origin - start
+                ending = file.path.suffix.lower()
+                if reason := foreign_format(file.path):
+                    spool.report.skip(reason, file.name, file.size)
+                elif ending == JSON or ending in JSON_LINES:
+                    add = add_json if ending == JSON else add_json_lines
+                    before = spool.report.bytes_of(why.NO_KEY)
+                    origin, keys = add(spool, file.path, file.name, origin, text_key, max_bytes)
                     other_keys += keys
+                    if ending in JSON_LINES:  # a .json file may be anything beside the text
+                        without_key += spool.report.bytes_of(why.NO_KEY) - before
                 else:
                     add_file(spool, file.path, file.name, origin, max_bytes)
                     origin += 1
             except OSError:
                 spool.report.skip(why.UNREADABLE, file.name, file.size)
-        if other_keys and not documents_of_json:
-            found = ", ".join(sorted(key for key, _ in other_keys.most_common(8)))
+        if not other_keys:
+            return
+        found = shown(", ".join(sorted(key for key, _ in other_keys.most_common(8))), quoted=False)
+        if not len(spool) or without_key > spool.bytes:
+            which = "most of the text is in JSON lines without" if len(spool) else "nothing has"
             raise UserError(
-                f"config.data.text_key = {text_key!r}: no JSON record below {self._root} has that "
-                f"key; the records have {found}"
+                f"config.data.text_key = {text_key!r}: {which} that key, below"
+                f" {shown(self._root)}; the records have {found}"
             )
+        spool.report.notes.append(
+            f"the JSON records without the key {text_key!r} (config.data.text_key) have {found}"
+        )
 
 
 def list_files(root: Path, report: SourceReport) -> list[File]:

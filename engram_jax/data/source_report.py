@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from engram_jax.config.errors import shown
+
 EMPTY = "empty"
 NOT_UTF8 = "not UTF-8"
 BINARY = "binary (NUL bytes)"
@@ -14,18 +16,35 @@ HIDDEN = "hidden (name starts with a dot)"
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate of a held-out document"
 BAD_JSON = "not a JSON object"
+FORMATS = (  # how files begin that hold text in another form, and how it is got out
+    (b"\x1f\x8b", "gzip: unpack it (gunzip)"),
+    (b"PK\x03\x04", "zip: unpack it (unzip)"),
+    (b"BZh", "bzip2: unpack it (bunzip2)"),
+    (b"\xfd7zXZ\0", "xz: unpack it (unxz)"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard: unpack it (unzstd)"),
+    (b"\x04\x22\x4d\x18", "LZ4: unpack it (unlz4)"),
+    (b"7z\xbc\xaf\x27\x1c", "7-Zip: unpack it (7z x)"),
+    (b"PAR1", "Parquet: write its text column as JSON lines"),
+    (b"ARROW1", "Arrow: write its text column as JSON lines"),
+    (b"\xff\xff\xff\xff", "Arrow stream: write its text column as JSON lines"),
+    (b"SQLite format 3\0", "SQLite: write its text column as JSON lines"),
+    (b"\x89HDF\r\n\x1a\n", "HDF5: write its text as JSON lines"),
+    (b"%PDF-", "PDF: convert it to text (pdftotext)"),
+)
 NO_KEY = "JSON without the text key"
 NOT_TEXT = "JSON text that is not a string"
 LONG_LINE = "JSON line too long"
 NUMBERS = "mostly digits or punctuation"
+UTF16 = "UTF-16: convert it (iconv -f UTF-16 -t UTF-8)"
 OVER_LIMIT = "beyond data.max_megabytes"
 
 _EXAMPLES = 3
 
 
 def printable(name: str) -> str:
-    """A file's name with the bytes that are not UTF-8 escaped, as \\udcff for 0xff."""
-    return name.encode(errors="backslashreplace").decode()
+    """A file's name on one line: what is not printable is escaped, bytes that are not UTF-8 as
+    \\udcff for 0xff."""
+    return shown(name, quoted=False)
 
 
 @dataclass
@@ -67,6 +86,15 @@ class SourceReport:
         tally.bytes += size
         if len(tally.examples) < _EXAMPLES:
             tally.examples.append(printable(name))
+
+    def skip_some(self, reason: str, name: str, sizes: Any) -> None:
+        """Count several documents of these sizes (a NumPy array), none if it is empty."""
+        if len(sizes):
+            self.skip(reason, name, int(sizes.sum()), len(sizes))
+
+    def bytes_of(self, reason: str) -> int:
+        """Bytes skipped for a reason so far."""
+        return self.skipped[reason].bytes if reason in self.skipped else 0
 
     def log(self, log: Callable[[str], Any]) -> None:
         """Log the report in a few lines."""

@@ -7,6 +7,24 @@ import numpy as np
 from engram_jax.config.errors import UserError
 
 
+def below(digests: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether digests uint8 [n, >= 8], read as numbers in [0, 1), are below: bool [n]."""
+    heads = np.ascontiguousarray(digests[:, :8]).view(">u8")[:, 0]
+    return heads.astype(np.float64) / 2.0**64 < fraction
+
+
+def missed(held: int, train: int, fraction: float) -> str:
+    """A line for the user if the share of the bytes that is held out misses `fraction` by half of
+    it or more, else ""."""
+    share = held / max(1, held + train)
+    if abs(share - fraction) < fraction / 2:
+        return ""
+    return (
+        f"{share:.2%} of the text is held out, not the {fraction:.2%} that"
+        " config.data.validation_fraction asks for: its documents are too few, or too unequal"
+    )
+
+
 def hold_out(
     digests: np.ndarray,
     sizes: np.ndarray,
@@ -33,7 +51,7 @@ def hold_out(
             "hold some out for validation; give more text"
         )
     heads = np.ascontiguousarray(digests[first, :8]).view(">u8")[:, 0]
-    held = heads.astype(np.float64) / 2.0**64 < fraction
+    held = below(digests[first], fraction)
     if held.all() or not held.any():
         group_sizes = np.bincount(group, weights=sizes)
         distance = np.abs(group_sizes - fraction * group_sizes.sum())

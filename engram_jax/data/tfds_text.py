@@ -14,11 +14,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from engram_jax.config import DataConfig
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from engram_jax.data import source_report as why
 from engram_jax.data.documents import defect, split_text
 from engram_jax.data.source_report import SourceReport
-from engram_jax.data.split import hold_out
+from engram_jax.data.split import hold_out, missed
 from engram_jax.data.text_store import TRAIN, VALIDATION
 
 # A split of one of these names is taken as the held-out one. A test split is never read.
@@ -38,10 +38,10 @@ class TfdsText:
         self._builder = _open(config.path, log)
         key, features = config.text_key, self._builder.info.features
         names = sorted(features.keys()) if hasattr(features, "keys") else []
-        if key not in names or np.dtype(features[key].np_dtype).kind not in "OSU":
+        if key not in names or not _is_text(features[key]):
             raise UserError(
                 f"config.data.text_key = {key!r}: TFDS data set {config.path} has no string "
-                f"feature of that name; its features are {', '.join(names) or features}"
+                f"feature of that name; its features are {shown(', '.join(names) or features)}"
             )
         splits = sorted(self._builder.info.splits)
         if TRAIN not in splits:
@@ -76,6 +76,10 @@ class TfdsText:
             report.notes.append(
                 "no validation split: some documents of 'train' are held out by content"
             )
+        if self.validation_split:  # a text of both splits is held out
+            mine = ~_among(digests, held_digests)
+            report.skip_some(why.DUPLICATE, TRAIN, sizes[~mine])
+            kept, digests, sizes = kept[mine], digests[mine], sizes[mine]
         if not len(kept) or not len(held_ids):
             raise UserError(
                 f"TFDS data set {self._config.path}: {len(kept)} usable texts to train on and "
@@ -83,18 +87,53 @@ class TfdsText:
             )
         report.train_documents, report.train_bytes = len(kept), int(sizes.sum())
         report.validation_documents, report.validation_bytes = len(held_ids), int(held_sizes.sum())
+        if not self.validation_split and (
+            note := missed(report.validation_bytes, report.train_bytes, fraction)
+        ):
+            report.notes.append(note)
         digest = hashlib.sha256(digests.tobytes() + b"|" + held_digests.tobytes()).hexdigest()
         return {TRAIN: kept, VALIDATION: held_ids}, digest
 
     def documents(self, split: str, ids: np.ndarray) -> Iterator[str]:
         """The texts of the examples `ids`; those longer than max_document_bytes in parts."""
         name = self.validation_split if split == VALIDATION and self.validation_split else TRAIN
-        source = self._builder.as_data_source(name)
+        source = self._source(name)
         for i in ids.tolist():
-            for piece in split_text(
-                _bytes(source[i][self._config.text_key]), self._config.max_document_bytes
-            ):
+            for piece in split_text(self._text(source, name, i), self._config.max_document_bytes):
                 yield piece.decode()
+
+    def _source(self, split: str) -> Any:
+        """Random access to a split's records. Raises UserError if there are not as many as the
+        data set says."""
+        with self._readable(split):
+            source = self._builder.as_data_source(split)
+            there = len(source)
+        said = self._builder.info.splits[split].num_examples
+        if there != said:
+            raise UserError(
+                f"TFDS data set {self._config.path}: split {split!r} has {there:,} records, its"
+                f" description says {said:,}; prepare it again"
+            )
+        return source
+
+    def _text(self, source: Any, split: str, number: int) -> bytes:
+        with self._readable(f"{split}[{number}]"):
+            return _bytes(source[number][self._config.text_key])
+
+    @contextlib.contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        """Whatever TFDS, ArrayRecord or a feature's decoder raises becomes one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = shown(" ".join(str(error).split()), quoted=False)
+            raise UserError(
+                f"TFDS data set {self._config.path}: {what} cannot be read"
+                f" ({type(error).__name__}: {reason}); files are missing or damaged: prepare it"
+                " again"
+            ) from error
 
     @property
     def _limit(self) -> int | None:
@@ -104,7 +143,7 @@ class TfdsText:
         self, name: str, report: SourceReport, limit: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(numbers int64 [n], digests uint8 [n, 16], bytes int64 [n]) of the usable examples."""
-        source = self._builder.as_data_source(name)
+        source = self._source(name)
         numbers: list[int] = []
         sizes: list[int] = []
         digests = bytearray()
@@ -113,7 +152,7 @@ class TfdsText:
             if limit is not None and total >= limit:
                 report.skip(why.OVER_LIMIT, f"{name}[{i}:{len(source)}]", 0, len(source) - i)
                 break
-            text = _bytes(source[i][self._config.text_key])
+            text = self._text(source, name, i)
             if reason := defect(text):
                 report.skip(reason, f"{name}[{i}]", len(text))
                 continue
@@ -122,11 +161,11 @@ class TfdsText:
             digests += hashlib.sha256(text).digest()[:16]
             total += len(text)
             report.cut_documents += len(text) > self._config.max_document_bytes
-        return (
-            np.asarray(numbers, np.int64),
-            np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16),
-            np.asarray(sizes, np.int64),
-        )
+        ids, found = np.asarray(numbers, np.int64), np.asarray(sizes, np.int64)
+        ordered = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
+        first = _first_of_equals(ordered)
+        report.skip_some(why.DUPLICATE, name, found[~first])
+        return ids[first], ordered[first], found[first]
 
 
 @contextlib.contextmanager
@@ -184,6 +223,31 @@ def _has_code(name: str) -> bool:
     base = re.split("[/:]", name)[0]
     modules = Path(tfds.__file__).parent.glob("*/*.py")
     return any(module.stem == base for module in modules if module.stem != "__init__")
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a feature is one string: not a sequence of them, a number, an image ..."""
+    try:
+        return feature.shape == () and np.dtype(feature.np_dtype).kind in "OSU"
+    except (AttributeError, TypeError, NotImplementedError):
+        return False
+
+
+def _first_of_equals(digests: np.ndarray) -> np.ndarray:
+    """Which of the digests uint8 [n, 16] differ from all before them: bool [n]."""
+    first = np.zeros(len(digests), bool)
+    first[np.unique(_whole(digests), return_index=True)[1]] = True
+    return first
+
+
+def _among(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the digests are among others: bool [n]."""
+    return np.isin(_whole(digests), _whole(others))
+
+
+def _whole(digests: np.ndarray) -> np.ndarray:
+    """uint8 [n, 16] -> [n] of one value each."""
+    return np.ascontiguousarray(digests).view("V16").reshape(-1)
 
 
 def _bytes(text: bytes | str) -> bytes:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
+from engram_jax.addressing.artifact import as_stored
 from engram_jax.addressing.hash_batches import BatchAddresser
-from engram_jax.checkpoint.load_model import load_model
+from engram_jax.checkpoint.load_model import check_same_tokenizer, load_model
+from engram_jax.checkpoint.workdir import TOKENIZER
 from engram_jax.config import HOST, Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.given_files import check_output
@@ -59,21 +63,34 @@ def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
     return (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
 
 
-def count_memory(config: Config, path: Path, tokens: int, log: Log) -> None:
-    """Write a frequency file: how often the first `tokens` training tokens read each row. Raises
-    UserError for a model without memory."""
+def count_memory(
+    config: Config, path: Path, tokens: int, log: Log, workdir: Path | None = None
+) -> None:
+    """Write a frequency file: how often the first `tokens` training tokens read each row.
+
+    workdir: of the run that is to be served. If there is one, its tokenizer is used, whose ids the
+    text may not give again, and its f-grams.
+    Raises UserError for a model without memory, and for a tokenizer that is not the run's.
+    """
     if not config.model.engram.layers:
         raise UserError("config.model.engram.layers = (): has no memory whose reads to count")
     check_decodes(config)
     check_output("output", path)
-    data = open_on_all_processes(config, log=log)
+    of_run = workdir is not None and (workdir / TOKENIZER).is_file()
+    if workdir is not None and of_run:
+        check_same_tokenizer(config, workdir)
+        own = dataclasses.replace(config.tokenizer, path=str((workdir / TOKENIZER).absolute()))
+        config = dataclasses.replace(config, tokenizer=own)
+        log(f"counting with the tokenizer of the run in {workdir}")
+    data = open_on_all_processes(config, log=log, count_fgrams=not of_run)
     assert data.addressing is not None
-    addresser = BatchAddresser(data.addressing)
-    seen = 0
+    addressing = data.addressing if workdir is None else as_stored(data.addressing, workdir)
+    addresser = BatchAddresser(addressing)
+    iterator, seen = data.train_iterator(), 0
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         nonlocal seen
-        for batch in data.train_iterator():
+        for batch in iterator:
             if seen >= tokens:
                 return
             segments = np.asarray(batch["segments"])
@@ -82,9 +99,10 @@ def count_memory(config: Config, path: Path, tokens: int, log: Log) -> None:
             seen += int(real.sum())
             yield {layer: ids[real] for layer, ids in found.items()}
 
-    rows = {str(k): layer.padded_rows for k, layer in data.addressing.layers.items()}
-    layers = count_accesses(batches(), rows)
-    save_frequency(path, layers, data.addressing.fingerprint, seen)
+    rows = {str(k): layer.padded_rows for k, layer in addressing.layers.items()}
+    with closing(iterator):
+        layers = count_accesses(batches(), rows)
+    save_frequency(path, layers, addressing.fingerprint, seen)
     for layer, found in layers.items():
         share = len(found.ids) / found.rows
         log(f"layer {layer}: {found.lookups:,} lookups read {share:.1%} of {found.rows:,} rows")

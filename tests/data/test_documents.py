@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engram_jax.data import documents
+from engram_jax.data import json_text
 from engram_jax.data import source_report as why
-from engram_jax.data.documents import Spool, add_file, add_json_lines, split_text
+from engram_jax.data.documents import Spool, add_file, split_text
+from engram_jax.data.json_text import add_json_lines
 from engram_jax.data.source_report import SourceReport
 
 
@@ -150,7 +151,7 @@ def test_json_lines(spool, tmp_path):
 
 
 def test_huge_json_line_is_skipped_without_being_held(spool, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_JSON_LINE", 200)
+    monkeypatch.setattr(json_text, "MAX_JSON_LINE", 200)
     huge = b'{"text": "' + b"x" * 1000 + b'"}\n'
     (tmp_path / "f.jsonl").write_bytes(huge + b'{"text": "kept"}\n' + huge.strip())
     add_json_lines(spool, tmp_path / "f.jsonl", "f.jsonl", 0, "text", 1000)
