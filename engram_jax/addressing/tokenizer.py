@@ -14,6 +14,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from engram_jax.config.errors import UserError, shown
 from engram_jax.config.given_files import read_text
 
+# Words, signs, code and scripts of which a vocabulary lacks some.
+_ANY_TEXT = (
+    "The quick brown fox, 1234.5!",
+    "def f(x):\n\treturn {x: '\\0'}\n",
+    "ß Ω я 中 \U0001f600",
+)
+
 
 def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenizer:
     """The tokenizer stored at `path`: a `tokenizer.json`, or a folder that holds one.
@@ -69,6 +76,33 @@ def _keep_special_tokens_out_of_words(tokenizer: Tokenizer) -> None:
     state = json.loads(before.__getstate__())
     if json.loads(split.__getstate__()) not in state.get("pretokenizers", [state])[-1:]:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([before, split])
+
+
+def check_encodes(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Raises UserError for a tokenizer that has no ids, or that fails on a text it does not know
+    (a WordLevel model without its unknown token, for one)."""
+    if not tokenizer.get_vocab_size(with_added_tokens=True):
+        raise UserError(f"tokenizer {shown(path)}: its vocabulary is empty")
+    for text in _ANY_TEXT:
+        encode_batch(tokenizer, [text], path)
+
+
+def encode_batch(tokenizer: Tokenizer, texts: list[str], path: str | Path = "") -> list[Any]:
+    """The texts' encodings without anything added. Raises UserError where the tokenizer fails."""
+    try:
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception
+        reason = shown(str(error).splitlines()[0], quoted=False)
+        name = f"tokenizer {shown(path)}" if path else "the tokenizer"
+        raise UserError(f"{name}: cannot encode every text ({reason})") from error
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for what the tokenizer does not know; None if it knows every text."""
+    if isinstance(tokenizer.model, models.Unigram):
+        return json.loads(tokenizer.to_str())["model"]["unk_id"]
+    token = getattr(tokenizer.model, "unk_token", None)
+    return None if token is None else tokenizer.token_to_id(token)
 
 
 def tokenizer_size(tokenizer: Tokenizer) -> int:

@@ -152,6 +152,16 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     return content
 
 
+def check_step(content: dict[str, Any], step: int) -> None:
+    """Raises UserError if the checkpoint was written after another step than its folder's name
+    says: rates, data and random numbers would be those of that step."""
+    if content["step"] != step:
+        raise UserError(
+            f"was written after step {content['step']}; its folder was renamed: call it"
+            f" {content['step']} again"
+        )
+
+
 def loss_in(content: dict[str, Any]) -> float:
     """The "loss" of a checkpoint's content; infinite without one."""
     loss = content["metrics"].get("loss")

@@ -39,6 +39,7 @@ from engram_jax.checkpoint.integrity import (
     OneLine,
     absolute,
     check_arrays,
+    check_step,
     compare,
     decode_iterator,
     digest,
@@ -254,6 +255,7 @@ class Checkpointer:
         path = self.directory / str(number)
         try:
             content = read_meta(path)
+            check_step(content, number)
             compare(content, wanted, shapes, self._fingerprint, whole)
             check_arrays(path, share=True)
         except UserError as error:
@@ -341,8 +343,14 @@ class Checkpointer:
             except UserError:
                 continue
             complete.append(str(other))
-        names = ", ".join(other for other in complete if other != str(step))
-        return f"complete checkpoints beside it: {names or 'none'}"
+        others = [other for other in complete if other != str(step)]
+        if not others:
+            return "complete checkpoints beside it: none"
+        go_on = ""
+        if step > int(others[-1]):
+            folder = self.directory / str(step)
+            go_on = f"; to go on from step {others[-1]}, move {folder} away"
+        return f"complete checkpoints beside it: {', '.join(others)}{go_on}"
 
     def _empty_trash(self) -> None:
         trash = self.directory / TRASH

@@ -102,6 +102,20 @@ _CHOICES = {
     "data.source": ("local", "folder", "tfds"),
     "optimizer.memory_optimizer": (ROWWISE_ADAM, DENSE_ADAM, FROZEN),
 }
+# The program repeats these in its compiled steps, so that compiling takes time and memory for each.
+_AT_MOST = {
+    "model.hyper.sinkhorn_iterations": 1000,
+    "optimizer.muon_ns_steps": 100,
+    "model.engram.conv_kernel": 1024,
+    "model.hyper.streams": 1024,
+    "model.layers": 10_000,
+    "data.workers": 1024,
+}
+# Whole numbers are int32 in compiled programs and in NumPy's sizes, except for these.
+_MAY_BE_LONG = (
+    *("data.max_document_bytes", "data.max_megabytes", "data.seed", "data.tasks.seed"),
+    *("train.seed", "generate.seed", "train.seen_tokens", "serve.max_body", "model.engram.seed"),
+)
 _SEEDS = ("data.seed", "data.tasks.seed", "train.seed", "generate.seed")
 _MAY_BE_INFINITE = ("optimizer.clip_norm",)  # no clipping
 
@@ -112,6 +126,11 @@ def validate(config: Config) -> None:
         finite = not isinstance(value, float) or math.isfinite(value)
         endless = key in _MAY_BE_INFINITE and value == math.inf
         require(finite or endless, key, value, "a finite number")
+        if type(value) is int:
+            bits = 62 if key in _MAY_BE_LONG else 31
+            require(abs(value) < 1 << bits, key, value, f"below 2**{bits}")
+        if isinstance(value, str):
+            require("\0" not in value, key, value, "text without a NUL character")
     for section, keys in _POSITIVE.items():
         for key in keys.split():
             value = _get(config, f"{section}.{key}")
@@ -123,6 +142,8 @@ def validate(config: Config) -> None:
         for key in keys.split():
             value = _get(config, f"{section}.{key}")
             require(value >= 0, f"{section}.{key}", value, "0 or more")
+    for key, most in _AT_MOST.items():
+        require(_get(config, key) <= most, key, _get(config, key), f"at most {most}")
     for key, choices in _CHOICES.items():
         require(_get(config, key) in choices, key, _get(config, key), one_of(choices))
     for key in _SEEDS:
@@ -161,6 +182,10 @@ def _feed_forward(ffn: FeedForwardConfig, layers: int) -> None:
         + (f", and the {ffn.routed_experts} routed experts need a layer" if moe else ""),
     )
     if not moe:
+        # A model with experts whose number is set to 0 keeps its other keys, and is dense.
+        meant = ffn.shared_experts == 0 or ffn.top_k > 0
+        only = "0 without routed experts: model.ffn.routed_experts = 0 makes every layer dense"
+        require(meant, f"{key}.shared_experts", ffn.shared_experts, only)
         return
     require(ffn.expert_dim > 0, f"{key}.expert_dim", ffn.expert_dim, "positive")
     require(

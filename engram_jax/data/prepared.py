@@ -96,6 +96,11 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
         f"data: {len(train):,} tokens to train on, {len(valid):,} held out, "
         f"{valid.bytes_per_token:.2f} bytes per token, tokenizer {path}"
     )
+    if unknown := train.unknown_tokens:
+        log(
+            f"data: {unknown:,} of the training tokens ({unknown / len(train):.2%}) are the"
+            " tokenizer's unknown token"
+        )
     if tasks is not None:
         tasks.log(log)
     return PreparedData(tokenizer, path, eos_id, train, valid, corpus.report, key, tasks)

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from engram_jax.addressing import Addressing, BatchAddresser, build_addressing, load_tokenizer
+from engram_jax.addressing.tokenizer import check_encodes
 from engram_jax.config import LOCAL_BPE, SCONE, Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.fgram_counts import with_fgrams
@@ -16,6 +17,7 @@ from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import AddressesFn, TrainIterator, train_batches, validation_batches
 from engram_jax.data.placement import rows_here
 from engram_jax.data.prepared import PreparedData, prepare
+from engram_jax.data.train_bpe import find_eos
 from engram_jax.distributed.consensus import agree, gather
 
 
@@ -100,7 +102,10 @@ def check_tokenizer(config: Config) -> None:
     """
     tokens = config.tokenizer
     if tokens.path:
-        build_addressing(config, load_tokenizer(tokens.path))
+        tokenizer = load_tokenizer(tokens.path)
+        check_encodes(tokenizer, tokens.path)
+        find_eos(tokenizer, tokens)
+        build_addressing(config, tokenizer)
     elif tokens.name != LOCAL_BPE:
         raise UserError(
             f"config.tokenizer.path = '': must be the tokenizer.json of {tokens.name}, which this"

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from engram_jax.addressing.tokenizer import encode_batch, unknown_id
 from engram_jax.config.errors import UserError, shown
 from engram_jax.config.given_files import load_array, read_json
 from engram_jax.hardware.storage import write_text
 
 _BATCH_BYTES = 4 << 20  # text handed to the tokenizer's threads at a time
 _BATCH_DOCUMENTS = 1024
+_MOST_UNKNOWN = 0.5  # of the tokens
 _CHECKED = 1 << 24  # bytes of tokens.bin whose checksum is computed at a time
 
 
@@ -103,6 +105,12 @@ class TokenStore:
         """Bytes of text per token, ends of documents counted as tokens."""
         return self.text_bytes / len(self)
 
+    @property
+    def unknown_tokens(self) -> int:
+        """Tokens that stand for what the tokenizer does not know; stores of earlier versions say
+        0."""
+        return self._meta.get("unknown_tokens", 0)
+
     def __len__(self) -> int:
         """Number of tokens."""
         return int(self.starts[-1])
@@ -117,19 +125,28 @@ def write_store(
     """Tokenise `texts` into `folder` in batches: memory does not grow with the text."""
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     starts, written, text_bytes, checksum = array.array("q", [0]), 0, 0, 0
+    unknown, unknown_token = 0, unknown_id(tokenizer)
     with open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(texts):
-            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            for encoding in encode_batch(tokenizer, batch):
                 ids = np.asarray([*encoding.ids, eos_id], dtype)
+                if unknown_token is not None:
+                    unknown += int(np.count_nonzero(ids == unknown_token))
                 file.write(ids.tobytes())
                 checksum = zlib.crc32(ids.data, checksum)
                 written += len(ids)
                 starts.append(written)
             text_bytes += sum(len(text.encode()) for text in batch)
+            if unknown > _MOST_UNKNOWN * written:
+                raise UserError(
+                    f"the tokenizer knows too little of this text: {unknown / written:.0%} of the"
+                    " tokens are its unknown token; give one that is made for such text"
+                    " (config.tokenizer.path)"
+                )
     places = np.asarray(starts, np.int64)
     np.save(folder / "starts.npy", places)
     meta = {"dtype": dtype.name, "eos_id": eos_id, "text_bytes": text_bytes}
-    meta |= {"tokens.bin": checksum, "starts.npy": crc32(places)}
+    meta |= {"unknown_tokens": unknown, "tokens.bin": checksum, "starts.npy": crc32(places)}
     write_text(folder / "store.json", json.dumps(meta))
 
 

@@ -87,6 +87,12 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 def find_eos(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
     """The id that ends a document: config.eos_id if set, else the first of EOS_NAMES that exists.
     Raises UserError if none does."""
+    size = tokenizer_size(tokenizer)
+    if config.eos_id >= size:
+        raise UserError(
+            f"config.tokenizer.eos_id = {config.eos_id}: the tokenizer {config.path or config.name}"
+            f" has {size} ids; must be below {size}"
+        )
     if config.eos_id >= 0:
         return config.eos_id
     for name in EOS_NAMES:

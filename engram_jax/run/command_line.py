@@ -20,7 +20,7 @@ from ml_collections.config_flags import tuple_parser
 
 from engram_jax import config as config_lib
 from engram_jax.checkpoint.workdir import RUN
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from kernels_pallas.dispatch import UnsupportedError
 
 T = TypeVar("T")
@@ -183,12 +183,16 @@ def config_file(config_flag: str, value: str) -> ConfigDict:
     path, colon, argument = value.partition(":")
     where = f"--{config_flag}={path}"
     if not Path(path).is_file():
-        raise UserError(f"{where}: no such file; for example configs/engram_tiny.py")
+        raise UserError(
+            f"--{config_flag}={shown(path)}: no such file; for example configs/engram_tiny.py"
+        )
     try:
         get_config = runpy.run_path(path).get("get_config")
         found = get_config(*[argument] if colon else []) if get_config else None
     except UserError:
         raise
+    except SystemExit as end:
+        raise UserError(f"{where}: ends the program (sys.exit({end.code!r}))") from end
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line, reason = (lines or [None])[-1], one_line(error)

