@@ -19,8 +19,10 @@ configuration that is stored there. On a TPU slice give every host the same comm
 from __future__ import annotations
 
 from engram_jax.hardware.huge_pages import restart_with_huge_pages
+from engram_jax.hardware.interrupts import end_at_once
 
 if __name__ == "__main__":
+    end_at_once()
     restart_with_huge_pages()  # before anything is loaded
 
     from engram_jax.cli import run

@@ -21,6 +21,8 @@ from engram_jax.checkpoint.workdir import check_writable, parse_step
 from engram_jax.config import ROW_FORMATS, Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
+from engram_jax.config.given_files import local_path
+from engram_jax.hardware.interrupts import raise_interrupts
 from engram_jax.run import command_line
 
 OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
@@ -197,7 +199,8 @@ def main(argv: Sequence[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     config = command_line.config_of(_CONFIG.value, "config")
-    workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+    workdir = local_path("--workdir", _WORKDIR.value or f"runs/{config.name}")
+    command_line.leave_out_absent_tpu()
     if _MODE.value not in WITHOUT_PROCESSES:
         _join(config, workdir)
         command_line.keep_compiled_programs(config)
@@ -228,8 +231,9 @@ def _train(config: Config, workdir: Path, accept: Accepted) -> None:
     text = _PROFILE.value
     window = None if text is None else profiling.parse_window(text, config.train.steps)
     loop.train(config, workdir, profile=window, accept=accept)
-    # A second SIGTERM while the interpreter shuts down does not change the exit status.
-    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    # A second signal while the interpreter shuts down does not change the exit status.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def _evaluate(config: Config, workdir: Path, accept: Accepted) -> None:
@@ -283,7 +287,7 @@ def _export_memory(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
     from engram_jax.serve import export_memory
 
-    file = Path(_OUTPUT.value or "")
+    file = local_path("--output", _OUTPUT.value or "")
     export_memory.export_memory(
         config, workdir, _STEP.value, file, _FORMAT.value, processes.log, accept
     )
@@ -293,7 +297,7 @@ def _count_memory(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
     from engram_jax.serve import export_memory
 
-    file = Path(_OUTPUT.value or "")
+    file = local_path("--output", _OUTPUT.value or "")
     export_memory.count_memory(config, file, _TOKENS.value, processes.log, workdir)
 
 
@@ -330,9 +334,10 @@ def _writable_folder(flag: str, value: str) -> Path:
     if not value:
         raise UserError(f"--{flag}=: has no value, a folder")
     try:
-        Path(value).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=value):
-            return Path(value)
+        folder = local_path(f"--{flag}", value)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
         raise UserError(f"--{flag}={value}: cannot be written to: {error.strerror}") from error
 
@@ -343,7 +348,7 @@ def _sweep(config: Config, workdir: Path, accept: Accepted) -> None:
     values = command_line.overrides(sys.argv, "config")
     done = sweep.run_sweep(
         command_line.given(sys.argv, _CONFIG.name),
-        None if _WORKDIR.value is None else Path(_WORKDIR.value),
+        None if _WORKDIR.value is None else workdir,
         points=_POINTS.value,
         seeds=_SEEDS.value,
         overrides=values,
@@ -384,4 +389,5 @@ def run() -> None:
     """The program: read the command line, carry out its mode, exit."""
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # --help lists those of the program
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    raise_interrupts()
     app.run(main, flags_parser=parse_flags)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import stat
 import zipfile
@@ -24,6 +25,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _MOST_JSON = 1 << 28  # bytes; the records that are read whole are a thousandth of it
 
 
@@ -132,6 +134,20 @@ def load_array(path: str | Path, what: str = "") -> np.ndarray:
             return np.lib.format.read_array(raw, allow_pickle=False)
         except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
             raise UserError(f"{name}: no .npy file of numbers, or damaged") from error
+
+
+def local_path(key: str, value: str) -> Path:
+    """A path that a flag or a key gives, `~` and `~user` expanded. Raises UserError for one of a
+    remote store (gs://bucket/run), which would become a folder of that name here."""
+    if _REMOTE.match(value):
+        raise UserError(
+            f"{key}={shown(value)}: must be a path of this machine's file system; a bucket can be"
+            " mounted (gcsfuse, s3fs), or copied to"
+        )
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # no such user
+        raise UserError(f"{key}={shown(value)}: {error}") from error
 
 
 def check_output(flag: str, value: str | Path) -> None:

@@ -1,7 +1,9 @@
-"""Handles preemption (SIGTERM before a machine is taken away): stops between two steps and saves.
+"""Handles preemption (SIGTERM before a machine is taken away) and Ctrl-C, which is treated alike:
+the run stops between two steps and saves.
 
 Outside the loop (reading text, writing the report) there is nothing to save, and the program ends
-at once. Both end with status 0, and the same command resumes the run.
+at once. Both end with status 0, and the same command resumes the run. A second Ctrl-C does not wait
+for the step: status 130.
 """
 
 from __future__ import annotations
@@ -18,13 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from engram_jax.hardware.interrupts import INTERRUPTED, end_within, ends_by_itself
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Preempted(SystemExit):
-    """SIGTERM arrived where nothing had to be saved."""
+    """SIGTERM or SIGINT arrived where nothing had to be saved."""
 
 
 class Preemption:
-    """Context manager that handles SIGTERM; only in the main thread, where Python allows it.
+    """Context manager that handles both signals; only in the main thread, where Python allows it.
+
+    signal: the name of the one that came, "SIGTERM" until then.
 
     JAX's own mechanism (`multihost_utils.reached_preemption_sync_point`) works only for launches
     that call it before the signal: its sync point is one past the highest step so far, which for a
@@ -35,24 +43,24 @@ class Preemption:
         self.stopped = False  # the processes have agreed to stop
         self._log = log
         self._requested = self._deferred = False
-        self._previous: Any = None
-        self._ours = False
+        self.signal = signal.SIGTERM.name
+        self._previous: dict[signal.Signals, Any] = {}
         self._asked: jax.Array | None = None  # the last answer, possibly still being computed
         self._any: Callable[[jax.Array], jax.Array] | None = None
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
-            self._ours = True
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self._ours:
+        for number, previous in self._previous.items():
             # None: the handler was not installed from Python, which cannot restore it.
-            previous = signal.SIG_DFL if self._previous is None else self._previous
-            signal.signal(signal.SIGTERM, previous)
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
         if isinstance(error, Preempted):
-            self._log("SIGTERM: ended where there was nothing to save; the same command goes on")
+            self._log(self._nothing_to_save())
+            ends_by_itself()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -99,6 +107,14 @@ class Preemption:
         return self._any(flags)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+        again = self._requested and number == signal.SIGINT
+        self._requested, self.signal = True, signal.Signals(number).name
         if not self._deferred:
+            end_within(0, self._nothing_to_save())
             raise Preempted(0)
+        if again:
+            end_within(INTERRUPTED, "error: interrupted")
+            raise KeyboardInterrupt
+
+    def _nothing_to_save(self) -> str:
+        return f"{self.signal}: ended where there was nothing to save; the same command goes on"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import math
 import os
@@ -16,6 +15,7 @@ import jax
 from engram_jax.config.errors import UserError
 from engram_jax.distributed.jax_internals import slice_of_host
 from engram_jax.distributed.rendezvous import meet
+from engram_jax.hardware.platforms import has_tpu_chips
 
 JOIN_SECONDS = 300.0
 _CONNECT_SECONDS = 60  # for JAX itself, when all processes are known to be running
@@ -90,8 +90,7 @@ def _on_tpu() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and "tpu" not in platforms.split(","):
         return False
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+    return has_tpu_chips() and importlib.util.find_spec("libtpu") is not None
 
 
 def _of_slice(seconds: float) -> Place | None:

@@ -5,6 +5,7 @@ The flags themselves: engram_jax/cli.py.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import runpy
@@ -21,9 +22,16 @@ from ml_collections.config_flags import tuple_parser
 from engram_jax import config as config_lib
 from engram_jax.checkpoint.workdir import RUN
 from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import local_path
+from engram_jax.hardware.interrupts import ends_by_itself
+from engram_jax.hardware.platforms import without_tpu
 from kernels_pallas.dispatch import UnsupportedError
 
 T = TypeVar("T")
+
+# What a disk or a system that has run out says, also where Python does not know the file.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
+_OF_THE_MACHINE += (errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE)
 
 _READERS: dict[type, Callable[[str], Any]] = {
     bool: flags.BooleanParser().parse,
@@ -114,14 +122,16 @@ def reported(function: Callable[..., T]) -> Callable[..., T]:
         except UnsupportedError as error:
             _stop(f"config.model.kernels = 'pallas': {one_line(error)}")
         except KeyboardInterrupt:
+            ends_by_itself()
             _stop("interrupted; the same command goes on from the last checkpoint", status=130)
         except BrokenPipeError:  # `| head`: the reader is gone, and would not see a message
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno not in _OF_THE_MACHINE:
                 raise
-            _stop(f"{error.filename}: {error.strerror}")
+            where = "" if error.filename is None else f"{shown(error.filename)}: "
+            _stop(f"{where}{error.strerror}")
         except RuntimeError as error:  # JaxRuntimeError, without importing jax
             if not str(error).startswith("RESOURCE_EXHAUSTED"):
                 raise
@@ -141,6 +151,17 @@ def keep_compiled_programs(config: config_lib.Config) -> None:
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
+
+
+def leave_out_absent_tpu() -> None:
+    """Where libtpu is installed and no TPU is there, tell JAX: it would print libtpu's errors.
+
+    $JAX_PLATFORMS, and plugins other than CUDA's and ROCm's, are left alone.
+    """
+    import jax
+
+    if jax.config.values["jax_platforms"] is None and (platforms := without_tpu()):
+        jax.config.update("jax_platforms", platforms)
 
 
 def one_line(error: BaseException) -> str:
@@ -165,8 +186,10 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
     given = dict(_arguments(argv))
-    workdir = given.get("workdir")
-    if config_flag in given or not workdir or not Path(workdir, RUN).exists():
+    if config_flag in given or not given.get("workdir"):
+        return argv
+    workdir = local_path("--workdir", given.get("workdir") or "")
+    if not os.path.exists(workdir / RUN):
         return argv
     file = Path(__file__).parent.parent / "checkpoint" / "run_record.py"
     own = f"--{config_flag}={file}:{given.get('step') or 'latest'}:{workdir}"

@@ -276,7 +276,8 @@ class Run:
                 self._pause(step, False, progress)
                 self.checkpointer.wait()
         saved = "checkpoint" if step > self.first_step else "nothing new to save; step"
-        self.log(f"SIGTERM: stopped, {saved} {step} in {self.workdir}; the same command goes on")
+        line = f"stopped, {saved} {step} in {self.workdir}; the same command goes on"
+        self.log(f"{self.preemption.signal}: {line}")
 
     def _halt(self, pending: Pending, values: dict[str, Any]) -> None:
         """Save the state before the bad step and its batch, then raise UserError."""
