@@ -7,6 +7,7 @@ and a flipped bit in an array not at all. So sizes and CRC-32 are written down w
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import heapq
 import json
@@ -20,13 +21,15 @@ import jax
 from etils import epath
 
 from engram_jax.addressing.artifact import Addressing, check_same
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from engram_jax.distributed.consensus import gather
 
 FORMAT = 1
 _LIST = "files.json"
 _LIST_OF = "files.{}.json"  # of one process, until the checkpoint is complete
 _CHUNK = 1 << 24
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+_FULL = os.strerror(errno.ENOSPC)
 
 IteratorState = bytes | dict[str, Any] | None
 
@@ -247,9 +250,28 @@ class OneLine:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, UserError):
+            if of_disk := disk_reason(error):
+                room = "; after making room, the same command goes on" if _FULL in of_disk else ""
+                raise UserError(f"{self._what}: {of_disk}{room}") from error
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = ": ".join([type(error).__name__, *lines[:1]])
-            raise UserError(f"{self._what} ({reason[:300]})") from error
+            reason = shown(": ".join([type(error).__name__, *lines[:1]]), quoted=False)
+            raise UserError(f"{self._what} ({reason})") from error
+
+
+def disk_reason(error: BaseException | None) -> str:
+    """What the operating system said that led to this error, "No space left on device" for one; ""
+    if nothing. Libraries in C++ have it somewhere in a text of many lines."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _OF_DISK:
+            return os.strerror(error.errno)
+        text = str(error)
+        for number in _OF_DISK:
+            if os.strerror(number) in text:
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _walk(directory: epath.Path) -> Iterator[epath.Path]:

@@ -15,6 +15,7 @@ restored in part.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -54,9 +55,11 @@ from engram_jax.checkpoint.integrity import (
 from engram_jax.checkpoint.orbax_internals import (
     TRACEBACKS,
     TRASH,
+    UNRETRIEVED,
     LatestAndBest,
     StateHandler,
     open_manager,
+    quiet_closed_loops,
 )
 from engram_jax.checkpoint.save_barrier import SaveBarrier
 from engram_jax.config.errors import UserError
@@ -109,6 +112,8 @@ class Checkpointer:
         self._read_only = read_only
         self._losses: dict[int, float] = {}
         logging.getLogger("absl").addFilter(TRACEBACKS)
+        logging.getLogger("asyncio").addFilter(UNRETRIEVED)
+        quiet_closed_loops()
         agree(lambda: self._open(root, addressing))
         self._barrier = SaveBarrier()
         self._arrays = StateHandler(self._barrier)
@@ -306,7 +311,11 @@ class Checkpointer:
         """Complete the save under way and end all threads."""
         try:
             self.wait()
-        finally:
+        except BaseException:
+            with contextlib.suppress(Exception):  # the same failure again
+                self._manager.close()
+            raise
+        with OneLine(f"checkpoints {self.directory}: cannot be closed"):
             self._manager.close()
             self._empty_trash()
 

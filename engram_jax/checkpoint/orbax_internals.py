@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +155,22 @@ def _own(folder: str) -> bool:
     return folder == f"ocdbt.process_{jax.process_index()}"
 
 
+def quiet_closed_loops() -> None:
+    """Print no traceback for what Tensorstore's threads tell the event loop of a save that has
+    failed and is over: hundreds of them where a disk is full, and the save's own error says why."""
+    before = sys.unraisablehook
+    if getattr(before, "quiet_closed_loops", False):
+        return
+
+    def hook(raised: Any) -> None:
+        closed = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
+        if not (closed and raised.object is None):  # None: C++ met it, not a destructor in Python
+            before(raised)
+
+    hook.quiet_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
+
+
 class _OrbaxTracebacks(logging.Filter):
     """Drops the tracebacks that Orbax logs of exceptions it also raises."""
 
@@ -161,4 +178,12 @@ class _OrbaxTracebacks(logging.Filter):
         return not (record.exc_info and "orbax" in record.pathname)
 
 
-TRACEBACKS = _OrbaxTracebacks()
+class _Unretrieved(logging.Filter):
+    """Drops what asyncio logs of the other files' errors of a save that one file has ended."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not ("exception was never retrieved" in text and "OCDBT" in text)
+
+
+TRACEBACKS, UNRETRIEVED = _OrbaxTracebacks(), _Unretrieved()

@@ -32,8 +32,10 @@ def replacing(path: Path, *, shared: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
+            error.filename, error.filename2 = str(path), None  # of writing: Python names no file
         raise
     sync_folder(path.parent)
 

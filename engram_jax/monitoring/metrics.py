@@ -11,6 +11,7 @@ end: held_out_loss with its held_out_targets. evaluation/held_out.py says what t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -51,6 +52,7 @@ class MetricsWriter:
             purge_step=start_step + 1,
             flush_secs=10,
         )
+        _survives_a_full_disk(self._board)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log numbers and arrays (host or device) of a step; the line is on disk on return."""
@@ -60,16 +62,25 @@ class MetricsWriter:
         values = {name: np.asarray(value) for name, value in metrics.items()}
         record = {name: json_value(value.tolist()) for name, value in values.items()}
         line = json.dumps({"step": int(step), "time": now, **record}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = error.filename or self._file.name
+            raise
         for name, value in values.items():
             self._show(name, value.astype(np.float64), int(step), now)
 
     def close(self) -> None:
         if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
+            file, board = self._file, self._board
             self._file = self._board = None
+            board.close()
+            try:
+                file.close()
+            except OSError as error:
+                error.filename = error.filename or file.name
+                raise
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -87,6 +98,22 @@ class MetricsWriter:
                 self._board.add_scalar(tag, float(item), step, now)
         elif np.isfinite(value).all():
             self._board.add_histogram(name, value.ravel(), step, walltime=now)
+
+
+def _survives_a_full_disk(board: SummaryWriter) -> None:
+    """Let TensorBoard's file end where the disk does: an error would end the writer's thread, and
+    with it, for ever, who waits for its queue. metrics.jsonl has the same numbers, and raises."""
+    events = board._get_file_writer().event_writer._ev_writer
+    for name in ("write_event", "flush", "close"):
+        setattr(events, name, _without_os_errors(getattr(events, name)))
+
+
+def _without_os_errors(function: Callable[..., Any]) -> Callable[..., None]:
+    def quiet(*args: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed already
+            function(*args)
+
+    return quiet
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
