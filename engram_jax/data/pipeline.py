@@ -9,6 +9,7 @@ the prefetching threads or processes. Seeking to batch s costs the same for ever
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,12 @@ from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.packing import Batch, PackedSequences
 from engram_jax.data.prepared import PreparedData
+from engram_jax.data.worker_process import belong_to_parent
 
 # (tokens int32 [b, T], segments int32 [b, T]) -> {layer id: flat rows int32 [b, T, H]}.
 AddressesFn = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
+_NO_LEAK = "ignore:resource_tracker"
 _THREADS = 2
 _PREFETCH = 8  # batches
 # As good as endless. Grain's own endless length, sys.maxsize, overflows with batches of one.
@@ -38,6 +41,10 @@ class _ReadRows:
     sequences: PackedSequences
     rows: np.ndarray | slice
     addresses_fn: AddressesFn | None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        belong_to_parent()  # unpickled: this is a worker process
+        self.__dict__.update(state)
 
     def __call__(self, numbers: np.ndarray) -> Batch:
         batch = self.sequences.batch(np.asarray(numbers)[self.rows])
@@ -96,6 +103,10 @@ class TrainIterator(Iterator[Batch]):
                 not flags.FLAGS.is_parsed()
             ):  # Grain's processes read absl flags; a notebook parses none
                 flags.FLAGS.mark_as_parsed()
+            # What is prefetched when it ends, Python's tracker of shared memory removes, warning of
+            # a leak; the tracker and the workers take their filters from here.
+            if _NO_LEAK not in sys.warnoptions:
+                sys.warnoptions.append(_NO_LEAK)
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
             processes = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
             stream = batches.to_iter_dataset(options).mp_prefetch(processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,9 @@ def end_run(
 def count_model_nats(config: Config, data: RunData) -> dict[str, np.ndarray]:
     """Nats of every held-out target in order, float64 [n], by count model; fitted on exactly the
     batches the run trained on."""
-    batches = islice(data.train_iterator(), config.train.steps)
-    nats = fit_and_score(batches, data.validation_batches(), config.tokenizer.vocab_size)
+    with closing(data.train_iterator()) as trained:
+        batches = islice(trained, config.train.steps)
+        nats = fit_and_score(batches, data.validation_batches(), config.tokenizer.vocab_size)
     return {_TITLES[name]: found for name, found in nats.items() if name in _TITLES}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
@@ -33,7 +34,8 @@ def with_planned_exchange(program: T, data: RunData, log: Callable[[str], None])
     config = program.config
     if program.axes.devices == 1 or config.mesh.distinct or not config.model.engram.layers:
         return program
-    batch = next(data.train_iterator(program.mesh))
+    with closing(data.train_iterator(program.mesh)) as batches:
+        batch = next(batches)
     placed = place_batch(program.mesh, batch, config.data.batch_size)
     count = jax.jit(partial(most_distinct, program), out_shardings=NamedSharding(program.mesh, P()))
     share = int(count(placed)) / program.lookups

@@ -195,7 +195,7 @@ class Run:
         """Train to the last step, or until SIGTERM; returns the state, saved as a checkpoint."""
         total, rates = self.config.train.steps, self.monitors.rates
         progress = Progress(total, start=self.first_step, rates=rates)
-        with self.writer, closing(progress), self.monitors:
+        with closing(self.iterator), self.writer, closing(progress), self.monitors:
             self._steps(progress)
         return self.state
 
