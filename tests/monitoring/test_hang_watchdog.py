@@ -62,6 +62,21 @@ def test_steps_that_end_in_time_and_a_watchdog_that_is_off_say_nothing(tmp_path)
     assert path.read_text() == ""
 
 
+def test_a_hang_that_holds_the_interpreters_lock_is_reported():
+    """In C code that keeps it, no thread of Python runs: faulthandler's own does."""
+    code = (
+        "import ctypes\nfrom engram_jax.monitoring.hang_watchdog import Watchdog\n"
+        "with Watchdog(0.2, step=7) as dog:\n dog.finished(8)\n"
+        " ctypes.PyDLL(None).usleep(1_500_000)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0
+    assert done.stderr.startswith("Timeout (0:00:00.4")
+    assert 'File "<string>", line 5 in <module>' in done.stderr
+
+
 def test_a_process_that_hangs_ends_if_asked_to():
     code = (
         "import time\nfrom engram_jax.monitoring.hang_watchdog import Watchdog\n"
