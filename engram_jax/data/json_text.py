@@ -158,21 +158,18 @@ class _Window:
     def __init__(self, file: BinaryIO):
         self.text, self.at = "", 0
         self._file, self._ended = file, False
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._wanted = _BLOCK
 
     def more(self) -> bool:
-        """Read on, unless the file has ended, is no UTF-8, or what is held is too long."""
+        """Read on, unless the file has ended, or what is held is too long."""
         if self._ended or len(self.text) - self.at > MAX_JSON_LINE:
             return False
         data = self._file.read(self._wanted)
         self._wanted *= 2  # a long record is not tried again for every block
         self._ended = not data
-        try:
-            text = self._decoder.decode(data, self._ended)
-        except UnicodeDecodeError:
-            self._ended = True
-            return False
+        # Bytes that are not UTF-8 become lone surrogates, which their own document is refused for.
+        text = self._decoder.decode(data, self._ended)
         self.text, self.at = self.text[self.at :] + text, 0
         return True
 

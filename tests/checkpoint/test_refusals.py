@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engram_jax.addressing.artifact import Addressing
+from engram_jax.checkpoint.integrity import OneLine
 from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.config.errors import UserError
 from tests.checkpoint.states import assert_identical, assert_refused, make_state
@@ -52,6 +53,50 @@ def test_damaged_older_checkpoints_are_not_offered(workdir):
         workdir, None, make_state(0), "checkpoints/30", "complete checkpoints beside it: 10"
     )
     assert_refused(workdir, 20, make_state(0), "checkpoints/20", "bytes of", "beside it: 10")
+
+
+def test_a_damaged_newest_checkpoint_says_how_to_go_on(workdir):
+    folder = workdir / "checkpoints" / "30"
+    spoil(folder / "meta" / "metadata", "truncated")
+    assert_refused(workdir, None, make_state(0), f"; to go on from step 20, move {folder} away")
+    folder.rename(workdir / "moved")
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        assert_identical(checkpointer.restore(None, make_state(0)).state, make_state(20))
+
+
+def test_a_renamed_checkpoint_is_refused(workdir):
+    (workdir / "checkpoints" / "30").rename(workdir / "checkpoints" / "50")
+    words = "was written after step 30; its folder was renamed: call it 30 again"
+    assert_refused(workdir, None, make_state(0), "checkpoints/50", words)
+
+
+def test_orbaxs_own_notes_may_be_lost(workdir):
+    folder = workdir / "checkpoints" / "30"
+    lost = [path for path in (*folder.iterdir(), *(folder / "meta").iterdir()) if path.is_file()]
+    lost = [path for path in lost if path.name != "metadata"]
+    assert any(path.name == "_CHECKPOINT_METADATA" for path in lost)
+    for path in lost:
+        path.unlink()
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        assert_identical(checkpointer.restore(None, make_state(0)).state, make_state(30))
+
+
+DISKS = [
+    (OSError(28, "No space left on device"), "No space left on device; after making room"),
+    (ValueError("RESOURCE_EXHAUSTED: x\n" * 9 + "No space left on device"), "No space left"),
+    (ValueError("of\nmany\nlines"), "(ValueError: of)"),
+    (OSError(30, "Read-only file system"), "Read-only file system"),
+    (OSError(122, "Disk quota exceeded"), "Disk quota exceeded"),
+    (ValueError("x" * 9000), "(ValueError: xxx"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), DISKS)
+def test_what_a_save_fails_of_is_one_line_with_its_reason(error, words):
+    with pytest.raises(UserError) as caught, OneLine("checkpoint 3: cannot be written"):
+        raise error
+    assert words in str(caught.value) and len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
 
 
 def test_foreign_directories_are_refused(workdir):
