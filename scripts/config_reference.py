@@ -25,11 +25,11 @@ from engram_jax.config.validate import validate
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 _KEYS = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)*): ")
 WRONG: dict[Any, tuple[Any, ...]] = {
-    int: (-2, 0, 7, 10**12),
+    int: (-2, 0, 7, 2**31 - 1),
     float: (-2.0, 0.0, 0.5, 2.0, float("nan")),
     bool: (),
     str: ("", "?"),
-    tuple[int, ...]: ((), (-2,), (3, 2), (1, 2, 3), (10**12,)),
+    tuple[int, ...]: ((), (-2,), (3, 2), (1, 2, 3), (2**31 - 1,)),
     tuple[float, ...]: ((-2.0,), (0.5,)),
     tuple[str, ...]: (("",),),
 }
@@ -114,8 +114,8 @@ def allowed(key: str, hint: Any) -> str:
                 where, _, what = str(error).partition(": must be ")
                 if where.split(" = ")[0] == f"config.{key}" and what not in told:
                     told.append(what)
-    if len(told) > 1:  # every number must be finite
-        told = [text for text in told if text != "a finite number"]
+    if len(told) > 1:  # every number must be finite, and every whole one bounded
+        told = [text for text in told if text not in ("a finite number", "below 2**31")]
     return "; ".join(told)
 
 

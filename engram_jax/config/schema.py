@@ -184,14 +184,15 @@ class DataConfig:
     """The text, and how it is batched.
 
     source: "local" = the default (the source files of Python's standard library), "folder" =
-      text/JSONL files under `path`, "tfds" = the TFDS data set named `path`.
+      files of text or of JSON records under `path`, "tfds" = the TFDS data set named `path`.
     path: the folder or file, or the name or folder of the TFDS data set.
     text_key: the field of a JSON record, or the feature of a data set, that holds the text.
     cache_dir: prepared data sets, trained tokenizers and token stores; "" = $ENGRAM_CACHE, else
       ~/.cache/engram_jax.
     max_megabytes: the most text to use (10^6 bytes); 0 = all. Skipped text is counted in the
       report.
-    validation_fraction: share of the documents that is held out, chosen by their content.
+    validation_fraction: share of the documents that is held out, chosen by their content; of one
+      that is a large part of the text, a part.
     seq_len: T, tokens of a sequence.
     batch_size: B, sequences of a step.
     seed: of the order of the data.

@@ -23,12 +23,15 @@ from typing import Any
 
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
+from engram_jax.config.given_files import local_path
 from engram_jax.hardware.storage import cache_folder, replacing, sync_folder, sync_tree
 
 
 def cache_root(config: DataConfig) -> Path:
     """config.data.cache_dir, else $ENGRAM_CACHE, else ~/.cache/engram_jax; created if missing.
     Raises UserError if it cannot be written."""
+    key = "config.data.cache_dir" if config.cache_dir else "$ENGRAM_CACHE"
+    local_path(key, config.cache_dir or os.environ.get("ENGRAM_CACHE", ""))
     root = cache_folder(config.cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)

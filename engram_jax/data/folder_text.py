@@ -13,6 +13,7 @@ from typing import Any
 
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import local_path
 from engram_jax.data import source_report as why
 from engram_jax.data.documents import Spool, add_file, foreign_format
 from engram_jax.data.json_text import add_json, add_json_lines
@@ -37,7 +38,7 @@ class FolderText:
 
     def __init__(self, config: DataConfig, report: SourceReport) -> None:
         self._config = config
-        root = Path(config.path).expanduser().absolute()
+        root = local_path("config.data.path", config.path).absolute()
         if not root.exists():
             raise UserError(f"config.data.path = {config.path!r}: no such folder or file")
         self._root = root

@@ -30,8 +30,10 @@ from kernels_pallas.dispatch import UnsupportedError
 T = TypeVar("T")
 
 # What a disk or a system that has run out says, also where Python does not know the file.
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
-_OF_THE_MACHINE += (errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE)
+_OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE),
+    *(errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE),
+)
 
 _READERS: dict[type, Callable[[str], Any]] = {
     bool: flags.BooleanParser().parse,

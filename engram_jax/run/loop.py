@@ -33,8 +33,9 @@ from engram_jax.distributed.consensus import agree
 from engram_jax.distributed.preemption import Preemption
 from engram_jax.evaluation.held_out import Evaluator, check_held_out
 from engram_jax.evaluation.tasks import check_off
+from engram_jax.hardware.cores import cores
 from engram_jax.hardware.memory import all_devices_bytes, machine_bytes
-from engram_jax.model.memory_needs import check_training
+from engram_jax.model.memory_needs import WORKER, check_training
 from engram_jax.model.transformer import moe_layers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
 from engram_jax.monitoring.provenance import process_name
@@ -107,6 +108,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     agree(lambda: check_writable(workdir))
     agree(lambda: check_training(config, all_devices_bytes(), machine_bytes()))
     changes = agree(lambda: check_resumed(config, workdir, launch.accept, log))
+    warn_of_settings(config)
     data = open_on_all_processes(config, log)
     agree(lambda: check_resumed_text(workdir, data.prepared.summary()))
     agree(lambda: check_samples(config, data.prepared.tokenizer))
@@ -132,6 +134,21 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
             return state
         end_run(config, workdir, data, run.evaluator, state, log)
     return state
+
+
+def warn_of_settings(config: Config) -> None:
+    """Tell of settings that are possible, and hardly meant."""
+    steps, warmup = config.train.steps, config.optimizer.warmup_steps
+    if warmup > steps:
+        processes.warn(
+            f"config.optimizer.warmup_steps = {warmup}: the run ends in its warm-up, after"
+            f" config.train.steps = {steps}; the learning rate never reaches its peak"
+        )
+    if config.data.workers > cores():
+        processes.warn(
+            f"config.data.workers = {config.data.workers}: there are {cores()} cores, and each"
+            f" worker takes about {WORKER / 1e6:.0f} MB of memory"
+        )
 
 
 class Run:

@@ -13,6 +13,7 @@ import numpy as np
 
 from engram_jax.config import DEVICE, DISK, ServeConfig
 from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import local_path
 from engram_jax.memory.store.dram import HostTable
 from engram_jax.memory.store.host_cache import CachedTable
 from engram_jax.memory.store.memory_file import MemoryFile, open_memory
@@ -40,12 +41,14 @@ def open_memories(
     if program.addressing is None:
         return {}
     fingerprint = program.addressing.fingerprint
-    file = open_memory(serve.memory_file, fingerprint) if serve.memory_file else None
+    path = local_path("config.serve.memory_file", serve.memory_file)
+    file = open_memory(path, fingerprint) if serve.memory_file else None
     if file is not None:
         check(file)
     counts: dict[str, Frequency] = {}
     if serve.frequency_file:
-        counts = load_frequency(serve.frequency_file, fingerprint).layers
+        path = local_path("config.serve.frequency_file", serve.frequency_file)
+        counts = load_frequency(path, fingerprint).layers
     made: dict[str, LayerMemory] = {}
     for layer in program.table_rows:
         if serve.is_off(layer):
