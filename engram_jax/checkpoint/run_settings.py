@@ -100,9 +100,8 @@ def check_text(workdir: Path, trained_on: Any, found: str, accept: Sequence[str]
         return True
     if not any(covers(accept, key) for key in TEXT):
         raise UserError(
-            f"config.data: the text, {found}, is not the one that the run in {workdir} was trained"
-            f" and evaluated with, {trained_on}; to score it on another text, add"
-            f" --accept_changes={DATA}"
+            f"config.data: the text is not the one that the run in {workdir} was trained and"
+            f" evaluated with; to score it on another text, add --accept_changes={DATA}"
         )
     processes.warn(
         f"this is not the text that the run in {workdir} was trained and evaluated with: what is"

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from engram_jax.hardware.storage import replacing
 from engram_jax.lab.statistics import Interval, Line
 from engram_jax.report.figures import COLOURS, FAINT, INK, QUIET
 
@@ -84,9 +85,11 @@ def differences(names: Sequence[str], intervals: Sequence[Interval], baseline: s
 
 def save(figure: Figure, path: Path) -> None:
     """Write PATH.png and PATH.svg; the same figure gives the same bytes."""
-    figure.savefig(path.with_suffix(".png"))
+    with replacing(path.with_suffix(".png"), shared=False) as file:
+        figure.savefig(file, format="png")
     with rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        with replacing(path.with_suffix(".svg"), shared=False) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _halves(interval: Interval) -> tuple[float, float]:

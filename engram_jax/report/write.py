@@ -18,7 +18,7 @@ from engram_jax.checkpoint.run_record import read_launches
 from engram_jax.checkpoint.workdir import LOSSES, RUN, TASK_SCORES
 from engram_jax.config.extras import lacks
 from engram_jax.config.given_files import read_json
-from engram_jax.hardware.storage import write_text
+from engram_jax.hardware.storage import replacing, write_text
 from engram_jax.monitoring.metrics import read_metrics
 from engram_jax.report.page import Section, as_html, as_markdown
 from engram_jax.report.tables import (
@@ -127,7 +127,8 @@ def _pictures(
 
     def draw(name: str, title: str, caption: str, figure: Any) -> None:
         path = root / _FOLDER / f"{name}.png"
-        figure.savefig(path)
+        with replacing(path, shared=False) as file:
+            figure.savefig(file, format="png")
         sections.append(Section(title, caption, path))
 
     train, validation = curve(records, "loss"), curve(records, "validation_loss")

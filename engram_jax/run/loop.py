@@ -35,6 +35,7 @@ from engram_jax.evaluation.held_out import Evaluator, check_held_out
 from engram_jax.evaluation.tasks import check_off
 from engram_jax.hardware.cores import cores
 from engram_jax.hardware.memory import all_devices_bytes, machine_bytes
+from engram_jax.hardware.storage import replacing
 from engram_jax.model.memory_needs import WORKER, check_training
 from engram_jax.model.transformer import moe_layers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
@@ -301,7 +302,8 @@ class Run:
         of = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self.workdir / f"bad_batch_step_{pending.step}{of}.npz"
         arrays: dict[str, Any] = {k: v for k, v in pending.batch.items() if k != "addresses"}
-        np.savez_compressed(path, **arrays)
+        with replacing(path, shared=False) as file:
+            np.savez_compressed(file, **arrays)
         going = jax.device_put(np.zeros((), bool), self.state.halted.sharding)
         state = dataclasses.replace(self.state, halted=going)
         with self.monitors.pause(pending.step):

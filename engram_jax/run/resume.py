@@ -103,11 +103,23 @@ def check_resumed_text(workdir: Path, text: Mapping[str, Any]) -> None:
     launch = launch_of(workdir, max(steps)) if steps else None
     theirs = (launch or {}).get("data") or {}
     if theirs.get("digest", text["digest"]) != text["digest"]:
+        then, now = _size(theirs), _size(text)
+        if theirs["source"] != text["source"]:
+            what = f"{theirs['source']} ({then}), and not on {text['source']} ({now})"
+        else:
+            changed = f"{now} now, {then} then" if now != then else f"{now}, but not the same ones"
+            what = f"{text['source']} has changed since ({changed}): go back to it"
         raise UserError(
-            f"config.data: {text['source']}, digest {text['digest']}, is not the text that the run"
-            f" in {workdir} was trained on, {theirs['source']}, digest {theirs['digest']}: go back"
-            " to it, or give another --workdir"
+            f"--workdir={workdir}: the run there was trained on another text: {what}; or give"
+            " another --workdir (or --config.name, which names it)"
         )
+
+
+def _size(text: Mapping[str, Any]) -> str:
+    """How much text a summary (`PreparedData.summary`) is of, for the user."""
+    documents = text.get("train_documents", 0) + text.get("validation_documents", 0)
+    size = text.get("train_bytes", 0) + text.get("validation_bytes", 0)
+    return f"{documents:,} documents of {size:,} bytes"
 
 
 def _unsaved(config: Config, workdir: Path) -> Changes:
