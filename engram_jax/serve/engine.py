@@ -100,7 +100,8 @@ class Engine:
         text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop, prompt)
         number = next(self._numbers)
         tokens = np.asarray(prompt, np.int32)
-        sequence = Running(number, tokens, params, self._prefetch.empty_history(), text, request)
+        sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)
+        sequence.request = request
         self._schedule.submit(sequence)
         self._open[number] = sequence
         return number

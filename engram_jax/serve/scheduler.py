@@ -1,6 +1,6 @@
 """The scheduler: decides which sequences run, requests in turns, in bounded memory.
 
-* Requests that wait take turns, a sequence each (serve/waiting.py): the hundreds of sequences of one
+* Requests that wait take turns, a sequence each (serve/waiting.py): hundreds of sequences of one
   request do not keep another's from beginning. Prompts are computed in turns, too (`prefilling`).
 * The sequence whose turn it is is admitted when a slot and pages for its whole prompt and one more
   token are free; nothing passes it. One that can never fit was refused when it was submitted.
@@ -33,10 +33,11 @@ from engram_jax.serve.waiting import Waiting, in_turns
 class Sequence:
     """One unfinished sequence.
 
-    request: what was submitted together with it shares this; None = it is a request of its own.
-    age: the place in the order of admission; -1 = it waits. computed: tokens in the cache. pending: its next token is being computed.
+    computed: tokens in the cache. pending: its next token is being computed.
     history: its last N - 1 canonical ids (addressing/hash_tokens.py).
     saved: its state on the host, while it is evicted. text: its `TextStream`, or None.
+    request: what was submitted together with it shares this; None = it is a request of its own.
+    age: the place in the order of admission; -1 = it waits.
     """
 
     number: int
@@ -44,8 +45,6 @@ class Sequence:
     params: SamplingParams
     history: np.ndarray
     text: Any = None
-    request: Hashable = None
-    age: int = -1
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     computed: int = 0
@@ -54,6 +53,8 @@ class Sequence:
     finish: Finish | None = None
     saved: Any = None
     prompt_logprobs: list[Any] = field(default_factory=list)
+    request: Hashable = None
+    age: int = -1
 
     @property
     def group(self) -> Hashable:

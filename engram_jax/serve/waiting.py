@@ -85,7 +85,7 @@ class Waiting(Generic[T]):
 
 
 def in_turns(members: list[T]) -> list[T]:
-    """The first of every request, then the second of every request, ...; each in the given order."""
+    """The first of every request, then the second of every request, and so on, in given order."""
     turns: Waiting[T] = Waiting(0)
     for one in members:
         turns.add(one)

@@ -255,9 +255,9 @@ class TestFairness:
 
     def test_a_full_queue_has_room_for_another_request(self):
         schedule, made = self.make(1, 9, "a" * 9)
+        one_more = sequence(9, 3, 20)
+        one_more.request = "a"
         with pytest.raises(QueueFullError, match="9 sequences are waiting"):
-            one_more = sequence(9, 3, 20)
-            one_more.request = "a"
             schedule.submit(one_more)
         schedule.submit(sequence(10, 3, 20))
         assert len(schedule.waiting) == 10

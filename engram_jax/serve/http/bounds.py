@@ -1,0 +1,70 @@
+"""Refuses a request by its size before work is spent on it: bytes of prompts, numbers of an answer.
+
+Both are known from the request alone. docs/serving.md states the limits for users.
+"""
+
+from __future__ import annotations
+
+from engram_jax.serve.http.completion_request import CompletionRequest
+from engram_jax.serve.http.json_fields import ApiError, Fields
+
+BYTES_PER_TOKEN = 64  # of a prompt's text, on average; a token of ordinary text has 3 to 5
+
+
+def check_prompt_sizes(fields: Fields, capacity: int) -> None:
+    """Refuse prompts that are too long whatever the tokenizer makes of them. Raises ApiError.
+
+    A text may have `BYTES_PER_TOKEN` bytes for every token of a sequence; a list of ids is as long
+    as it is. Values of other types are left to the parser.
+    """
+    given = fields.get("prompt")
+    several = isinstance(given, list) and bool(given) and isinstance(given[0], str | list)
+    most = BYTES_PER_TOKEN * capacity
+    for prompt in given if several else [given]:
+        if isinstance(prompt, list) and len(prompt) > capacity:
+            _too_long(f"prompt: has {len(prompt)} tokens; must be from 1 to {capacity}")
+        if isinstance(prompt, str) and (size := _bytes(prompt, most)) > most:
+            _too_long(
+                f"prompt: has {size} bytes; must have at most {most}, {BYTES_PER_TOKEN} for each of"
+                f" the {capacity} tokens of a sequence"
+            )
+
+
+def _bytes(text: str, most: int) -> int:
+    """In UTF-8; its characters if these are already too many, or if it cannot be encoded."""
+    return len(text) if len(text) > most else len(text.encode("utf-8", "replace"))
+
+
+def _too_long(message: str) -> None:
+    raise ApiError(400, message, "prompt", "context_length_exceeded")
+
+
+def listed_numbers(request: CompletionRequest) -> int:
+    """The most tokens and log-probabilities that a request's answer can list.
+
+    A token of an answer is one, and with `logprobs` = k each has k + 1 log-probabilities; with
+    `echo` a choice also has its prompt's.
+    """
+    each = 1 if request.logprobs is None else request.logprobs + 2
+    tokens = 0
+    for place, params in enumerate(request.params):
+        prompt = len(request.prompts[place // request.n].ids) if request.echo else 0
+        tokens += prompt + params.max_tokens
+    return tokens * each
+
+
+def check_answer_size(request: CompletionRequest, most: int) -> int:
+    """Refuse a request whose answer could list more than `most` numbers; how many it could list.
+    Raises ApiError."""
+    numbers = listed_numbers(request)
+    if numbers > most:
+        parts = [f"{len(request.params)} choices", "tokens of prompt and answer"]
+        parts[1:] = ["max_tokens"] if not request.echo else parts[1:]
+        parts += [] if request.logprobs is None else [f"logprobs + 2 = {request.logprobs + 2}"]
+        raise ApiError(
+            400,
+            f"the answer could list {numbers} tokens and log-probabilities ({' x '.join(parts)}):"
+            f" must be at most {most} (config.serve.max_answer)",
+            code="answer_too_large",
+        )
+    return numbers
