@@ -47,7 +47,10 @@ class DisconnectedError(Exception):
 
 def check_framing(scope: Scope) -> None:
     """A request that says its length twice (RFC 9112, section 6.3) may be two to a proxy in front:
-    it is refused, and its connection closed. Raises ApiError."""
+    it is refused, and its connection closed. So is one of another version. Raises ApiError."""
+    if scope["http_version"] not in ("1.0", "1.1"):
+        message = f"HTTP/{scope['http_version']}: must be HTTP/1.1"
+        raise ApiError(505, message, headers=CLOSE)
     names = {name for name, _ in scope["headers"]}
     if {b"content-length", b"transfer-encoding"} <= names:
         message = "Content-Length and Transfer-Encoding: only one of them may be sent"
