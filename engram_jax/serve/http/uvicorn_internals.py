@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engram_jax.serve.http.json_fields import ApiError
 
 END_SECONDS = 5  # at the end, for clients that do not read their answer
+SEND_BUFFER = 1 << 17  # bytes that the system keeps of an answer until the client takes them
 BACKLOG = 128  # connections that the system keeps until they are accepted
 PROBE_EVERY = 5.0  # seconds; PROBE_ANSWER: in which a client that has gone answers one
 PROBE_ANSWER = 0.1
@@ -133,6 +134,9 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:  # else it grows to megabytes for a client that does not read
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._watch()
         if len(self.connections) > self._bounds.most:
             oldest = next(iter(self._bounds.waiting), self)

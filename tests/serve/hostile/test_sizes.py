@@ -16,7 +16,6 @@ from engram_jax.serve.http.json_fields import ApiError, Fields
 from engram_jax.serve.http.responses import Limits
 from tests.serve.served import SERVE, make_engine
 from tests.serve.web import EOS, QUEUE, Running, tokenizer
-from tests.tiny import VOCAB
 
 CAPACITY = SERVE.capacity
 MOST = 64 * CAPACITY
@@ -54,36 +53,33 @@ def test_prompts(web, beside, prompt, words):
 
 @pytest.fixture(scope="module")
 def small():
-    """An answer may list 1,000 tokens and log-probabilities."""
+    """An answer may list 200 tokens and log-probabilities."""
     engine = make_engine(tokenizer=tokenizer(), eos_id=EOS, queue=QUEUE)
-    with Running(engine, Limits(seconds=5, sequences=QUEUE, answer=1000)) as running:
+    with Running(engine, Limits(seconds=5, sequences=QUEUE, answer=200)) as running:
         yield running
     engine.close()
 
 
 ANSWERS = {
     # fields, how many it could list
-    "tokens": ({"max_tokens": 50, "n": 20}, 1000),
-    "a choice more": ({"max_tokens": 50, "n": 21}, 1050),
-    "several prompts": ({"prompt": ["a", "b", "c"], "max_tokens": 50, "n": 7}, 1050),
-    "log-probabilities": ({"max_tokens": 50, "n": 10, "logprobs": 0}, 1000),
-    "of 20 alternatives": ({"max_tokens": 45, "logprobs": 20}, 990),
-    "and one token more": ({"max_tokens": 46, "logprobs": 20}, 1012),
-    "with the prompt": ({"prompt": "a" * 40, "echo": True, "max_tokens": 5, "logprobs": 20}, 990),
-    "with a longer one": (
-        {"prompt": "a" * 41, "echo": True, "max_tokens": 5, "logprobs": 20},
-        1012,
-    ),
-    "only the prompt": ({"prompt": "a" * 50, "echo": True, "max_tokens": 0, "logprobs": 18}, 1000),
+    "tokens": ({"max_tokens": 10, "n": 20}, 200),
+    "a choice more": ({"max_tokens": 10, "n": 21}, 210),
+    "several prompts": ({"prompt": ["a", "b", "c"], "max_tokens": 10, "n": 7}, 210),
+    "log-probabilities": ({"max_tokens": 10, "n": 10, "logprobs": 0}, 200),
+    "of 20 alternatives": ({"max_tokens": 9, "logprobs": 20}, 198),
+    "and one token more": ({"max_tokens": 10, "logprobs": 20}, 220),
+    "with the prompt": ({"prompt": "a" * 4, "echo": True, "max_tokens": 5, "logprobs": 20}, 198),
+    "with a longer one": ({"prompt": "a" * 5, "echo": True, "max_tokens": 5, "logprobs": 20}, 220),
+    "only the prompt": ({"prompt": "a" * 10, "echo": True, "max_tokens": 0, "logprobs": 18}, 200),
     "prompts of all lengths": (
-        {"prompt": ["a" * 40, "b", "c" * 9], "echo": True, "max_tokens": 0, "logprobs": 18},
-        1000,
+        {"prompt": ["a" * 4, "b", "c" * 5], "echo": True, "max_tokens": 0, "logprobs": 18},
+        200,
     ),
     "the prompt for every choice": (
-        {"prompt": "a" * 50, "echo": True, "n": 20, "max_tokens": 1},
-        1020,
+        {"prompt": "a" * 50, "echo": True, "n": 4, "max_tokens": 1},
+        204,
     ),
-    "the default of max_tokens": ({"n": 60, "logprobs": 0}, 1920),
+    "the default of max_tokens": ({"n": 8, "logprobs": 0}, 256),
 }
 
 
@@ -91,16 +87,15 @@ ANSWERS = {
 @pytest.mark.parametrize(("fields", "numbers"), ANSWERS.values(), ids=ANSWERS)
 def test_answers(small, fields, numbers, stream):
     answer = small.complete(**fields, stream=stream, ignore_eos=True)
-    if numbers > 1000:
+    if numbers > 200:
         assert answer.status == 400 and answer.error["code"] == "answer_too_large"
         assert f"could list {numbers} tokens" in answer.error["message"]
-        assert "must be at most 1000 (config.serve.max_answer)" in answer.error["message"]
+        assert "must be at most 200 (config.serve.max_answer)" in answer.error["message"]
         return
     assert answer.status == 200
     choices = [e["choices"][0] for e in answer.events] if stream else answer.json["choices"]
     listed = [c["logprobs"] for c in choices if c["logprobs"]]
     if "logprobs" in fields:
-        # The chosen token may be one of the alternatives: then it is not listed twice.
         tokens = sum(len(one["tokens"]) for one in listed)
         assert tokens * (fields["logprobs"] + 2) == numbers
     elif not stream:
@@ -158,6 +153,5 @@ def test_pieces_are_made_when_their_turn_comes():
 def test_a_piece_is_small_whatever_the_answer():
     """What holds Python's lock at once: some dozens of numbers, and nothing of a list's length."""
     top = {f"token {i}": -0.123456789 for i in range(21)}
-    value = {"logprobs": {"tokens": ["a"] * 100_000, "top_logprobs": [top] * 20_000}}
+    value = {"logprobs": {"tokens": ["a"] * 10_000, "top_logprobs": [top] * 1000}}
     assert max(map(len, pieces(value))) < PIECE
-    assert VOCAB  # of the tiny model
