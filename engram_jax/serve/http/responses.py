@@ -26,7 +26,8 @@ class Limits:
     seconds: in which the head and then the body of a request must arrive, and in which a client
       must take some of an answer that waits for it.
     sequences: prompts times n of one request; not more than the engine's queue takes.
-    answer: tokens and log-probabilities that one answer may list (serve/http/bounds.py).
+    answer: tokens and log-probabilities that one answer may list (serve/http/bounds.py). answers:
+      all that are under way, but the small ones.
     requests: completions at once whose bodies have arrived. connections: at once, with or without
       a request. retry_after: s, sent with 429 and 503.
     """
@@ -36,6 +37,7 @@ class Limits:
     seconds: float = 20.0
     sequences: int = 128
     answer: int = 1 << 20
+    answers: int = 1 << 23
     requests: int = 1000
     connections: int = 2048
     retry_after: int = 1

@@ -7,10 +7,11 @@ cancelled. docs/serving.md describes fields, limits and errors for users.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -76,7 +77,7 @@ class App:
         self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
         self._created = int(time.time())
         self._responses: Counter[int] = Counter()
-        self._active = 0
+        self._active = self._numbers = 0  # requests under way; numbers that their answers list
         self._arriving, self._encoder = Arriving(limits.bodies), Encoder()
         # Tokenizing takes a core for as long as it takes: no more than one, and small bodies do not
         # wait for large ones.
@@ -104,12 +105,28 @@ class App:
                 thread = self._quick if len(body) <= QUICK else self._slow
                 loop = asyncio.get_running_loop()
                 request, numbers = await loop.run_in_executor(thread, self._parse, body)
-                answer = self._answer(request, numbers, scope, receive, send)
-                await while_connected(receive, answer)
+                with self._listed(numbers):
+                    answer = self._answer(request, numbers, scope, receive, send)
+                    await while_connected(receive, answer)
             finally:
                 self._active -= 1
         except DisconnectedError:
             self._responses[GONE] += 1
+
+    @contextlib.contextmanager
+    def _listed(self, numbers: int) -> Iterator[None]:
+        """While an answer that lists so many numbers is made and sent. Small ones always fit."""
+        if numbers > SMALL and self._numbers + numbers > self._limits.answers:
+            raise self._busy(
+                f"answers under way list {self._numbers} tokens and log-probabilities, and this one"
+                f" could list {numbers}: must be at most {self._limits.answers} together; try again"
+                " later"
+            )
+        self._numbers += numbers
+        try:
+            yield
+        finally:
+            self._numbers -= numbers
 
     def _check_model(self, fields: Fields) -> None:
         model = fields.get("model")

@@ -25,7 +25,7 @@ from engram_jax.serve.http.routes import App, Served
 from engram_jax.serve.http.uvicorn_internals import BACKLOG, Server
 from engram_jax.serve.open_engine import open_engine
 
-SPARE = 32  # descriptors for what the engine opens later
+SPARE = 96  # descriptors for connections that come and go, and for what the engine opens later
 FEWEST = 8  # connections that are worth serving
 
 
@@ -134,7 +134,13 @@ def serve_checkpoint(config: Config, workdir: Path, step: str, accept: Sequence[
     except BaseException:
         bound.close()
         raise
-    limits = Limits(body=where.max_body, sequences=where.queue, answer=where.max_answer)
+    most = where.max_answer
+    limits = Limits(
+        body=where.max_body,
+        sequences=where.queue,
+        answer=most,
+        answers=max(Limits.answers, most),
+    )
     try:
         serve(engine, bound=bound, limits=limits, drain_seconds=where.drain_seconds)
     finally:

@@ -29,7 +29,8 @@ from engram_jax.serve.http.json_fields import ApiError
 
 END_SECONDS = 5  # at the end, for clients that do not read their answer
 SEND_BUFFER = 1 << 17  # bytes that the system keeps of an answer until the client takes them
-BACKLOG = 128  # connections that the system keeps until they are accepted
+BACKLOG = 1024  # connections that the system keeps until they are accepted
+ACCEPTED = 16  # at a time; each holds a descriptor before anything can be closed for it
 PROBE_EVERY = 5.0  # seconds; PROBE_ANSWER: in which a client that has gone answers one
 PROBE_ANSWER = 0.1
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -79,7 +80,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            backlog=BACKLOG,
+            backlog=ACCEPTED,
             timeout_graceful_shutdown=END_SECONDS,
         )
         super().__init__(config)
@@ -92,6 +93,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(_Handler())
         await super().startup(sockets)
+        for sock in sockets or ():  # asyncio has set it to what it accepts at a time
+            sock.listen(BACKLOG)
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:

@@ -253,8 +253,8 @@ def test_connections_by_the_limit_of_open_files(monkeypatch):
     assert server.connections_of(2048) == 2048
     limited(1024)
     assert 500 < server.connections_of(2048) < 1024
-    limited(20)
-    with pytest.raises(server.UserError, match=r"ulimit -n\) is 20: must be at least \d+$"):
+    limited(99)
+    with pytest.raises(server.UserError, match=r"ulimit -n\) is 99: must be at least \d+$"):
         server.connections_of(2048)
 
 

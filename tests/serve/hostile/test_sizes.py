@@ -15,7 +15,7 @@ from engram_jax.serve.http.encode import PIECE, gathered, pieces
 from engram_jax.serve.http.json_fields import ApiError, Fields
 from engram_jax.serve.http.responses import Limits
 from tests.serve.served import SERVE, make_engine
-from tests.serve.web import EOS, QUEUE, Running, tokenizer
+from tests.serve.web import EOS, QUEUE, Running, read_all, tokenizer
 
 CAPACITY = SERVE.capacity
 MOST = 64 * CAPACITY
@@ -100,6 +100,23 @@ def test_answers(small, fields, numbers, stream):
         assert tokens * (fields["logprobs"] + 2) == numbers
     elif not stream:
         assert answer.json["usage"]["completion_tokens"] == numbers
+
+
+def test_large_answers_together():
+    """One at a time fits; small ones always do."""
+    engine = make_engine(tokenizer=tokenizer(), eos_id=EOS, queue=QUEUE)
+    large = {"prompt": "a" * 40, "echo": True, "logprobs": 20, "n": 5, "max_tokens": 20}
+    numbers = 5 * 60 * 22
+    with Running(engine, Limits(seconds=5, sequences=QUEUE, answers=numbers)) as web:
+        first = web.begin(**large, stream=True, ignore_eos=True)
+        assert first.recv(12) == b"HTTP/1.1 200"
+        second = web.complete(**large)
+        assert second.status == 429 and second.error["code"] == "queue_full"
+        assert f"and this one could list {numbers}: must be at most" in second.error["message"]
+        assert web.complete(logprobs=20, max_tokens=2).status == 200
+        assert read_all(first).count(b'"finish_reason":"length"') == 5
+        assert web.complete(**large).status == 200
+    engine.close()
 
 
 def test_the_issue_of_144_megabytes():
