@@ -3,7 +3,8 @@
     python -m benchmarks.attacks [--only NAME ...] [--rounds N] [--seconds S] [--json PATH]
 
 A server of the tests' tiny model is a process of its own, an attack another. In turns nothing
-happens and an attack runs; meanwhile one client streams, request after request, and another asks
+happens (or, where an attack makes the engine work, the same work is asked for in an ordinary way)
+and an attack runs; meanwhile one client streams, request after request, and another asks
 for /health ten times a second. The figures: how much longer the stream's tokens take under the
 attack than in the turn before it (median over the rounds), and the slowest /health of all rounds.
 On a machine that does other work, too, the slowest one without an attack says what that adds.
@@ -46,23 +47,28 @@ def post(**fields: Any) -> bytes:
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
 LARGE = {"echo": True, "logprobs": 20, "ignore_eos": True}
 STOPS = ["a" * 999 + "b", *(f"{chr(98 + i)}{'a' * 900}c" for i in range(15))]
+SMALL = {"ignore_eos": True}
 # name -> (connections at once, what each sends, whether it reads the answer)
 ATTACKS: dict[str, tuple[int, bytes, bool]] = {
     "silent connections": (1000, b"", False),
     "silent, few files": (1000, b"", False),
     "heads without bodies": (1000, HEAD, False),
     "bodies that stop": (200, HEAD + b" " * 900_000, False),
-    "answers never read": (
-        30,
-        post(prompt=ID * 900, n=2, max_tokens=20, **LARGE),
-        False,
-    ),
+    "answers never read": (30, post(prompt=ID * 900, n=2, max_tokens=20, **LARGE), False),
     "answers of 144 MB": (4, post(prompt=ID * 1000, n=250, max_tokens=20, **LARGE), True),
     "the largest answers": (2, post(prompt=ID * 1000, n=40, max_tokens=20, **LARGE), True),
     "prompts of a megabyte": (40, post(prompt="a" * 1_000_000), True),
     "a megabyte of small prompts": (40, post(prompt=["a" * 4000] * 200), True),
     "stop strings": (4, post(prompt="a", stop=STOPS, max_tokens=1000, ignore_eos=True), True),
     "many sequences": (1, post(n=200, max_tokens=60, ignore_eos=True), True),
+}
+# What an attack is compared with, where it makes the engine work: the same work, asked for in
+# another way. Others: with nothing.
+INSTEAD: dict[str, tuple[int, bytes, bool]] = {
+    "answers never read": (2, post(prompt=ID * 900, n=30, max_tokens=20, **SMALL), True),
+    "the largest answers": (2, post(prompt=ID * 1000, n=40, max_tokens=20, **SMALL), True),
+    "stop strings": (4, post(prompt="a", max_tokens=1000, ignore_eos=True), True),
+    "many sequences": (7, post(n=1, max_tokens=60, ignore_eos=True), True),
 }
 
 
@@ -86,9 +92,9 @@ def serve() -> None:
     server.serve(engine, port=0, limits=Limits(sequences=QUEUE), drain_seconds=0.1)
 
 
-def attack(name: str, port: int) -> None:
-    """The attacker's process: until it is ended."""
-    count, sent, reads = ATTACKS[name]
+def attack(name: str, port: int, instead: bool) -> None:
+    """The attacker's process: until it is ended. instead: of what the attack is compared with."""
+    count, sent, reads = (INSTEAD if instead else ATTACKS)[name]
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -103,7 +109,7 @@ def attack(name: str, port: int) -> None:
                     pass
                 while not reads and made.recv(1, socket.MSG_PEEK):  # until the server ends it
                     time.sleep(0.5)
-            time.sleep(0.01)
+            time.sleep(0.01 if reads else 1)
 
     threading.stack_size(1 << 18)
     for _ in range(count):
@@ -167,6 +173,8 @@ class Watch:
 @contextlib.contextmanager
 def process(*arguments: str, files: int | None = None) -> Iterator[subprocess.Popen[str]]:
     def limit() -> None:
+        if "--attack" in arguments:  # it comes from another machine: it takes no core of the server
+            os.nice(10)
         if files is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
@@ -198,16 +206,16 @@ def measure_one(name: str, rounds: int, seconds: float) -> list[Figure]:
         time.sleep(2)
         calm, under = [], []
         for _ in range(rounds):
-            began = time.perf_counter()
-            time.sleep(seconds)
-            ended = time.perf_counter()
-            calm.append((began, ended))
-            with process("--attack", name, "--port", str(port)):
-                time.sleep(1)  # it starts
-                began = time.perf_counter()
-                time.sleep(seconds)
-                under.append((began, time.perf_counter()))
-            time.sleep(2)
+            for turns, more in ((calm, ["--instead"]), (under, [])):
+                with contextlib.ExitStack() as running:
+                    if turns is under or name in INSTEAD:
+                        asked = ("--attack", name, "--port", str(port), *more)
+                        running.enter_context(process(*asked))
+                        time.sleep(1)  # it starts
+                    began = time.perf_counter()
+                    time.sleep(seconds)
+                    turns.append((began, time.perf_counter()))
+                time.sleep(2)
         watch.close()
         server.kill()
         log = server.communicate()[1]
@@ -237,12 +245,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there, too")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--attack", help=argparse.SUPPRESS)
+    parser.add_argument("--instead", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve()
     elif options.attack:
-        attack(options.attack, options.port)
+        attack(options.attack, options.port, options.instead)
     else:
         result = measure(options.only, options.rounds, options.seconds)
         print(harness.table(result), flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import resource
 import signal
@@ -108,6 +109,10 @@ def serve(
     runner = EngineThread(engine)
     app = App(runner, engine, limits)
     line = f"serving {engine.name} at {_url(sock)}/v1"
+    # A full collection looks at every object, with Python's lock held: JAX's and the model's, which
+    # stay, would stop the event loop and the engine for as long as half a second each time.
+    gc.collect()
+    gc.freeze()
     server = Server(
         app.asgi,
         limits.seconds,
@@ -118,6 +123,7 @@ def serve(
     try:
         asyncio.run(_serve(server, runner, sock, drain_seconds))
     finally:
+        gc.unfreeze()
         runner.close()
         sock.close()
 
