@@ -65,7 +65,7 @@ ATTACKS: dict[str, tuple[int, bytes, bool]] = {
 # What an attack is compared with, where it makes the engine work: the same work, asked for in
 # another way. Others: with nothing.
 INSTEAD: dict[str, tuple[int, bytes, bool]] = {
-    "answers never read": (2, post(prompt=ID * 900, n=30, max_tokens=20, **SMALL), True),
+    "answers never read": (30, post(prompt=ID * 900, n=2, max_tokens=20, **LARGE), True),
     "the largest answers": (2, post(prompt=ID * 1000, n=40, max_tokens=20, **SMALL), True),
     "stop strings": (4, post(prompt="a", max_tokens=1000, ignore_eos=True), True),
     "many sequences": (7, post(n=1, max_tokens=60, ignore_eos=True), True),

@@ -37,8 +37,18 @@ def parse_json(body: bytes) -> Fields:
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """JSON leaves open which of two values counts; another reader may take the other one."""
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise ApiError(400, f"body: the field {shown(name)} is given twice")
+            values[name] = value
+        return values
+
     try:
-        values = json.loads(body.decode("utf-8"), parse_constant=refuse)
+        text = body.decode("utf-8")
+        values = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: not UTF-8 at byte {error.start}") from None
     except RecursionError:
