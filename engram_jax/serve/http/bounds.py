@@ -15,13 +15,14 @@ def check_prompt_sizes(fields: Fields, capacity: int) -> None:
     """Refuse prompts that are too long whatever the tokenizer makes of them. Raises ApiError.
 
     A text may have `BYTES_PER_TOKEN` bytes for every token of a sequence; a list of ids is as long
-    as it is. Values of other types are left to the parser.
+    as it is, unless it is to be cut. Values of other types are left to the parser.
     """
+    cut = fields.get("truncate_prompt_tokens") is not None
     given = fields.get("prompt")
     several = isinstance(given, list) and bool(given) and isinstance(given[0], str | list)
     most = BYTES_PER_TOKEN * capacity
     for prompt in given if several else [given]:
-        if isinstance(prompt, list) and len(prompt) > capacity:
+        if isinstance(prompt, list) and len(prompt) > capacity and not cut:
             _too_long(f"prompt: has {len(prompt)} tokens; must be from 1 to {capacity}")
         if isinstance(prompt, str) and (size := _bytes(prompt, most)) > most:
             _too_long(
@@ -43,14 +44,15 @@ def listed_numbers(request: CompletionRequest) -> int:
     """The most tokens and log-probabilities that a request's answer can list.
 
     A token of an answer is one, and with `logprobs` = k each has k + 1 log-probabilities; with
-    `echo` a choice also has its prompt's.
+    `echo` or log-probabilities of the prompt a choice also has its prompt's.
     """
-    each = 1 if request.logprobs is None else request.logprobs + 2
-    tokens = 0
+    numbers = 0
     for place, params in enumerate(request.params):
-        prompt = len(request.prompts[place // request.n].ids) if request.echo else 0
-        tokens += prompt + params.max_tokens
-    return tokens * each
+        tokens = params.max_tokens
+        if request.echo or params.prompt_logprobs:
+            tokens += len(request.prompts[place // request.n].ids)
+        numbers += tokens * (1 if params.logprobs is None else params.logprobs + 2)
+    return numbers
 
 
 def check_answer_size(request: CompletionRequest, most: int) -> int:
@@ -58,9 +60,11 @@ def check_answer_size(request: CompletionRequest, most: int) -> int:
     Raises ApiError."""
     numbers = listed_numbers(request)
     if numbers > most:
-        parts = [f"{len(request.params)} choices", "tokens of prompt and answer"]
-        parts[1:] = ["max_tokens"] if not request.echo else parts[1:]
-        parts += [] if request.logprobs is None else [f"logprobs + 2 = {request.logprobs + 2}"]
+        params = request.params[0]
+        both = request.echo or params.prompt_logprobs
+        parts = [f"{len(request.params)} choices"]
+        parts += ["tokens of prompt and answer" if both else "max_tokens"]
+        parts += [] if params.logprobs is None else [f"logprobs + 2 = {params.logprobs + 2}"]
         raise ApiError(
             400,
             f"the answer could list {numbers} tokens and log-probabilities ({' x '.join(parts)}):"

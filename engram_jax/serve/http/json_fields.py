@@ -38,17 +38,15 @@ def parse_json(body: bytes) -> Fields:
         raise ValueError(f"{name} is not JSON")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """JSON leaves open which of two values counts; another reader may take the other one."""
-        values: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for name, value in pairs:
-            if name in values:
-                raise ApiError(400, f"body: the field {shown(name)} is given twice")
-            values[name] = value
-        return values
+            if name in found:
+                raise ApiError(400, f"body: {shown(name)} is given more than once")
+            found[name] = value
+        return found
 
     try:
-        text = body.decode("utf-8")
-        values = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+        values = json.loads(body.decode("utf-8"), parse_constant=refuse, object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: not UTF-8 at byte {error.start}") from None
     except RecursionError:

@@ -70,10 +70,16 @@ REFUSED = {
     "UTF-16": (GOOD.encode("utf-16"), "not UTF-8 at byte"),
     "UTF-32": (GOOD.encode("utf-32-be"), "not JSON"),
     "a byte order mark": (b"\xef\xbb\xbf" + GOOD.encode(), "not JSON"),
-    "a field twice": (with_(', "max_tokens": 60'), "the field 'max_tokens' is given twice"),
-    "a field twice, the same": (with_(', "max_tokens": 1'), "'max_tokens' is given twice"),
-    "an escaped name twice": (with_(', "m\\u0061x_tokens": 2'), "'max_tokens' is given twice"),
-    "twice within a field": (with_(', "logit_bias": {"1": 1, "1": 2}'), "'1' is given twice"),
+    "a field twice": (with_(', "max_tokens": 60'), "body: 'max_tokens' is given more than once"),
+    "a field twice, the same": (with_(', "max_tokens": 1'), "'max_tokens' is given more than once"),
+    "an escaped name twice": (
+        with_(', "m\\u0061x_tokens": 2'),
+        "'max_tokens' is given more than once",
+    ),
+    "twice within a field": (
+        with_(', "logit_bias": {"1": 1, "1": 2}'),
+        "'1' is given more than once",
+    ),
     "nested in lists": (with_(', "stop": ' + "[" * 100_000 + "]" * 100_000), "nested too deeply"),
     "nested in objects": (
         with_(', "user": ' + '{"a":' * 100_000 + "1" + "}" * 100_000),
