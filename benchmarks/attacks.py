@@ -204,7 +204,8 @@ def measure_one(name: str, rounds: int, seconds: float) -> list[Figure]:
         port = int(line.rsplit(":", 1)[1].split("/")[0])
         watch = Watch(port)
         time.sleep(2)
-        calm, under = [], []
+        calm: list[tuple[float, float]] = []
+        under: list[tuple[float, float]] = []
         for _ in range(rounds):
             for turns, more in ((calm, ["--instead"]), (under, [])):
                 with contextlib.ExitStack() as running:
