@@ -364,6 +364,7 @@ class ServeConfig:
     host: the address of the HTTP server.
     port: its port; 0 = any free one.
     max_body: the most bytes of a request.
+    max_answer: the most tokens and log-probabilities that one answer may list.
     drain_seconds: for running requests, after SIGTERM.
     """
 
@@ -387,6 +388,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     max_body: int = 1 << 20
+    max_answer: int = 1 << 20
     drain_seconds: float = 30.0
 
     def is_off(self, layer: str | int) -> bool:

@@ -71,7 +71,7 @@ _POSITIVE = {
     "train": "steps accumulation log_every eval_every eval_batches checkpoint_every keep"
     " sample_tokens",
     "generate": "max_tokens",
-    "serve": "sequences page prefill_chunk prefill_sequences queue max_body host",
+    "serve": "sequences page prefill_chunk prefill_sequences queue max_body max_answer host",
 }
 _NOT_NEGATIVE = {
     "model.ffn": "routed_experts shared_experts bias_update_rate",

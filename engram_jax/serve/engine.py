@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,8 +86,13 @@ class Engine:
 
     # Requests
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Queue a request; returns its number.
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, request: Hashable = None
+    ) -> int:
+        """Queue a sequence; returns its number.
+
+        request: what has several sequences gives the same for all of them; it takes turns with
+        others (serve/waiting.py).
 
         Raises UserError for one that can never be served and QueueFullError while too many wait.
         """
@@ -96,6 +101,7 @@ class Engine:
         number = next(self._numbers)
         tokens = np.asarray(prompt, np.int32)
         sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)
+        sequence.request = request
         self._schedule.submit(sequence)
         self._open[number] = sequence
         return number
@@ -231,7 +237,7 @@ class Engine:
     def _ask_for_prompts(self) -> None:
         """Request the rows of the tokens that `_prefill` computes in the next step."""
         shape = (self.serve.prefill_sequences, self.serve.prefill_chunk)
-        chunk = [s for s in self._schedule.running if s.prefilling][: shape[0]]
+        chunk = self._schedule.prefilling(shape[0])
         tokens = np.zeros(shape, np.int32)
         rows = []
         for row, sequence in enumerate(chunk):

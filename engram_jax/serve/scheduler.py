@@ -1,7 +1,9 @@
-"""The scheduler: decides which sequences run, first come, first served, in bounded memory.
+"""The scheduler: decides which sequences run, requests in turns, in bounded memory.
 
-* A request is admitted when nothing older waits, and a slot and pages for its whole prompt and one
-  more token are free; one that can never fit was refused when it was submitted.
+* Requests that wait take turns, a sequence each (serve/waiting.py): hundreds of sequences of one
+  request do not keep another's from beginning. Prompts are computed in turns, too (`prefilling`).
+* The sequence whose turn it is is admitted when a slot and pages for its whole prompt and one more
+  token are free; nothing passes it. One that can never fit was refused when it was submitted.
 * A running sequence takes a page whenever it has filled its last one. If none is free, the
   youngest running sequence is evicted (swapped out): its state goes to host memory, its pages and
   its slot become free. (Nothing is recomputed: a sequence that is swapped in has the same state to
@@ -10,12 +12,13 @@
   and one more for every running sequence are free. So at most `slots` sequences have begun at any
   time, and host memory is bounded by their states.
 
-engine.py carries this out (`Engine._evict`, `Engine._swap_in`).
+"Oldest" is who was admitted first. engine.py carries this out (`Engine._evict`, `Engine._swap_in`).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +26,18 @@ import numpy as np
 
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.request import Finish, QueueFullError, SamplingParams
+from engram_jax.serve.waiting import Waiting, in_turns
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One unfinished request.
+    """One unfinished sequence.
 
     computed: tokens in the cache. pending: its next token is being computed.
     history: its last N - 1 canonical ids (addressing/hash_tokens.py).
     saved: its state on the host, while it is evicted. text: its `TextStream`, or None.
+    request: what was submitted together with it shares this; None = it is a request of its own.
+    age: the place in the order of admission; -1 = it waits.
     """
 
     number: int
@@ -47,6 +53,13 @@ class Sequence:
     finish: Finish | None = None
     saved: Any = None
     prompt_logprobs: list[Any] = field(default_factory=list)
+    request: Hashable = None
+    age: int = -1
+
+    @property
+    def group(self) -> Hashable:
+        """What takes turns with others (serve/waiting.py)."""
+        return (self.number,) if self.request is None else self.request
 
     @property
     def prefilling(self) -> bool:
@@ -69,7 +82,8 @@ class Schedule:
     def __init__(self, slots: int, pages: Pages, queue: int):
         self.pages, self.queue = pages, queue
         self._slots = list(range(slots))[::-1]
-        self.waiting: deque[Sequence] = deque()
+        self._ages = itertools.count()
+        self.waiting: Waiting[Sequence] = Waiting(queue)
         self.running: list[Sequence] = []  # oldest first
         self.evicted: list[Sequence] = []  # oldest first
         self.evictions = 0
@@ -79,18 +93,21 @@ class Schedule:
         return bool(self.waiting or self.running or self.evicted)
 
     def submit(self, sequence: Sequence) -> None:
-        if len(self.waiting) >= self.queue:
-            raise QueueFullError(f"{self.queue} requests are waiting; try again later")
-        self.waiting.append(sequence)
+        """Let it wait. Raises QueueFullError where its request may not have one more waiting."""
+        if not self.waiting.has_room(sequence.group):
+            waiting = len(self.waiting)
+            raise QueueFullError(f"{waiting} sequences are waiting; try again later")
+        self.waiting.add(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Start waiting requests while there is room; returns those started."""
+        """Start waiting sequences while there is room; returns those started."""
         begun = []
         while self.waiting and self._slots and not self.evicted:
-            needed = self.pages.needed(self.waiting[0].begins_with)
+            needed = self.pages.needed(self.waiting.first.begins_with)
             if needed > self.pages.free:
                 break
-            sequence = self.waiting.popleft()
+            sequence = self.waiting.take()
+            sequence.age = next(self._ages)
             self._place(sequence, needed)
             begun.append(sequence)
         return begun
@@ -112,7 +129,11 @@ class Schedule:
     def _place(self, sequence: Sequence, pages: int) -> None:
         sequence.slot, sequence.pages = self._slots.pop(), self.pages.take(pages)
         self.running.append(sequence)
-        self.running.sort(key=lambda s: s.number)
+        self.running.sort(key=lambda s: s.age)
+
+    def prefilling(self, most: int) -> list[Sequence]:
+        """Those whose prompts are computed next, at most so many, requests in turns."""
+        return in_turns([s for s in self.running if s.prefilling])[:most]
 
     def room_for_next(self) -> tuple[list[Sequence], list[Sequence]]:
         """(sequences whose next token can be computed, those that must be evicted for it).
@@ -139,7 +160,7 @@ class Schedule:
         self.evictions += 1
         self._leave(sequence)
         self.evicted.append(sequence)
-        self.evicted.sort(key=lambda s: s.number)
+        self.evicted.sort(key=lambda s: s.age)
 
     def grow(self, sequence: Sequence) -> bool:
         """Give it the page that its next token needs; True if it got a new one."""
@@ -155,7 +176,7 @@ class Schedule:
             self._leave(sequence)
         elif sequence in self.evicted:
             self.evicted.remove(sequence)
-        elif sequence in self.waiting:
+        else:
             self.waiting.remove(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

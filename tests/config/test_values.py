@@ -221,6 +221,7 @@ IMPOSSIBLE = [
     ("serve.port=65536", "65536", "from 0 to 65535"),
     ("serve.port=-1", "-1", "from 0 to 65535"),
     ("serve.max_body=0", "0", "positive"),
+    ("serve.max_answer=0", "0", "positive"),
     ("serve.drain_seconds=-1", "-1", "0 or more"),
     ("model=3", "a section", "d_model"),
     ("model.engram={'layers': (1,)}", "a section", "rows_per_head"),

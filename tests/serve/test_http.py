@@ -266,17 +266,26 @@ def test_a_full_queue(web):
     assert web.complete(n=40, max_tokens=1).status == 200
 
 
-def test_more_requests_than_may_be_read_at_once():
-    """A fresh server: few may be under way."""
-    limits = Limits(requests=2, seconds=5)
+def test_more_requests_than_are_answered_at_once():
+    """A fresh server: two may be under way. One counts when its body has arrived."""
+    limits = Limits(requests=2, seconds=30, sequences=QUEUE)
     with Running(make_engine(), limits) as web:
-        slow = [web.raw(head(10)) for _ in range(2)]
-        while web.complete([1]).status != 429:
+        slow = [web.raw(head(10)) for _ in range(5)]
+        slow += [web.raw(head(10) + b" ") for _ in range(5)]
+        assert web.complete([1]).status == 200
+        long = [web.begin([1], **LONG) for _ in range(2)]
+        while (answer := web.complete([1])).status != 429:
             pass
-        for connection in slow:
+        assert "2 requests are being answered" in answer.error["message"]
+        for connection in long:
+            connection.close()
+        while web.complete([1]).status != 200:  # it is noticed that they have gone
+            pass
+        for connection in slow[:3]:
             connection.sendall(b" " * 10)
             assert connection.recv(100).startswith(b"HTTP/1.1 400")
-        assert web.complete([1]).status == 200
+        for connection in slow:
+            connection.close()
 
 
 def test_without_a_tokenizer():

@@ -196,3 +196,71 @@ def test_who_comes_back_has_room_for_its_next_token(computed, pages):
     schedule.vacate(one)
     assert schedule.readmit() == [one]
     assert len(one.pages) == pages and not schedule.grow(one)
+
+
+class TestFairness:
+    """A request's hundreds of sequences, and another's one."""
+
+    def make(self, slots, pages, groups):
+        schedule = Schedule(slots, Pages(pages, PAGE), queue=9)
+        made = []
+        for number, group in enumerate(groups):
+            made.append(sequence(number, 3, 20))
+            made[-1].request = group
+            schedule.submit(made[-1])
+        return schedule, made
+
+    def test_the_next_free_slot_is_the_others(self):
+        schedule, made = self.make(2, 9, "aaaaaa")
+        assert schedule.admit() == made[:2]
+        other = sequence(6, 3, 20)
+        schedule.submit(other)
+        schedule.end(made[0])
+        assert schedule.admit() == [made[2]]  # the turn that it already had
+        schedule.end(made[1])
+        assert schedule.admit() == [other]
+        schedule.end(made[2])
+        assert schedule.admit() == [made[3]]
+
+    def test_age_is_the_order_of_admission(self):
+        """Not of submission: else a request that was let in is moved out for the next of those
+        that it passed."""
+        schedule, made = self.make(3, 4, "aaab")
+        assert schedule.admit() == [made[0], made[3], made[1]]
+        assert schedule.running == [made[0], made[3], made[1]]
+        for one in schedule.running:
+            one.computed, one.generated = 4, [0]
+        ready, leaving = schedule.room_for_next()
+        assert (ready, leaving) == ([made[0], made[3]], [made[1]])
+        schedule.vacate(made[1])
+        schedule.vacate(made[3])
+        assert schedule.evicted == [made[3], made[1]]
+        assert schedule.readmit() == [made[3]]
+
+    def test_nothing_passes_the_one_whose_turn_it_is(self):
+        schedule = Schedule(3, Pages(4, PAGE), queue=9)
+        runs, large, small = sequence(0, 7, 1), sequence(1, 11, 1), sequence(2, 3, 1)
+        for one in (runs, large, small):
+            schedule.submit(one)
+        assert schedule.admit() == [runs] and list(schedule.waiting) == [large, small]
+
+    def test_prompts_are_computed_in_turns(self):
+        schedule, made = self.make(5, 9, "aaaab")
+        schedule.admit()
+        assert schedule.running == [made[0], made[4], made[1], made[2], made[3]]
+        assert schedule.prefilling(2) == [made[0], made[4]]
+        made[0].computed = made[4].computed = 3
+        assert schedule.prefilling(2) == [made[1], made[2]]
+        assert schedule.prefilling(9) == made[1:4]
+
+    def test_a_full_queue_has_room_for_another_request(self):
+        schedule, made = self.make(1, 9, "a" * 9)
+        one_more = sequence(9, 3, 20)
+        one_more.request = "a"
+        with pytest.raises(QueueFullError, match="9 sequences are waiting"):
+            schedule.submit(one_more)
+        schedule.submit(sequence(10, 3, 20))
+        assert len(schedule.waiting) == 10
+        for one in made:
+            schedule.end(one)
+        assert [one.number for one in schedule.waiting] == [10]

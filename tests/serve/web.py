@@ -150,7 +150,14 @@ class Running(Client):
         self.runner = EngineThread(engine)
         app = App(self.runner, engine, self.limits)
         ready = threading.Event()
-        self._server = server.Server(app.asgi, self.limits.seconds, ready.set)
+        limits = self.limits
+        self._server = server.Server(
+            app.asgi,
+            limits.seconds,
+            ready.set,
+            write_seconds=limits.seconds,
+            connections=limits.connections,
+        )
         run = self._server.serve
         self._thread = threading.Thread(target=lambda: asyncio.run(run([sock])))
         self._thread.start()

@@ -143,7 +143,8 @@ def _prompt(fields: Fields, value: Any, tokenizer: Any) -> Prompt:
         text = fields.text("prompt", value, PROMPT)
         if tokenizer is None:
             fields.wrong("prompt", "token ids: the server has no tokenizer")
-        found = tokenizer.encode(text, add_special_tokens=False)
+        # `encode` would hold Python's lock, and with it everything, until it is done.
+        found = tokenizer.encode_batch([text], add_special_tokens=False)[0]
         prompt = Prompt(tuple(found.ids), text, tuple(start for start, _ in found.offsets))
     if not prompt.ids:
         raise ApiError(400, "prompt: is empty; must have at least one token", "prompt")

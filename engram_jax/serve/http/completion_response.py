@@ -202,10 +202,11 @@ class Answer:
         return {**self._head, "choices": [], "usage": self.usage()}
 
     def whole(self, deltas: Sequence[Sequence[Delta]]) -> dict[str, Any]:
-        """Everything in one object. deltas: of every choice."""
+        """Everything in one object, for serve/http/encode.py: its choices are made while they are
+        encoded, and its usage behind them. deltas: of every choice."""
         pairs = zip(self.choices, deltas, strict=True)
-        choices = [choice.add(_together(parts)) for choice, parts in pairs]
-        return {**self._head, "choices": choices, "usage": self.usage()}
+        choices = (choice.add(_together(parts)) for choice, parts in pairs)
+        return {**self._head, "choices": choices, "usage": self.usage}
 
 
 def _together(deltas: Sequence[Delta]) -> Delta:

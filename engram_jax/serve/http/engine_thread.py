@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -36,7 +36,9 @@ class Steps(Protocol):
 
     @property
     def busy(self) -> bool: ...
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int: ...
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, request: Hashable = None
+    ) -> int: ...
     def cancel(self, request: int) -> None: ...
     def step(self) -> list[Delta]: ...
     def stats(self) -> Mapping[str, float]: ...
@@ -174,7 +176,7 @@ class EngineThread:
         ids: list[int] = []
         try:
             for prompt, params in sequences:
-                ids.append(self._engine.submit(prompt, params))
+                ids.append(self._engine.submit(prompt, params, group))
         except Exception as error:
             group.accepted.set_exception(error)
             if not isinstance(error, UserError | QueueFullError):

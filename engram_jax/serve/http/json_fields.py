@@ -37,8 +37,16 @@ def parse_json(body: bytes) -> Fields:
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ApiError(400, f"body: {shown(name)} is given more than once")
+            found[name] = value
+        return found
+
     try:
-        values = json.loads(body.decode("utf-8"), parse_constant=refuse)
+        values = json.loads(body.decode("utf-8"), parse_constant=refuse, object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: not UTF-8 at byte {error.start}") from None
     except RecursionError:

@@ -7,10 +7,13 @@ cancelled. docs/serving.md describes fields, limits and errors for users.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from starlette.applications import Starlette
@@ -22,12 +25,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engram_jax.config.errors import UserError
 from engram_jax.serve.http import completion_request
+from engram_jax.serve.http.arriving import Arriving
+from engram_jax.serve.http.bounds import check_answer_size, check_prompt_sizes
 from engram_jax.serve.http.completion_response import Answer
+from engram_jax.serve.http.encode import SMALL, Encoder, pieces
 from engram_jax.serve.http.engine_thread import FAILED, ClosedError, EngineThread, Group, Steps
 from engram_jax.serve.http.json_fields import ApiError, Fields, parse_json, shown
 from engram_jax.serve.http.responses import (
     DisconnectedError,
     Limits,
+    check_framing,
     dumps,
     error_response,
     json_response,
@@ -39,6 +46,9 @@ from engram_jax.serve.request import Delta, Finish, QueueFullError
 ROUTES = "POST /v1/completions, GET /v1/models, /health and /metrics"
 NO_CHAT = "base models have no chat template; use POST /v1/completions"
 GONE = 499  # nginx's status for a client that went away: counted, not sent
+LISTED = 64  # log-probabilities of a prompt that the event loop lists itself
+QUICK = 1 << 14  # bytes of a body that is parsed before larger ones
+JSON = [(b"content-type", b"application/json")]
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -67,7 +77,11 @@ class App:
         self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
         self._created = int(time.time())
         self._responses: Counter[int] = Counter()
-        self._active = 0
+        self._active = self._numbers = 0  # requests under way; numbers that their answers list
+        self._arriving, self._encoder = Arriving(limits.bodies), Encoder()
+        # Tokenizing takes a core for as long as it takes: no more than one, and small bodies do not
+        # wait for large ones.
+        self._quick, self._slow = ThreadPoolExecutor(1, "parse"), ThreadPoolExecutor(1, "parse")
         routes = [
             Route("/v1/completions", _Asgi(self._completions), methods=["POST"]),
             Route("/v1/models", self._models),
@@ -81,20 +95,38 @@ class App:
         self.asgi: ASGIApp = self._counted(app)
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._active >= self._limits.requests:
-            raise self._busy(f"{self._active} requests are being answered; try again later")
-        self._active += 1
         try:
-            fields = parse_json(await read_body(scope, receive, self._limits))
-            self._check_model(fields)
-            if self._runner.state != "ok":
-                raise self._closed()
-            request = await asyncio.to_thread(self._parse, fields)
-            await while_connected(receive, self._answer(request, scope, receive, send))
+            # Not counted while it arrives: who sends none would keep the others out.
+            body = await read_body(scope, receive, self._limits, self._arriving)
+            if self._active >= self._limits.requests:
+                raise self._busy(f"{self._active} requests are being answered; try again later")
+            self._active += 1
+            try:
+                thread = self._quick if len(body) <= QUICK else self._slow
+                loop = asyncio.get_running_loop()
+                request, numbers = await loop.run_in_executor(thread, self._parse, body)
+                with self._listed(numbers):
+                    answer = self._answer(request, numbers, scope, receive, send)
+                    await while_connected(receive, answer)
+            finally:
+                self._active -= 1
         except DisconnectedError:
             self._responses[GONE] += 1
+
+    @contextlib.contextmanager
+    def _listed(self, numbers: int) -> Iterator[None]:
+        """While an answer that lists so many numbers is made and sent. Small ones always fit."""
+        if numbers > SMALL and self._numbers + numbers > self._limits.answers:
+            raise self._busy(
+                f"answers under way list {self._numbers} tokens and log-probabilities, and this one"
+                f" could list {numbers}: must be at most {self._limits.answers} together; try again"
+                " later"
+            )
+        self._numbers += numbers
+        try:
+            yield
         finally:
-            self._active -= 1
+            self._numbers -= numbers
 
     def _check_model(self, fields: Fields) -> None:
         model = fields.get("model")
@@ -103,17 +135,25 @@ class App:
         if model != self._name:
             self._unknown_model(model)
 
-    def _parse(self, fields: Fields) -> completion_request.CompletionRequest:
-        return completion_request.parse_request(
+    def _parse(self, body: bytes) -> tuple[completion_request.CompletionRequest, int]:
+        """The request, and how many tokens and log-probabilities its answer may list."""
+        fields = parse_json(body)
+        self._check_model(fields)
+        if self._runner.state != "ok":
+            raise self._closed()
+        check_prompt_sizes(fields, self._capacity)
+        request = completion_request.parse_request(
             fields,
             tokenizer=self._tokenizer,
             capacity=self._capacity,
             most=self._limits.sequences,
         )
+        return request, check_answer_size(request, self._limits.answer)
 
     async def _answer(
         self,
         request: completion_request.CompletionRequest,
+        numbers: int,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -131,14 +171,19 @@ class App:
             answer = Answer(request, self._name, self._tokenizer, self._eos)
             arriving = _until_all_end(deltas, len(request.params))
             if request.stream:
-                await _stream(answer, arriving, send)
+                await _stream(answer, arriving, send, self._encoder)
                 return
             whole: list[list[Delta]] = [[] for _ in request.params]
             async for arrived in arriving:
                 for place, delta in arrived:
                     whole[place].append(delta)
-            made = await asyncio.to_thread(lambda: json_response(answer.whole(whole)))
-            await made(scope, receive, send)
+            if numbers <= SMALL:
+                body = await asyncio.to_thread(lambda: b"".join(pieces(answer.whole(whole))))
+                await Response(body, media_type="application/json")(scope, receive, send)
+                return
+            await send({"type": "http.response.start", "status": 200, "headers": JSON})
+            await self._encoder.send(lambda: answer.whole(whole), send)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             group.cancel()
 
@@ -210,6 +255,11 @@ class App:
                     self._responses[message["status"]] += 1
                 await send(message)
 
+            try:
+                check_framing(scope)
+            except ApiError as error:
+                await error_response(error)(scope, receive, count)
+                return
             await app(scope, receive, count)
 
         return counted
@@ -246,24 +296,42 @@ async def _until_all_end(
 
 
 async def _stream(
-    answer: Answer, arriving: AsyncIterator[list[tuple[int, Delta]]], send: Send
+    answer: Answer,
+    arriving: AsyncIterator[list[tuple[int, Delta]]],
+    send: Send,
+    encoder: Encoder,
 ) -> None:
     """Server-sent events. What goes wrong after the first one is an event, too."""
     await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
 
     async def events(values: list[Any]) -> None:
+        if not values:
+            return
         body = b"".join(b"data: " + dumps(value) + b"\n\n" for value in values)
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
     try:
         async for arrived in arriving:
-            added = (answer.choices[place].add(delta) for place, delta in arrived)
-            await events([answer.chunk(choice) for choice in added if choice is not None])
+            ready: list[Any] = []
+            for place, delta in arrived:
+                add = answer.choices[place].add
+                if len(delta.prompt_logprobs) <= LISTED:
+                    ready += [answer.chunk(c) for c in [add(delta)] if c is not None]
+                    continue
+                await events(ready)  # those before it
+                ready = []
+                make = partial(_chunk, answer, add, delta)
+                await encoder.send(make, send, before=b"data: ", after=b"\n\n")
+            await events(ready)
         if (usage := answer.last_chunk()) is not None:
             await events([usage])
     except ApiError as error:
         await events([error.body])
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def _chunk(answer: Answer, add: Callable[[Delta], Any], delta: Delta) -> dict[str, Any]:
+    return answer.chunk(add(delta))
 
 
 async def _refused(request: Request, error: ApiError) -> Response:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,10 +23,11 @@ from engram_jax.config.errors import UserError
 from engram_jax.serve.http.engine_thread import EngineThread
 from engram_jax.serve.http.responses import Limits
 from engram_jax.serve.http.routes import App, Served
-from engram_jax.serve.http.uvicorn_internals import Server
+from engram_jax.serve.http.uvicorn_internals import BACKLOG, Server
 from engram_jax.serve.open_engine import open_engine
 
-BACKLOG = 128
+SPARE = 96  # descriptors for connections that come and go, and for what the engine opens later
+FEWEST = 8  # connections that are worth serving
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,6 +62,23 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def connections_of(most: int) -> int:
+    """As many connections as the limit of open files (ulimit -n) leaves, at most `most`.
+
+    Raises UserError where it leaves too few.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return most
+    found = min(most, limit - len(os.listdir("/dev/fd")) - SPARE)
+    if found < FEWEST:
+        needed = limit - found + FEWEST
+        raise UserError(
+            f"the limit of open files (ulimit -n) is {limit}: must be at least {needed}"
+        )
+    return found
+
+
 def tell(line: str) -> None:
     print(line, flush=True)
 
@@ -80,6 +101,7 @@ def serve(
     limits = limits or Limits()
     sock = bind(host, port) if bound is None else bound
     try:
+        limits = replace(limits, connections=connections_of(limits.connections))
         sock.listen(BACKLOG)
     except OSError as error:  # another process was bound to it, too, and came first
         sock.close()
@@ -87,10 +109,21 @@ def serve(
     runner = EngineThread(engine)
     app = App(runner, engine, limits)
     line = f"serving {engine.name} at {_url(sock)}/v1"
-    server = Server(app.asgi, limits.seconds, lambda: ready(line))
+    # A full collection looks at every object, with Python's lock held: JAX's and the model's, which
+    # stay, would stop the event loop and the engine for as long as half a second each time.
+    gc.collect()
+    gc.freeze()
+    server = Server(
+        app.asgi,
+        limits.seconds,
+        lambda: ready(line),
+        write_seconds=limits.seconds,
+        connections=limits.connections,
+    )
     try:
         asyncio.run(_serve(server, runner, sock, drain_seconds))
     finally:
+        gc.unfreeze()
         runner.close()
         sock.close()
 
@@ -107,7 +140,13 @@ def serve_checkpoint(config: Config, workdir: Path, step: str, accept: Sequence[
     except BaseException:
         bound.close()
         raise
-    limits = Limits(body=where.max_body, sequences=where.queue)
+    most = where.max_answer
+    limits = Limits(
+        body=where.max_body,
+        sequences=where.queue,
+        answer=most,
+        answers=max(Limits.answers, most),
+    )
     try:
         serve(engine, bound=bound, limits=limits, drain_seconds=where.drain_seconds)
     finally:

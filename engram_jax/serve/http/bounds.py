@@ -1,0 +1,74 @@
+"""Refuses a request by its size before work is spent on it: bytes of prompts, numbers of an answer.
+
+Both are known from the request alone. docs/serving.md states the limits for users.
+"""
+
+from __future__ import annotations
+
+from engram_jax.serve.http.completion_request import CompletionRequest
+from engram_jax.serve.http.json_fields import ApiError, Fields
+
+BYTES_PER_TOKEN = 64  # of a prompt's text, on average; a token of ordinary text has 3 to 5
+
+
+def check_prompt_sizes(fields: Fields, capacity: int) -> None:
+    """Refuse prompts that are too long whatever the tokenizer makes of them. Raises ApiError.
+
+    A text may have `BYTES_PER_TOKEN` bytes for every token of a sequence; a list of ids is as long
+    as it is, unless it is to be cut. Values of other types are left to the parser.
+    """
+    cut = fields.get("truncate_prompt_tokens") is not None
+    given = fields.get("prompt")
+    several = isinstance(given, list) and bool(given) and isinstance(given[0], str | list)
+    most = BYTES_PER_TOKEN * capacity
+    for prompt in given if several else [given]:
+        if isinstance(prompt, list) and len(prompt) > capacity and not cut:
+            _too_long(f"prompt: has {len(prompt)} tokens; must be from 1 to {capacity}")
+        if isinstance(prompt, str) and (size := _bytes(prompt, most)) > most:
+            _too_long(
+                f"prompt: has {size} bytes; must have at most {most}, {BYTES_PER_TOKEN} for each of"
+                f" the {capacity} tokens of a sequence"
+            )
+
+
+def _bytes(text: str, most: int) -> int:
+    """In UTF-8; its characters if these are already too many, or if it cannot be encoded."""
+    return len(text) if len(text) > most else len(text.encode("utf-8", "replace"))
+
+
+def _too_long(message: str) -> None:
+    raise ApiError(400, message, "prompt", "context_length_exceeded")
+
+
+def listed_numbers(request: CompletionRequest) -> int:
+    """The most tokens and log-probabilities that a request's answer can list.
+
+    A token of an answer is one, and with `logprobs` = k each has k + 1 log-probabilities; with
+    `echo` or log-probabilities of the prompt a choice also has its prompt's.
+    """
+    numbers = 0
+    for place, params in enumerate(request.params):
+        tokens = params.max_tokens
+        if request.echo or params.prompt_logprobs:
+            tokens += len(request.prompts[place // request.n].ids)
+        numbers += tokens * (1 if params.logprobs is None else params.logprobs + 2)
+    return numbers
+
+
+def check_answer_size(request: CompletionRequest, most: int) -> int:
+    """Refuse a request whose answer could list more than `most` numbers; how many it could list.
+    Raises ApiError."""
+    numbers = listed_numbers(request)
+    if numbers > most:
+        params = request.params[0]
+        both = request.echo or params.prompt_logprobs
+        parts = [f"{len(request.params)} choices"]
+        parts += ["tokens of prompt and answer" if both else "max_tokens"]
+        parts += [] if params.logprobs is None else [f"logprobs + 2 = {params.logprobs + 2}"]
+        raise ApiError(
+            400,
+            f"the answer could list {numbers} tokens and log-probabilities ({' x '.join(parts)}):"
+            f" must be at most {most} (config.serve.max_answer)",
+            code="answer_too_large",
+        )
+    return numbers
