@@ -74,11 +74,14 @@ def add_launch(
     *,
     resumed_at: int = 0,
     changed_settings: Mapping[str, tuple[Any, Any]] | None = None,
+    initialised_from: Mapping[str, Any] | None = None,
 ) -> Path:
     """Add this launch to `workdir`/run.json (made if missing); returns its path.
 
     data: what text is trained on (`PreparedData.summary`). resumed_at: the step this launch starts
     from. changed_settings: key -> (value before, value from here on), what was accepted to differ.
+    initialised_from: the checkpoint of another run that the first step started from
+    (run/ancestry.py).
     Only the first process writes.
     Raises UserError if the file there is not one of ours.
     """
@@ -94,6 +97,8 @@ def add_launch(
     }
     if changed_settings:
         launch["changed_settings"] = dict(changed_settings)
+    if initialised_from:
+        launch["initialised_from"] = dict(initialised_from)
     launches.append(launch)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"launches": launches}, indent=1) + "\n")
@@ -109,6 +114,12 @@ def read_launches(path: str | Path) -> list[dict[str, Any]]:
     if not isinstance(launches, list) or not all(isinstance(x, dict) for x in launches):
         raise UserError(f"{path}: is not a record of launches; move it away")
     return launches
+
+
+def origin_of(launches: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the run of these launches started from, another run's checkpoint; None = its seed."""
+    began = [launch for launch in launches if launch.get("resumed_at", 0) == 0]
+    return began[-1].get("initialised_from") if began else None
 
 
 def recorded(workdir: Path, step: int) -> Config | None:

@@ -63,14 +63,18 @@ def _schedule(optimizer: OptimizerConfig, steps: int) -> None:
     room = f"fewer than train.steps = {steps}: optimizer.schedule = {name!r} decays after it"
     require(warm < steps, f"{key}.warmup_steps", warm, room)
     if name == WSD:
-        require(bool(share or length), f"{key}.decay_share", share, "set, or decay_steps, for 'wsd'")
+        require(
+            bool(share or length), f"{key}.decay_share", share, "set, or decay_steps, for 'wsd'"
+        )
     left = steps - warm
     if length:
         allowed = f"at most {left}, what optimizer.warmup_steps leaves of train.steps = {steps}"
         require(length <= left, f"{key}.decay_steps", length, allowed)
     if share:
         found = round(share * steps)
-        allowed = f"a share of 1 to {left} of train.steps = {steps} (optimizer.warmup_steps = {warm})"
+        allowed = (
+            f"a share of 1 to {left} of train.steps = {steps} (optimizer.warmup_steps = {warm})"
+        )
         require(0 < found <= left, f"{key}.decay_share", share, allowed)
 
 
