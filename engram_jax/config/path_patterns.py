@@ -3,8 +3,8 @@
 A path is that of the checkpoint: "embedding", "engrams/1/projection",
 "blocks/0/blocks/attention/q_proj" (a stack of equal layers, named by its first), "memory/1" (the
 table of Engram layer 1). A pattern is a path, or the beginning of paths up to a "/"; "*" stands for
-any characters, "/" among them: "engrams" is every array of every Engram module, "*/q_proj" the query
-projections, "blocks/0" the stack that begins with layer 0.
+any characters, "/" among them: "engrams" is every array of every Engram module, "*/q_proj" all
+query projections, "blocks/0" the stack that begins with layer 0.
 
 Of several patterns the last that matches a path decides; "!" before one takes away what it matches.
 What no pattern matches is not chosen, unless the first begins with "!": then all is, but for it.

@@ -215,8 +215,8 @@ def evaluate(
     `open_checkpoint`.
 
     With "data" in `accept` it is scored on another text. The result lists the differences. Without
-    any, and of the parameters themselves, process 0 writes the documents' losses to `workdir` (see `file_of_step`), and the result
-    says by what n-grams of context, too.
+    any, and without config.serve.ema, process 0 writes the documents' losses to `workdir` (see
+    `file_of_step`), and the result says by what n-grams of context, too.
     """
     found = open_checkpoint(config, workdir, step, accept)
     evaluator = Evaluator(found.program, found.data)

@@ -1,4 +1,4 @@
-"""Writes a run's metrics: metrics.jsonl, TensorBoard, and a progress bar.
+"""Writes a run's metrics: metrics.jsonl, its loggers (loggers.py), and a progress bar.
 
 metrics.jsonl holds one JSON object per line: "step" (updates applied), "time" (seconds since the
 epoch), then metrics: numbers, or nested lists for arrays. NaN and infinities are the strings "NaN",
@@ -21,13 +21,14 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from engram_jax.config import TENSORBOARD
 from engram_jax.hardware.storage import write_text
+from engram_jax.monitoring.loggers import Logger, open_loggers
 
 _FILE = "metrics.jsonl"
-_FEW = 16  # arrays of at most so many values are curves in TensorBoard, larger ones histograms
+_FEW = 16  # arrays of at most so many values are curves of a logger, larger ones histograms
 
 
 class MetricsWriter:
@@ -35,25 +36,31 @@ class MetricsWriter:
 
     start_step: the step the launch starts from. What an interrupted launch wrote of later steps is
       removed, so that every metric stays a function of the step.
+    loggers: of config.train.loggers; config: what they show with the run. Raises UserError for one
+      that is not installed or cannot be reached.
     """
 
-    def __init__(self, workdir: str | Path, *, start_step: int = 0):
-        self._board = self._file = None
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        start_step: int = 0,
+        loggers: tuple[str, ...] = (TENSORBOARD,),
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._file: TextIO | None = None
+        self._loggers: list[Logger] = []
         if jax.process_index() != 0:
             return
         path = Path(workdir) / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _forget_after(path, start_step)
+        self._loggers = open_loggers(loggers, path.parent, start_step, config or {})
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(path.parent / "tensorboard"),
-            purge_step=start_step + 1,
-            flush_secs=10,
-        )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log numbers and arrays (host or device) of a step; the line is on disk on return."""
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
         now = time.time()
         values = {name: np.asarray(value) for name, value in metrics.items()}
@@ -61,14 +68,16 @@ class MetricsWriter:
         line = json.dumps({"step": int(step), "time": now, **record}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._show(name, value.astype(np.float64), int(step), now)
+        scalars, histograms = shown(values)
+        for logger in self._loggers:
+            logger.log(int(step), scalars, histograms, now)
 
     def close(self) -> None:
-        if self._file is not None and self._board is not None:
+        if self._file is not None:
             self._file.close()
-            self._board.close()
-            self._file = self._board = None
+            self._file = None
+        while self._loggers:
+            self._loggers.pop(0).close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -76,16 +85,22 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _show(self, name: str, value: np.ndarray, step: int, now: float) -> None:
-        assert self._board is not None
+
+def shown(values: Mapping[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """(curves, histograms) of numbers and arrays: an array of a few values is a curve for each,
+    NAME/INDEX; of a larger one the histogram, unless a value is not finite."""
+    scalars: dict[str, float] = {}
+    histograms: dict[str, np.ndarray] = {}
+    for name, given in values.items():
+        value = given.astype(np.float64)
         if value.ndim == 0:
-            self._board.add_scalar(name, float(value), step, now)
+            scalars[name] = float(value)
         elif value.size <= _FEW:
             for index, item in np.ndenumerate(value):
-                tag = "/".join([name, *map(str, index)])
-                self._board.add_scalar(tag, float(item), step, now)
+                scalars["/".join([name, *map(str, index)])] = float(item)
         elif np.isfinite(value).all():
-            self._board.add_histogram(name, value.ravel(), step, walltime=now)
+            histograms[name] = value.ravel()
+    return scalars, histograms
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

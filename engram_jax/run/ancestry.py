@@ -273,7 +273,7 @@ def from_step_zero(opt_state: Any) -> Any:
 
 
 def _record(ancestor: Ancestor, found: Restored, keep: bool) -> dict[str, Any]:
-    """The origin as run.json has it; what that began with itself stands in its "initialised_from"."""
+    """The origin as run.json has it, with its own origin inside."""
     record: dict[str, Any] = {
         "workdir": str(ancestor.workdir.absolute()),
         "name": ancestor.config.name,
@@ -295,6 +295,6 @@ def other_text(ancestor: Ancestor, summary: dict[str, Any]) -> str:
     if theirs is None or theirs == summary["digest"]:
         return ""
     return (
-        f"the run in {ancestor.workdir} was trained on another text, {theirs}: what is held out here"
-        " may be among it, and losses by seen n-grams do not know it"
+        f"the run in {ancestor.workdir} was trained on another text, {theirs}: what is held out"
+        " here may be among it, and losses by seen n-grams do not know it"
     )

@@ -25,6 +25,7 @@ from engram_jax.checkpoint.run_settings import Changes
 from engram_jax.checkpoint.run_tokenizer import save_text_side
 from engram_jax.checkpoint.workdir import check_writable, locked
 from engram_jax.config import Config
+from engram_jax.config.difference import flat
 from engram_jax.config.errors import UserError
 from engram_jax.data.placement import place_batch
 from engram_jax.data.run_data import RunData, open_on_all_processes
@@ -34,6 +35,7 @@ from engram_jax.distributed.preemption import Preemption
 from engram_jax.evaluation.held_out import Evaluator, check_held_out
 from engram_jax.evaluation.tasks import check_off
 from engram_jax.model.transformer import moe_layers
+from engram_jax.monitoring.loggers import check_loggers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
 from engram_jax.monitoring.provenance import process_name
 from engram_jax.report.write import no_pictures
@@ -110,6 +112,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     config, workdir, log = launch.config, launch.workdir, launch.log
     if config.data.tasks.names:
         check_off(config)
+    check_loggers(config.train.loggers)
     agree(lambda: check_writable(workdir))
     changes = agree(lambda: check_resumed(config, workdir, launch.accept, log))
     ancestor = agree(lambda: find_ancestor(config, workdir, launch.accept))
@@ -195,7 +198,12 @@ class Run:
             initialised_from=origin,
         )
         save_text_side(self.workdir, data.prepared, self.config)
-        return MetricsWriter(self.workdir, start_step=self.first_step)
+        return MetricsWriter(
+            self.workdir,
+            start_step=self.first_step,
+            loggers=self.config.train.loggers,
+            config=flat(self.config),
+        )
 
     def _start(self, ancestor: Ancestor | None) -> tuple[TrainState, dict[str, Any] | None]:
         """A new state, or the newest checkpoint's with the data iterator set to continue it; and
