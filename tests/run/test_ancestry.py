@@ -154,7 +154,7 @@ REFUSED = [
     ({"model__engram__table_dtype": "bfloat16"}, "config.model.engram.table_dtype is 'float32'"),
     ({"model__attention__rope_theta": 5e5}, "--accept_changes=model.attention.rope_theta"),
     ({"tokenizer__pad_id": 3}, "config.tokenizer.pad_id is 0 there and 3 here"),
-    ({"tokenizer__eos_id": 5}, "ends documents with token 0, this one with 5"),
+    ({"tokenizer__eos_id": 5}, "ends documents with token 2, this one with 5"),
     (
         {"train__init_optimizer": True, "optimizer__memory_optimizer": "frozen"},
         "config.optimizer.memory_optimizer is 'rowwise_adam' in",
