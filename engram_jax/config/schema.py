@@ -301,8 +301,8 @@ class TrainConfig:
       tables, with a schedule, data and optimizer of this run's own; "" = from train.seed. It reads
       text with that run's tokenizer unless tokenizer.path names it elsewhere.
     init_optimizer: with init_from: take that run's moments over, too, parameters' and tables'.
-    trainable: patterns of the parameters and tables that are updated, such as `engrams`, `memory/1`
-      or `!*/gain` (all but those); () = all. config/path_patterns.py has the rules.
+    trainable: patterns of the parameters and tables that are updated, such as engrams, memory/1
+      or !*/gain (all but those); () = all. config/path_patterns.py has the rules.
     ema_decay: decay of an exponential moving average of the trained parameters, kept beside them
       (serve.ema uses it); tables have none; 0 = no average.
     z_loss: coefficient of the mean squared logarithm of the softmax's normaliser (PaLM, section 5),

@@ -98,6 +98,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert found[2]["gate/1/1"] == 0.5 and "load" in str(found[2])
 
 
+@pytest.mark.slow
 def test_mlflow_in_the_workdir(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="the extra `mlflow` is not installed")
     pytest.importorskip("sqlalchemy", reason="the extra `mlflow` is not installed")

@@ -47,9 +47,7 @@ def test_the_first_loss_is_the_source_s_on_that_batch(corpus, undisturbed, desce
     assert f"initialised from step 18 of {undisturbed}, with a fresh optimizer" in outcome.out
     assert "was trained on another text" in outcome.err
     source = open_checkpoint(small_config(corpus), undisturbed, "18")
-    config = ancestry.with_tokenizer(
-        small_config(text, train__init_from=str(undisturbed)), workdir
-    )
+    config = ancestry.with_tokenizer(small_config(text, train__init_from=str(undisturbed)), workdir)
     program = source.program
     batch = place_batch(program.mesh, next(open_data(config).train_iterator(program.mesh)), 4)
     state = source.state
@@ -96,7 +94,9 @@ def test_the_report_and_the_record_show_the_descent(undisturbed, descendant, tmp
     # A run from that one: both are told.
     config = small_config(text, train__init_from=f"{workdir}@24")
     child = ancestry.find_ancestor(config, tmp_path)
-    program = build_training(config, open_data(ancestry.with_tokenizer(config, tmp_path)).addressing)
+    program = build_training(
+        config, open_data(ancestry.with_tokenizer(config, tmp_path)).addressing
+    )
     _, record = ancestry.start_from(program, child, lambda line: None)
     assert record["initialised_from"] == origin
 

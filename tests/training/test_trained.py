@@ -85,7 +85,9 @@ def test_what_is_not_trained_keeps_its_bits_and_has_no_state(choice):
         jax.tree.leaves(start.router_bias)[0]
     )
     assert changed == router
-    assert bool(utilisation(program, state.memory)) == bool(tables) == bool(touched_rows(state.memory))
+    assert (
+        bool(utilisation(program, state.memory)) == bool(tables) == bool(touched_rows(state.memory))
+    )
     # The first step of what is trained is the whole model's.
     _, _, whole, theirs = run(1)
     _, _, one, ours = run(1, **{"train.trainable": patterns})
