@@ -2,6 +2,7 @@
 
 run.json                     every launch (checkpoint/run_record.py)
 metrics.jsonl, report.html   what happened (monitoring/metrics.py, report/write.py)
+tensorboard/, wandb/, mlflow/   the same for others (monitoring/loggers.py)
 held_out_documents.npz       losses by document (evaluation/target_losses.py)
 goodput.json, profile/       the time it took (monitoring/goodput.py, monitoring/profiling.py)
 checkpoints/, addressing/    the model (checkpoint/manager.py, addressing/artifact.py)
@@ -30,7 +31,10 @@ RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
 TEXT, LOSSES = "text.json", "losses.json"
 HELD_OUT_DOCUMENTS = "held_out_documents.npz"
 TASK_ITEMS, TASK_SCORES = "task_items.json", "task_scores.json"
-LOGS = ("metrics.jsonl", "tensorboard", "goodput.json")
+LOGS = (
+    *("metrics.jsonl", "tensorboard", "goodput.json"),
+    *("wandb_run_id.txt", "mlflow_run_id.txt"),  # monitoring/loggers.py
+)
 
 
 def check_writable(workdir: Path) -> None:

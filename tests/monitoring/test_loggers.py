@@ -122,6 +122,6 @@ def test_a_service_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="the extra `mlflow` is not installed")
     pytest.importorskip("sqlalchemy", reason="the extra `mlflow` is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://host/x")
-    with pytest.raises(UserError, match="config.train.loggers = 'mlflow': ") as error:
+    with pytest.raises(UserError, match=r"config\.train\.loggers = 'mlflow': ") as error:
         MetricsWriter(tmp_path, loggers=("tensorboard", "mlflow"))
     assert "\n" not in str(error.value)

@@ -190,7 +190,7 @@ MEASURED = {"train.z_loss": 0.01, "train.log_norms": True, "train.log_activation
 def test_what_a_step_measures_is_told_from_the_same_step():
     """The reported loss is without z-loss, which moves the parameters; norms by part add up to the
     whole; activations are those of the network."""
-    program, start, state, (first, _) = run(**MEASURED)
+    _, start, state, (first, _) = run(**MEASURED)
     _, _, plain, (alone, _) = run()
     np.testing.assert_allclose(first["loss"], alone["loss"], rtol=1e-6)
     assert float(first["z_loss"]) > 0
