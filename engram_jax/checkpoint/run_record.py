@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def read_launches(path: str | Path) -> list[dict[str, Any]]:
     return launches
 
 
-def origin_of(launches: list[dict[str, Any]]) -> dict[str, Any] | None:
+def origin_of(launches: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What the run of these launches started from, another run's checkpoint; None = its seed."""
     began = [launch for launch in launches if launch.get("resumed_at", 0) == 0]
     return began[-1].get("initialised_from") if began else None

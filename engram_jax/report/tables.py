@@ -176,7 +176,7 @@ def launch_rows(launches: Sequence[Record]) -> Rows:
     for before in reversed(launches[:-1]):
         at = f"{before['time']} at step {before['resumed_at']:,}, commit {commit(before)}"
         rows.append(("started before", at))
-    rows += origin_rows(origin_of(list(launches)))
+    rows += origin_rows(origin_of(launches))
     for each in launches:
         if changed := each.get("changed_settings"):
             rows.append((f"changed at step {each['resumed_at']:,}", ", ".join(map(str, changed))))

@@ -57,6 +57,7 @@ from engram_jax.training.state import (
     abstract_state,
     build_training,
     check_fits,
+    check_trained,
     create_state,
 )
 from engram_jax.training.step import jit_train_step, jit_utilisation
@@ -113,6 +114,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     if config.data.tasks.names:
         check_off(config)
     check_loggers(config.train.loggers)
+    check_trained(config)
     agree(lambda: check_writable(workdir))
     changes = agree(lambda: check_resumed(config, workdir, launch.accept, log))
     ancestor = agree(lambda: find_ancestor(config, workdir, launch.accept))

@@ -112,6 +112,14 @@ def build_training(
     )
 
 
+def check_trained(config: Config) -> None:
+    """Raises UserError for patterns of train.trainable that match nothing, before any text is
+    read."""
+    if config.train.trainable:
+        params = jax.eval_shape(lambda: split_model(Transformer(config, rngs=nnx.Rngs(0)))[1])
+        trained_paths(config, params, [str(layer) for layer in config.model.engram.layers])
+
+
 def init_state(program: TrainingProgram) -> TrainState:
     """The initial state, a pure function of the configuration and its seed, whatever the mesh."""
     config, engram = program.config, program.config.model.engram

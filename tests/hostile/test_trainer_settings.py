@@ -82,6 +82,15 @@ CASES = [
     ("train.trainable=('/',)", "'/'", "patterns of paths"),
     ("train.trainable=('engrams','engrams')", "('engrams', 'engrams')", "different patterns"),
     ("train.trainable=(1,)", "1", "text"),
+    ("train.trainable=('engram',)", "'engram' matches no parameter", "nearest is 'engrams'"),
+    ("train.trainable=('memory/0',)", "'memory/0' matches no", "nearest is 'memory/1'"),
+    ("train.trainable=('!*/q_prj',)", "'!*/q_prj' matches no", "nearest is '!*/q_proj'"),
+    ("train.trainable=('*','!*')", "('*', '!*')", "chooses nothing; must leave something"),
+    (
+        "optimizer.memory_optimizer=frozen train.trainable=('memory',)",
+        "'memory' matches no parameter and no table that is trained",
+    ),
+    ("model.engram.layers=() train.trainable=('engrams',)", "'engrams' matches no parameter"),
     # Averages, losses, loggers.
     ("train.ema_decay=1", "1.0", "in [0, 1)"),
     ("train.ema_decay=1.5", "1.5", "in [0, 1)"),
