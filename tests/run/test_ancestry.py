@@ -228,6 +228,7 @@ def test_a_folder_with_an_at_sign(tmp_path):
 KEPT = {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_its_optimizer_it_is_the_run_that_went_on(tmp_path, dtype):
     """At a constant rate, and on the batches that would have come, the steps of the one are those
