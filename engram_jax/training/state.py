@@ -66,7 +66,7 @@ class TrainingProgram(Program):
     """A program with its optimizer.
 
     tx: the optimizer of params. rate: step -> learning rate. trained: the paths of what is updated
-    (training/trained.py); None = all.
+    (model/trained.py); None = all.
     """
 
     tx: optax.GradientTransformation

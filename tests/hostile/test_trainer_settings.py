@@ -90,7 +90,7 @@ CASES = [
         "optimizer.memory_optimizer=frozen train.trainable=('memory',)",
         "'memory' matches no parameter and no table that is trained",
     ),
-    ("model.engram.layers=() train.trainable=('engrams',)", "'engrams' matches no parameter"),
+    ("train.trainable=('product_keys',)", "'product_keys' matches no parameter"),
     # Averages, losses, loggers.
     ("train.ema_decay=1", "1.0", "in [0, 1)"),
     ("train.ema_decay=1.5", "1.5", "in [0, 1)"),
