@@ -65,6 +65,11 @@ COVERING = {
         Tests("tests/training/test_trained.py"),
         Tests("tests/eight/test_training.py", EIGHT),
     ),
+    "training/updates": (
+        Tests("tests/training/test_step.py"),
+        Tests("tests/training/test_trained.py"),
+        Tests("tests/eight/test_training.py", EIGHT),
+    ),
     "memory/exchange": (
         Tests("tests/eight/test_exchange.py", BITS),
         Tests("tests/training/test_step.py"),
