@@ -14,7 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 PYTEST_WORKERS ?= 2
-# of `make mutate`: which modules (none: all four), mutants of each, the sample's seed, hours for all
+# of `make mutate`: which modules (none: all five), mutants of each, the sample's seed, hours for all
 MODULE ?=
 SAMPLE ?= 50
 SEED ?= 0

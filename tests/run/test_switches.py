@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from engram_jax.checkpoint.load_model import load_model
+from engram_jax.config import ServeConfig
 from engram_jax.evaluation.held_out import Evaluator, open_checkpoint
 from engram_jax.monitoring.metrics import read_metrics
 from tests.kills import finished
@@ -61,20 +65,18 @@ def test_it_is_evaluated_and_read_with_its_average(corpus, run):
     assert "ema_decay" not in plain and average["ema_decay"] == 0.9
     assert abs(plain["held_out_loss"] - average["held_out_loss"]) > 1e-4
     assert "documents" in plain and "documents" not in average
+    own = small_config(corpus, **SWITCHES)
     found = open_checkpoint(small_config(corpus, **SWITCHES, serve__ema=True), run, "24")
     expected = Evaluator(found.program, found.data).score(found.state).loss
     assert average["held_out_loss"] == pytest.approx(expected, rel=1e-6)
-    texts = [
-        finished(
-            launched(
-                *(f"--workdir={run}", "--mode=generate", "--prompt=document"),
-                *("--config.generate.temperature=0", "--config.generate.max_tokens=12"),
-                f"--config.serve.ema={ema}",
-            )
-        ).out
-        for ema in ("true", "false")
-    ]
-    assert texts[0] and texts[1]
+    # What generates and serves reads the same parameters.
+    for ema, state in ((True, found.state), (False, open_checkpoint(own, run, "24").state)):
+        weights = load_model(dataclasses.replace(own, serve=ServeConfig(ema=ema)), run).weights
+        jax.tree.map(np.testing.assert_array_equal, weights.params, state.params)
+    generate = ("--mode=generate", "--prompt=document", "--config.generate.max_tokens=5")
+    assert finished(launched(f"--workdir={run}", *generate, "--config.serve.ema=true")).out
+    for mode in (("--tasks",), ("--neighbours=knn",)):
+        refused(launched(f"--workdir={run}", "--mode=evaluate", *mode, "--config.serve.ema=true"))
 
 
 @pytest.mark.slow
