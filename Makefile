@@ -1,7 +1,7 @@
 # make demo   train the small model on text this machine has, then sample from it
 # make test   the fast tests          make test-slow   every test
 # make test-proofs   of the slow tests, those that CI runs (minutes)
-# make mutate   faults in four modules, which their tests must notice (hours; see CONTRIBUTING.md)
+# make mutate   faults in five modules, which their tests must notice (hours; see CONTRIBUTING.md)
 # make lint   formatting, lint, types make format      apply the formatting
 # make docs   the site, build/site    make reference   docs/configuration.md from the code
 # make lock   pin the dependencies again (needs uv)    make clean   forget the environments
@@ -14,7 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 PYTEST_WORKERS ?= 2
-# of `make mutate`: which modules (none: all four), mutants of each, the sample's seed, hours for all
+# of `make mutate`: which modules (none: all five), mutants of each, the sample's seed, hours for all
 MODULE ?=
 SAMPLE ?= 50
 SEED ?= 0

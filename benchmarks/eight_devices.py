@@ -26,7 +26,8 @@ def exchange_alone(config: Any, mesh: Any, data: Any) -> Any:
 
     from benchmarks.demo_model import demo_program
     from engram_jax.training.state import create_state
-    from engram_jax.training.step import batch_addresses, fetch_rows, update_memory
+    from engram_jax.training.step import batch_addresses, fetch_rows
+    from engram_jax.training.updates import update_memory
 
     program = demo_program(config, mesh)
     carried = [create_state(program).memory]

@@ -43,6 +43,8 @@ BESIDE: dict[str, Any] = {
     "serve.memory_file": "memory.safetensors",
     "serve.frequency_file": "counts.npz",
     "serve.device_cache": 0.01,
+    "optimizer.schedule": "wsd",
+    "optimizer.decay_share": 0.2,
 }
 
 HEAD = """\

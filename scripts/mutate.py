@@ -62,6 +62,12 @@ class Tests:
 COVERING = {
     "training/step": (
         Tests("tests/training/test_step.py"),
+        Tests("tests/training/test_trained.py"),
+        Tests("tests/eight/test_training.py", EIGHT),
+    ),
+    "training/updates": (
+        Tests("tests/training/test_step.py"),
+        Tests("tests/training/test_trained.py"),
         Tests("tests/eight/test_training.py", EIGHT),
     ),
     "memory/exchange": (

@@ -34,6 +34,6 @@ def test_on_eight_devices(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_training.py"])
+@pytest.mark.parametrize("file", ["test_training.py", "test_ancestry.py"])
 def test_on_eight_devices_at_length(file):
     run(file, "slow")

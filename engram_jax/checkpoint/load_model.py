@@ -18,7 +18,6 @@ from engram_jax.addressing.tokenizer import tokenizer_size
 from engram_jax.checkpoint.manager import Checkpointer, Restored
 from engram_jax.checkpoint.run_record import recorded
 from engram_jax.checkpoint.run_settings import check_opened, told
-from engram_jax.checkpoint.table_order import true_rows
 from engram_jax.checkpoint.workdir import TEXT, TOKENIZER, parse_step
 from engram_jax.config import DEVICE, HOST, Config
 from engram_jax.config.errors import UserError, shown
@@ -26,6 +25,7 @@ from engram_jax.config.given_files import read_json
 from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree
 from engram_jax.model.program import Program, Weights, build_program
+from engram_jax.model.trained import join_trained, split_trained, trained_paths
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def load_model(
     addressing = None if mine is None else agree(lambda: artifact.as_stored(mine, workdir))
     program = build_program(config, addressing)
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
-        found = restore_weights(program, checkpointer, parse_step(step), rows)
+        found = restore_weights(
+            program, checkpointer, parse_step(step), rows, average=config.serve.ema
+        )
     seq_len = agree(lambda: _trained_length(found.metadata, workdir, found.step, config))
     run = workdir.resolve().name
     return LoadedModel(
@@ -98,11 +100,17 @@ def read_eos_id(workdir: Path, size: int) -> int:
 
 
 def restore_weights(
-    program: Program, checkpointer: Checkpointer, step: int | str | None, rows: str | None
+    program: Program,
+    checkpointer: Checkpointer,
+    step: int | str | None,
+    rows: str | None,
+    *,
+    average: bool = False,
 ) -> Restored:
     """`Checkpointer.restore` of the `Weights` in a training state, rows in their natural order.
 
     rows: where to read the tables to: DEVICE, HOST (np.ndarray) or None = not at all.
+    average: read the moving average (train.ema_decay) in place of the parameters that are trained.
     """
     weights = program.abstract_weights()
     tables: dict[str, Any] = {}
@@ -113,16 +121,21 @@ def restore_weights(
             layer: np.empty((program.table_rows[layer], *table.shape[1:]), table.dtype)
             for layer, table in weights.rows.items()
         }
+    layers = list(program.table_rows)
+    trained = trained_paths(program.config, weights.params, layers)
+    averaged, alone = split_trained(weights.params, trained) if average else (None, None)
     state = {
-        "params": weights.params,
+        "params": alone if average else weights.params,
+        "average": averaged,
         "router_bias": weights.router_bias,
         "memory": {layer: {"rows": table} for layer, table in tables.items()},
     }
-    stored = {k: r for k, r in true_rows(program).items() if k.endswith("/rows")} if tables else {}
+    stored = {f"memory/{layer}/rows": program.table_rows[layer] for layer in tables}
     found = checkpointer.restore(step, state, true_rows=stored, whole=False)
     read = found.state
     memory = {layer: table["rows"] for layer, table in read["memory"].items()}
-    return dataclasses.replace(found, state=Weights(read["params"], read["router_bias"], memory))
+    params = join_trained(read["average"], read["params"]) if average else read["params"]
+    return dataclasses.replace(found, state=Weights(params, read["router_bias"], memory))
 
 
 def _trained_length(metadata: dict[str, Any], workdir: Path, step: int, config: Config) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,14 @@ def add_launch(
     *,
     resumed_at: int = 0,
     changed_settings: Mapping[str, tuple[Any, Any]] | None = None,
+    initialised_from: Mapping[str, Any] | None = None,
 ) -> Path:
     """Add this launch to `workdir`/run.json (made if missing); returns its path.
 
     data: what text is trained on (`PreparedData.summary`). resumed_at: the step this launch starts
     from. changed_settings: key -> (value before, value from here on), what was accepted to differ.
+    initialised_from: the checkpoint of another run that the first step started from
+    (run/ancestry.py).
     Only the first process writes.
     Raises UserError if the file there is not one of ours.
     """
@@ -95,6 +98,8 @@ def add_launch(
     }
     if changed_settings:
         launch["changed_settings"] = dict(changed_settings)
+    if initialised_from:
+        launch["initialised_from"] = dict(initialised_from)
     launches.append(launch)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"launches": launches}, indent=1) + "\n")
@@ -114,6 +119,12 @@ def read_launches(path: str | Path) -> list[dict[str, Any]]:
 
 def _is_launch(value: Any) -> bool:
     return isinstance(value, dict) and type(value.get("resumed_at", 0)) is int
+
+
+def origin_of(launches: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the run of these launches started from, another run's checkpoint; None = its seed."""
+    began = [launch for launch in launches if launch.get("resumed_at", 0) == 0]
+    return began[-1].get("initialised_from") if began else None
 
 
 def recorded(workdir: Path, step: int) -> Config | None:

@@ -7,7 +7,7 @@ number. What is saved has neither, so a run goes on with it on any other mesh.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,9 +15,8 @@ import jax
 from jax.sharding import Mesh
 
 from engram_jax.checkpoint.manager import Checkpointer, Restored
-from engram_jax.config import FROZEN
 from engram_jax.memory.exchange import natural_order, stored_order
-from engram_jax.memory.table import Table, TableLayout
+from engram_jax.memory.table import Table, TableLayout, Tables
 from engram_jax.model.program import Program, table_format
 
 
@@ -30,24 +29,38 @@ def save(program: Program, checkpointer: Checkpointer, step: int, state: Any, **
     """
     memory = _reordered(program, natural_order, state, donate=False)
     state = dataclasses.replace(state, memory=memory)
-    return checkpointer.save(step, state, true_rows=true_rows(program), **about)
+    return checkpointer.save(step, state, true_rows=true_rows(program, memory), **about)
 
 
 def restore(
     program: Program, checkpointer: Checkpointer, step: int | str | None, abstract: Any
 ) -> Restored:
     """`Checkpointer.restore` of a state onto the program's mesh. abstract: its shapes."""
-    found = checkpointer.restore(step, abstract, true_rows=true_rows(program))
+    found = checkpointer.restore(step, abstract, true_rows=true_rows(program, abstract.memory))
     memory = _reordered(program, stored_order, found.state, donate=True)
     return dataclasses.replace(found, state=dataclasses.replace(found.state, memory=memory))
 
 
-def true_rows(program: Program) -> dict[str, int]:
-    """Path of every array of a table -> R, the rows that are no padding. A frozen table has rows
-    only (`Table`)."""
-    frozen = program.config.optimizer.memory_optimizer == FROZEN
-    parts = ["rows"] if frozen else [field.name for field in dataclasses.fields(Table)]
-    return {f"memory/{k}/{part}": r for k, r in program.table_rows.items() for part in parts}
+def true_rows(program: Program, memory: Tables) -> dict[str, int]:
+    """Path of every array of the tables -> R, the rows that are no padding. A table that is not
+    trained has rows only."""
+    rows, fields = program.table_rows, dataclasses.fields(Table)
+    return {
+        f"memory/{k}/{field.name}": rows[k]
+        for k, table in memory.items()
+        for field in fields
+        if getattr(table, field.name) is not None
+    }
+
+
+def as_stored(program: Program, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Rows in their natural order, by layer -> as the program's tables have them; donated."""
+    return {
+        layer: _mover(stored_order, program.mesh, program.layouts[layer], True)(x)
+        if program.axes.devices > 1
+        else x
+        for layer, x in rows.items()
+    }
 
 
 def _reordered(program: Program, order: Callable, state: Any, *, donate: bool) -> dict[str, Table]:

@@ -2,6 +2,7 @@
 
 run.json                     every launch (checkpoint/run_record.py)
 metrics.jsonl, report.html   what happened (monitoring/metrics.py, report/write.py)
+tensorboard/, wandb/, mlflow/   the same for others (monitoring/loggers.py)
 held_out_documents.npz       losses by document (evaluation/target_losses.py)
 goodput.json, profile/       the time it took (monitoring/goodput.py, monitoring/profiling.py)
 checkpoints/, addressing/    the model (checkpoint/manager.py, addressing/artifact.py)
@@ -35,8 +36,11 @@ FILES = (
     *(RUN, TOKENIZER, TEXT, LOSSES, HELD_OUT_DOCUMENTS, TASK_ITEMS, TASK_SCORES, ".lock"),
     *("metrics.jsonl", "goodput.json", "tokenizer_config.json", "report.md", "report.html"),
 )
-FOLDERS = (CHECKPOINTS, "addressing", "tensorboard", "profile", "report")
-LOGS = ("metrics.jsonl", "tensorboard", "goodput.json")
+FOLDERS = (CHECKPOINTS, "addressing", "tensorboard", "wandb", "mlflow", "profile", "report")
+LOGS = (
+    *("metrics.jsonl", "tensorboard", "goodput.json"),
+    *("wandb_run_id.txt", "mlflow_run_id.txt"),  # monitoring/loggers.py
+)
 
 
 def check_writable(workdir: Path) -> None:

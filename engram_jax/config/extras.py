@@ -14,6 +14,8 @@ from engram_jax.config.errors import UserError
 PACKAGES: dict[str, tuple[str, ...]] = {
     "serve": ("numba", "llvmlite", "starlette", "uvicorn", "h11"),
     "report": ("matplotlib",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "lab": ("bm25s", "datasketch", "faiss", "matplotlib", "pyarrow", "scipy"),
 }
 

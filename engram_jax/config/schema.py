@@ -28,6 +28,8 @@ DIFFICULTIES = ("easy", "medium", "hard")
 LOCAL_BPE = "local-bpe"
 ROW_FORMATS = ("float32", "bfloat16", "fp8")  # of stored rows (memory/store/row_format.py)
 ROWWISE_ADAM, DENSE_ADAM, FROZEN = "rowwise_adam", "dense_adam", "frozen"
+STEP, COSINE, LINEAR, WSD, CONSTANT = "step", "cosine", "linear", "wsd", "constant"  # schedules
+TENSORBOARD, WANDB, MLFLOW = "tensorboard", "wandb", "mlflow"
 
 
 @dataclass(frozen=True)
@@ -246,9 +248,17 @@ class OptimizerConfig:
     """Muon for matrices, AdamW for the rest, row-wise Adam for the tables (paper, section 4).
 
     peak_lr: learning rate after the warm-up.
+    schedule: how the rate goes on after the warm-up (training/optim/schedule.py): "step" (the
+      paper's), "cosine", "linear", "wsd" (stable, then a decay at the end) or "constant".
     warmup_steps: steps of linear warm-up.
-    decay_at: fractions of train.steps at which the rate steps down.
+    decay_at: of "step": fractions of train.steps at which the rate steps down.
+    decay_at_steps: the same as numbers of steps, in place of decay_at; () = decay_at.
     decay_factors: the rate from each of them on, as a factor of peak_lr.
+    decay_steps: of "cosine", "linear" and "wsd": the last so many steps of the run are the decay.
+    decay_share: the same as a share of train.steps; both 0 = all after the warm-up ("wsd" needs
+      one of them).
+    decay_shape: of the decay of "wsd": "linear", "cosine" or "sqrt" (1 - square root).
+    min_rate: what "cosine", "linear" and "wsd" decay to, as a factor of peak_lr.
     weight_decay: decoupled, of what Muon and AdamW update; none for gains, biases and tables.
     clip_norm: largest global norm of the gradients, rows included; inf = no clipping.
     muon_momentum: momentum (Nesterov) of Muon.
@@ -262,9 +272,15 @@ class OptimizerConfig:
     """
 
     peak_lr: float = 4e-4
+    schedule: str = STEP
     warmup_steps: int = 2000
     decay_at: tuple[float, ...] = (0.8, 0.9)
+    decay_at_steps: tuple[int, ...] = ()
     decay_factors: tuple[float, ...] = (0.316, 0.1)
+    decay_steps: int = 0
+    decay_share: float = 0.0
+    decay_shape: str = LINEAR
+    min_rate: float = 0.0
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     muon_momentum: float = 0.95
@@ -279,11 +295,26 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The length of a run, and when it evaluates, saves and logs.
+    """The length of a run, what it starts from and trains, and when it evaluates, saves and logs.
 
     steps: optimizer steps.
+    init_from: WORKDIR or WORKDIR@STEP (latest, best or a number): start from that run's weights and
+      tables, with a schedule, data and optimizer of this run's own; "" = from train.seed. It reads
+      text with that run's tokenizer unless tokenizer.path names it elsewhere.
+    init_optimizer: with init_from: take that run's moments over, too, parameters' and tables'.
+    trainable: patterns of the parameters and tables that are updated, such as engrams, memory/1
+      or !*/gain (all but those); () = all. config/path_patterns.py has the rules.
+    ema_decay: decay of an exponential moving average of the trained parameters, kept beside them
+      (serve.ema uses it); tables have none; 0 = no average.
+    z_loss: coefficient of the mean squared logarithm of the softmax's normaliser (PaLM, section 5),
+      added to what is differentiated and not to the losses that are reported.
     accumulation: microbatches of a step.
     log_every: steps between lines of metrics.
+    log_norms: log the norms of gradients and parameters by part of the model, too.
+    log_activations: log root mean square and kurtosis of the residual streams after every layer,
+      and of what each memory adds to them, too.
+    loggers: where metrics go besides metrics.jsonl: "tensorboard", "wandb", "mlflow" (extras of
+      their names); () = nowhere.
     eval_every: steps between evaluations, after each of which a checkpoint is saved.
     eval_batches: `validation_loss` is measured on the first `eval_batches` batches of the held-out
       split, every eval_every steps and at the end; the whole split's loss, `held_out_loss`, at the
@@ -303,8 +334,16 @@ class TrainConfig:
     """
 
     steps: int = 50_000
+    init_from: str = ""
+    init_optimizer: bool = False
+    trainable: tuple[str, ...] = ()
+    ema_decay: float = 0.0
+    z_loss: float = 0.0
     accumulation: int = 1
     log_every: int = 10
+    log_norms: bool = False
+    log_activations: bool = False
+    loggers: tuple[str, ...] = (TENSORBOARD,)
     eval_every: int = 500
     eval_batches: int = 16
     checkpoint_every: int = 500
@@ -357,6 +396,8 @@ class ServeConfig:
     frequency_file: written by --mode=count-memory: how often each row is read.
     device_cache: share of the rows, the most frequent ones, kept on the device, too.
     host_cache: share of the rows kept in DRAM in front of the file.
+    ema: use the moving average of the parameters (train.ema_decay); for --mode=evaluate and
+      generate, too.
     off_layers: Engram layers that add nothing, for analysis; (-1,) = all.
     off_orders: n-gram orders whose rows are taken as zero, for analysis.
     parse_special: whether special tokens spelled in a prompt become their ids; otherwise they are
@@ -382,6 +423,7 @@ class ServeConfig:
     frequency_file: str = ""
     device_cache: float = 0.0
     host_cache: float = 0.0
+    ema: bool = False
     off_layers: tuple[int, ...] = ()
     off_orders: tuple[int, ...] = ()
     parse_special: bool = False

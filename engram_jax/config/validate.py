@@ -52,6 +52,7 @@ from engram_jax.config.schema import (
     TrainConfig,
 )
 from engram_jax.config.validate_memory import validate_memory
+from engram_jax.config.validate_training import validate_training
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from kernels_pallas.engram_gate.quantise import RECIPES
 
@@ -79,8 +80,8 @@ _NOT_NEGATIVE = {
     "model.engram": "conv_kernel init_std seed",
     "mesh": "fsdp distinct",
     "data": "max_megabytes workers near_duplicates",
-    "optimizer": "warmup_steps weight_decay memory_lr_multiplier",
-    "train": "keep_best seen_tokens hang_seconds",
+    "optimizer": "warmup_steps weight_decay memory_lr_multiplier decay_steps decay_share min_rate",
+    "train": "keep_best seen_tokens hang_seconds ema_decay z_loss",
     "generate": "temperature",
     "serve": "capacity pages device_cache host_cache drain_seconds",
 }
@@ -166,6 +167,7 @@ def validate(config: Config) -> None:
     _data(config.data)
     _optimizer(config.optimizer)
     _train(config.train, config.data.batch_size)
+    validate_training(config)
     _generate(config.generate, config.tokenizer.vocab_size)
     _serve(config.serve, config.model.engram)
 
@@ -267,7 +269,7 @@ def _optimizer(optimizer: OptimizerConfig) -> None:
         "ascending fractions of train.steps, in [0, 1]",
     )
     require(
-        len(factors) == len(at) and all(f >= 0 for f in factors),
+        (optimizer.decay_at_steps or len(factors) == len(at)) and all(f >= 0 for f in factors),
         f"{key}.decay_factors",
         factors,
         f"factors of 0 or more, one for each of optimizer.decay_at = {at}",

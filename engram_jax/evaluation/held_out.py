@@ -179,7 +179,8 @@ class Checkpoint:
 def open_checkpoint(
     config: Config, workdir: Path, step: str, accept: Sequence[str] = ()
 ) -> Checkpoint:
-    """A checkpoint ("latest", "best" or a step) and the data to score it on.
+    """A checkpoint ("latest", "best" or a step) and the data to score it on; with config.serve.ema
+    its parameters are their moving average.
 
     accept: keys or sections of `config` that may differ from what the run was trained with.
 
@@ -203,7 +204,8 @@ def open_checkpoint(
     trained_on = position.get("data") if isinstance(position, dict) else None
     fingerprint = data.prepared.fingerprint
     same_text = agree(lambda: check_text(workdir, trained_on, fingerprint, accept))
-    return Checkpoint(workdir, data, program, restored.state, restored.step, changes, same_text)
+    state = program.averaged(restored.state) if config.serve.ema else restored.state
+    return Checkpoint(workdir, data, program, state, restored.step, changes, same_text)
 
 
 def evaluate(
@@ -213,8 +215,8 @@ def evaluate(
     `open_checkpoint`.
 
     With "data" in `accept` it is scored on another text. The result lists the differences. Without
-    any, process 0 writes the documents' losses to `workdir` (see `file_of_step`), and the result
-    says by what n-grams of context, too.
+    any, and without config.serve.ema, process 0 writes the documents' losses to `workdir` (see
+    `file_of_step`), and the result says by what n-grams of context, too.
     """
     found = open_checkpoint(config, workdir, step, accept)
     evaluator = Evaluator(found.program, found.data)
@@ -229,6 +231,8 @@ def evaluate(
         "perplexity": perplexity(score.loss),
         "bits_per_byte": score.loss / math.log(2) / found.data.prepared.bytes_per_token,
     }
+    if config.serve.ema:
+        result["ema_decay"] = config.train.ema_decay
     if found.changes:
         result["changed_settings"] = {key: list(both) for key, both in found.changes.items()}
     if not found.same_text:
@@ -236,7 +240,8 @@ def evaluate(
     if not any(covers([DATA], key) for key in found.changes):  # the run's own batches
         contexts = seen_contexts(found.data, found.step)
         result[BY_CONTEXT] = losses_by_context(contexts, {config.name: nats})
-        if not found.changes and jax.process_index() == 0:
+        own = not found.changes and not config.serve.ema
+        if own and jax.process_index() == 0:
             file = file_of_step(workdir, HELD_OUT_DOCUMENTS, found.step)
             store = found.data.prepared.store_valid
             try:

@@ -61,6 +61,8 @@ def open_neighbours(config: Config, workdir: Path, step: str, what: str) -> Chec
     """
     if jax.process_count() > 1:
         raise UserError(f"{what}: runs in one process, not in {jax.process_count()}")
+    if config.serve.ema:
+        raise UserError(f"config.serve.ema = True: not for {what}; leave it out")
     require("lab", what)
     check_writable(workdir)
     found = open_checkpoint(config, workdir, step)

@@ -74,7 +74,10 @@ def evaluate_tasks(
 
 
 def check_off(config: Config) -> None:
-    """Raises UserError for orders to switch off: the scores are of whole layers on and off."""
+    """Raises UserError for orders to switch off: the scores are of whole layers on and off; and for
+    the moving average: the scores in the run's folder are the parameters' own."""
+    if config.serve.ema:
+        raise UserError("config.serve.ema = True: not for scoring tasks; leave it out")
     if orders := config.serve.off_orders:
         raise UserError(
             f"config.serve.off_orders={orders}: not for scoring tasks, which switches whole layers"

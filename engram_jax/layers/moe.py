@@ -8,8 +8,8 @@ DeepSeekMoE (arXiv 2401.06066) with DeepSeek-V3's router (arXiv 2412.19437, equa
     y      = SwiGLU_shared(x) + sum over chosen e of g_e SwiGLU_e(x)
 
 No token is ever dropped. Balance comes from the bias alone (auxiliary-loss-free, arXiv 2408.15664):
-after a step `updated_bias` (called by training/step.py) raises it for experts below the mean load
-and lowers it above.
+after a step `updated_bias` (called by training/updates.py) raises it for experts below the mean
+load and lowers it above.
 """
 
 from __future__ import annotations

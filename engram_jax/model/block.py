@@ -108,6 +108,13 @@ class Block(nnx.Module):
         return self._feed_forward(x, valid, shard)[0], pool
 
 
+def moments(x: jax.Array) -> jax.Array:
+    """Means of the squares and of the fourth powers of streams [B, T, M, d], float32 [B, T, 2]; no
+    gradient passes."""
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    return jnp.stack([jnp.mean(x**2, axis=(-2, -1)), jnp.mean(x**4, axis=(-2, -1))], axis=-1)
+
+
 class Stack(nnx.Module):
     """`count` blocks of one kind from layer `first` on.
 
@@ -127,14 +134,21 @@ class Stack(nnx.Module):
         self.blocks = create(jnp.arange(first, first + count, dtype=jnp.int32))
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array, shard: ShardView = UNSHARDED
-    ) -> tuple[jax.Array, jax.Array]:
-        """x [B, T, M, d] -> (x, loads [count, E])."""
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        shard: ShardView = UNSHARDED,
+        measure: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, M, d] -> (x, loads [count, E]); measure: (x, (loads, `moments` of the streams
+        after each layer [count, B, T, 2]))."""
         graphdef, state = self._split()
 
-        def body(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
+        def body(x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
             block = nnx.merge(graphdef, shard.all_gather(state, layer=True))
-            return block(x, positions, segments, shard)
+            x, load = block(x, positions, segments, shard)
+            return x, (load, moments(x)) if measure else load
 
         if self.remat == "block":
             body = jax.checkpoint(body)

@@ -37,15 +37,18 @@ def check_training(config: Config, device: float, machine: float) -> None:
     """
     model, data = config.model, config.data
     item = jnp.dtype(model.param_dtype).itemsize
-    moments = 0 if config.optimizer.memory_optimizer == FROZEN else _MOMENTS
+    whole = not config.train.trainable  # else: at least the parameters themselves
+    moments = _MOMENTS if whole and config.optimizer.memory_optimizer != FROZEN else 0
     vocabulary, others = _parameters(config)
     row_bytes = jnp.dtype(model.engram.table_dtype).itemsize + 4 * moments
     sequences = data.batch_size / config.train.accumulation
     # What every block reads is kept for the backward pass, whatever model.remat is.
     kept = sequences * data.seq_len * model.layers * model.hyper.streams * model.d_model
     needs = {
-        _named("tokenizer.vocab_size", config.tokenizer.vocab_size): vocabulary * item * 3,
-        "model (--mode=describe tells the parts)": others * item * 2,
+        _named("tokenizer.vocab_size", config.tokenizer.vocab_size): vocabulary
+        * item
+        * (3 if whole else 1),
+        "model (--mode=describe tells the parts)": others * item * (2 if whole else 1),
         _named("model.engram.rows_per_head", model.engram.rows_per_head): row_bytes
         * table_params(config),
         _named("data.seq_len", data.seq_len): kept * jnp.dtype(model.dtype).itemsize,

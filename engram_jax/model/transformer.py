@@ -7,7 +7,7 @@ the same model trains on device tables and serves from host memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from engram_jax.layers.hyper_connections import collapse, expand
 from engram_jax.layers.norm import RMSNorm
 from engram_jax.layers.product_keys import ProductKeys
 from engram_jax.model.beside import Beside, signed
-from engram_jax.model.block import DENSE, MOE, Stack
+from engram_jax.model.block import DENSE, MOE, Stack, moments
 from engram_jax.model.decode_state import DecodeState
 from engram_jax.model.memory_module import memory_module
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
@@ -80,11 +80,13 @@ def spans(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
 @dataclass(frozen=True)
 class Output:
     """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M] ([B, T, 1] of one branch),
-    of the layers that have gates; loads [MoE layers, E]."""
+    of the layers that have gates; loads [MoE layers, E]; moments, where they are measured:
+    "stack/LAYER" [layers, B, T, 2] of a stack's layers, "memory/LAYER" [B, T, 2] (`moments`)."""
 
     hidden: jax.Array
     gates: dict[str, jax.Array]
     loads: jax.Array
+    moments: dict[str, jax.Array] = field(default_factory=dict)
 
 
 class Transformer(nnx.Module):
@@ -193,6 +195,7 @@ class Transformer(nnx.Module):
         mask: jax.Array | None = None,
         shard: ShardView = UNSHARDED,
         beside: Beside | None = None,
+        measure: bool = False,
     ) -> Output:
         """The differentiated part of a training step.
 
@@ -203,12 +206,13 @@ class Transformer(nnx.Module):
           shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
             this device's shards, all others whole.
           beside: what tokens read beside their rows (`Program.beside`), None where nothing is.
+          measure: whether moments of activations are measured.
 
         Returns:
           The hidden states, gates and loads (`Output`).
         """
         x = self.embed(tokens)
-        gates, loads = {}, []
+        gates, loads, measured = {}, [], {}
         for stage in self.stage_list:
             if stage.name in self.engrams:
                 read = self._read(stage.name, rows[stage.name], beside)
@@ -216,12 +220,17 @@ class Transformer(nnx.Module):
                 x = x + out
                 if gate is not None:
                     gates[stage.name] = gate
+                if measure:
+                    measured[f"memory/{stage.name}"] = moments(out)
             x = self._learned(stage, x)
-            x, load = self.blocks[stage.name](x, positions, segments, shard)
+            x, load = self.blocks[stage.name](x, positions, segments, shard, measure)
+            if measure:
+                load, measured[f"stack/{stage.name}"] = load
             if stage.kind == MOE:
                 loads.append(load)
         hidden = self.finish(x)
-        return Output(hidden, gates, jnp.concatenate(loads) if loads else jnp.zeros((0, 0)))
+        of_experts = jnp.concatenate(loads) if loads else jnp.zeros((0, 0))
+        return Output(hidden, gates, of_experts, measured)
 
     def init_decode(self, batch: int, capacity: int) -> DecodeState:
         """An empty state for `batch` sequences of at most `capacity` tokens."""

@@ -1,4 +1,4 @@
-"""Writes a run's metrics: metrics.jsonl, TensorBoard, and a progress bar.
+"""Writes a run's metrics: metrics.jsonl, its loggers (loggers.py), and a progress bar.
 
 metrics.jsonl holds one JSON object per line: "step" (updates applied), "time" (seconds since the
 epoch), then metrics: numbers, or nested lists for arrays. NaN and infinities are the strings "NaN",
@@ -11,7 +11,6 @@ end: held_out_loss with its held_out_targets. evaluation/held_out.py says what t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -22,14 +21,15 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from engram_jax.config import TENSORBOARD
 from engram_jax.config.given_files import open_file
 from engram_jax.hardware.storage import write_text
+from engram_jax.monitoring.loggers import Logger, open_loggers
 
 _FILE = "metrics.jsonl"
-_FEW = 16  # arrays of at most so many values are curves in TensorBoard, larger ones histograms
+_FEW = 16  # arrays of at most so many values are curves of a logger, larger ones histograms
 
 
 class MetricsWriter:
@@ -37,26 +37,31 @@ class MetricsWriter:
 
     start_step: the step the launch starts from. What an interrupted launch wrote of later steps is
       removed, so that every metric stays a function of the step.
+    loggers: of config.train.loggers; config: what they show with the run. Raises UserError for one
+      that is not installed or cannot be reached.
     """
 
-    def __init__(self, workdir: str | Path, *, start_step: int = 0):
-        self._board = self._file = None
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        start_step: int = 0,
+        loggers: tuple[str, ...] = (TENSORBOARD,),
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._file: TextIO | None = None
+        self._loggers: list[Logger] = []
         if jax.process_index() != 0:
             return
         path = Path(workdir) / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _forget_after(path, start_step)
+        self._loggers = open_loggers(loggers, path.parent, start_step, config or {})
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(path.parent / "tensorboard"),
-            purge_step=start_step + 1,
-            flush_secs=10,
-        )
-        _survives_a_full_disk(self._board)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log numbers and arrays (host or device) of a step; the line is on disk on return."""
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
         now = time.time()
         values = {name: np.asarray(value) for name, value in metrics.items()}
@@ -68,19 +73,21 @@ class MetricsWriter:
         except OSError as error:
             error.filename = error.filename or self._file.name
             raise
-        for name, value in values.items():
-            self._show(name, value.astype(np.float64), int(step), now)
+        scalars, histograms = shown(values)
+        for logger in self._loggers:
+            logger.log(int(step), scalars, histograms, now)
 
     def close(self) -> None:
-        if self._file is not None and self._board is not None:
-            file, board = self._file, self._board
-            self._file = self._board = None
-            board.close()
-            try:
+        file, self._file = self._file, None
+        try:
+            if file is not None:
                 file.close()
-            except OSError as error:
-                error.filename = error.filename or file.name
-                raise
+        except OSError as error:
+            error.filename = error.filename or _FILE
+            raise
+        finally:
+            while self._loggers:
+                self._loggers.pop(0).close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -88,32 +95,22 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _show(self, name: str, value: np.ndarray, step: int, now: float) -> None:
-        assert self._board is not None
+
+def shown(values: Mapping[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """(curves, histograms) of numbers and arrays: an array of a few values is a curve for each,
+    NAME/INDEX; of a larger one the histogram, unless a value is not finite."""
+    scalars: dict[str, float] = {}
+    histograms: dict[str, np.ndarray] = {}
+    for name, given in values.items():
+        value = given.astype(np.float64)
         if value.ndim == 0:
-            self._board.add_scalar(name, float(value), step, now)
+            scalars[name] = float(value)
         elif value.size <= _FEW:
             for index, item in np.ndenumerate(value):
-                tag = "/".join([name, *map(str, index)])
-                self._board.add_scalar(tag, float(item), step, now)
+                scalars["/".join([name, *map(str, index)])] = float(item)
         elif np.isfinite(value).all():
-            self._board.add_histogram(name, value.ravel(), step, walltime=now)
-
-
-def _survives_a_full_disk(board: SummaryWriter) -> None:
-    """Let TensorBoard's file end where the disk does: an error would end the writer's thread, and
-    with it, for ever, who waits for its queue. metrics.jsonl has the same numbers, and raises."""
-    events = board._get_file_writer().event_writer._ev_writer
-    for name in ("write_event", "flush", "close"):
-        setattr(events, name, _without_os_errors(getattr(events, name)))
-
-
-def _without_os_errors(function: Callable[..., Any]) -> Callable[..., None]:
-    def quiet(*args: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: closed already
-            function(*args)
-
-    return quiet
+            histograms[name] = value.ravel()
+    return scalars, histograms
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from engram_jax.checkpoint.run_record import origin_of
 from engram_jax.config import Config
 from engram_jax.config.difference import ABSENT, differences, flat
 from engram_jax.report.page import Rows, Section
@@ -175,10 +176,27 @@ def launch_rows(launches: Sequence[Record]) -> Rows:
     for before in reversed(launches[:-1]):
         at = f"{before['time']} at step {before['resumed_at']:,}, commit {commit(before)}"
         rows.append(("started before", at))
+    rows += origin_rows(origin_of(launches))
     for each in launches:
         if changed := each.get("changed_settings"):
             rows.append((f"changed at step {each['resumed_at']:,}", ", ".join(map(str, changed))))
     return tuple(rows)
+
+
+def origin_rows(origin: Record | None) -> list[tuple[str, str]]:
+    """Which checkpoints a run descends from, the nearest first. origin: of `origin_of`."""
+    rows: list[tuple[str, str]] = []
+    while origin:
+        text = (origin.get("data") or {}).get("digest") or "unknown"
+        told = (
+            f"step {origin['step']:,} of {origin['name']} in {origin['workdir']}, checkpoint"
+            f" {origin['digest'][:16]}, optimizer {origin['optimizer']}, its text's digest {text}"
+        )
+        if changed := origin.get("changed_settings"):
+            told += ", other here: " + ", ".join(map(str, changed))
+        rows.append(("initialised from", told))
+        origin = origin.get("initialised_from")
+    return rows
 
 
 def configuration_section(config: Record) -> Section:

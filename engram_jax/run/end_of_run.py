@@ -16,6 +16,7 @@ import numpy as np
 from engram_jax.analysis.gates import gates_of_document
 from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS, LOSSES
 from engram_jax.config import SHUFFLED, Config
+from engram_jax.config.difference import flat
 from engram_jax.config.errors import UserError
 from engram_jax.data.run_data import RunData
 from engram_jax.evaluation.count_models import fit_and_score
@@ -90,7 +91,7 @@ def end_run(
         scores = score_tasks(evaluator.program, weights, tokenizer, found, int(state.step), workdir)
         log(f"synthetic tasks\n{table(scores)}\n")
     if jax.process_index() == 0:
-        write_held_out(workdir, int(state.step), held_out)
+        write_held_out(workdir, int(state.step), held_out, config)
         write_documents(
             workdir / HELD_OUT_DOCUMENTS,
             *(data.prepared.store_valid, of_model, contexts, int(state.step)),
@@ -190,12 +191,13 @@ def loss_table(losses: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def write_held_out(workdir: Path, step: int, score: Score) -> None:
+def write_held_out(workdir: Path, step: int, score: Score, config: Config) -> None:
     """Add the held-out loss after `step` to the run's metrics, unless they have it already."""
     for record in read_metrics(workdir):
         if record["step"] == step and "held_out_loss" in record:
             return  # computed on other devices, its last digits may differ
-    with MetricsWriter(workdir, start_step=step) as writer:
+    loggers, keys = config.train.loggers, flat(config)
+    with MetricsWriter(workdir, start_step=step, loggers=loggers, config=keys) as writer:
         writer.write(step, {"held_out_loss": score.loss, "held_out_targets": score.targets})
 
 

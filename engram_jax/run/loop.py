@@ -25,6 +25,7 @@ from engram_jax.checkpoint.run_settings import Changes
 from engram_jax.checkpoint.run_tokenizer import save_text_side
 from engram_jax.checkpoint.workdir import check_writable, locked
 from engram_jax.config import Config
+from engram_jax.config.difference import flat
 from engram_jax.config.errors import UserError
 from engram_jax.data.placement import place_batch
 from engram_jax.data.run_data import RunData, open_on_all_processes
@@ -38,9 +39,18 @@ from engram_jax.hardware.memory import all_devices_bytes, machine_bytes
 from engram_jax.hardware.storage import replacing
 from engram_jax.model.memory_needs import WORKER, check_training
 from engram_jax.model.transformer import moe_layers
+from engram_jax.monitoring.loggers import check_loggers
 from engram_jax.monitoring.metrics import MetricsWriter, Progress
 from engram_jax.monitoring.provenance import process_name
 from engram_jax.report.write import no_pictures
+from engram_jax.run.ancestry import (
+    Ancestor,
+    find_ancestor,
+    other_text,
+    start_from,
+    with_ancestors_addresses,
+    with_tokenizer,
+)
 from engram_jax.run.end_of_run import check_samples, end_run
 from engram_jax.run.exchange_capacity import with_planned_exchange
 from engram_jax.run.monitors import Monitors
@@ -51,6 +61,7 @@ from engram_jax.training.state import (
     abstract_state,
     build_training,
     check_fits,
+    check_trained,
     create_state,
 )
 from engram_jax.training.step import jit_train_step, jit_utilisation
@@ -106,12 +117,20 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     config, workdir, log = launch.config, launch.workdir, launch.log
     if config.data.tasks.names:
         check_off(config)
+    check_loggers(config.train.loggers)
+    check_trained(config)
     agree(lambda: check_writable(workdir))
     agree(lambda: check_training(config, all_devices_bytes(), machine_bytes()))
     changes = agree(lambda: check_resumed(config, workdir, launch.accept, log))
     warn_of_settings(config)
-    data = open_on_all_processes(config, log)
+    ancestor = agree(lambda: find_ancestor(config, workdir, launch.accept))
+    config = with_tokenizer(config, workdir)
+    launch = dataclasses.replace(launch, config=config)
+    data = open_on_all_processes(config, log, count_fgrams=not config.train.init_from)
+    data = agree(lambda: with_ancestors_addresses(data, config, workdir))
     agree(lambda: check_resumed_text(workdir, data.prepared.summary()))
+    if ancestor is not None and (warning := other_text(ancestor, data.prepared.summary())):
+        processes.warn(warning)
     agree(lambda: check_samples(config, data.prepared.tokenizer))
     agree(lambda: check_held_out(data, config.train.eval_batches))
     program = build_training(config, data.addressing)
@@ -129,7 +148,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
                 keep_best=config.train.keep_best,
             ) as checkpointer,
         ):
-            run = Run(launch, data, program, checkpointer, preemption, changes)
+            run = Run(launch, data, program, checkpointer, preemption, changes, ancestor)
             state = run.loop()
         if preemption.stopped:
             return state
@@ -153,7 +172,11 @@ def warn_of_settings(config: Config) -> None:
 
 
 class Run:
-    """One launch of a training run. changes: to the settings since the previous launch."""
+    """One launch of a training run.
+
+    changes: to the settings since the previous launch. ancestor: the checkpoint that a new run
+    starts from, None = its seed.
+    """
 
     def __init__(
         self,
@@ -163,14 +186,15 @@ class Run:
         checkpointer: Checkpointer,
         preemption: Preemption | None = None,
         changes: Changes | None = None,
+        ancestor: Ancestor | None = None,
     ):
         self.config, self.workdir, self.log = launch.config, launch.workdir, launch.log
         self.preemption = preemption or Preemption(self.log)  # not entered: handles no signal
         self.program, self.checkpointer = program, checkpointer
         self.iterator = data.train_iterator(program.mesh)
-        self.state = self._start()
+        self.state, origin = self._start(ancestor)
         self.first_step = int(self.state.step)
-        self.writer = agree(lambda: self._records(data, changes or {}))
+        self.writer = agree(lambda: self._records(data, changes or {}, origin))
         self.evaluator = Evaluator(program, data)
         self.utilisation = jit_utilisation(program)
         self.monitors = Monitors(
@@ -182,7 +206,9 @@ class Run:
             log=self.log,
         )
 
-    def _records(self, data: RunData, changes: Changes) -> MetricsWriter:
+    def _records(
+        self, data: RunData, changes: Changes, origin: dict[str, Any] | None
+    ) -> MetricsWriter:
         """Write the workdir's records before the first step (on process 0)."""
         if self.fresh and jax.process_index() == 0:
             forget_unsaved(self.config, self.workdir)
@@ -192,22 +218,31 @@ class Run:
             data.prepared.summary(),
             resumed_at=self.first_step,
             changed_settings=changes,
+            initialised_from=origin,
         )
         save_text_side(self.workdir, data.prepared, self.config)
-        return MetricsWriter(self.workdir, start_step=self.first_step)
+        return MetricsWriter(
+            self.workdir,
+            start_step=self.first_step,
+            loggers=self.config.train.loggers,
+            config=flat(self.config),
+        )
 
-    def _start(self) -> TrainState:
-        """A new state, or the newest checkpoint's with the data iterator set to continue it."""
+    def _start(self, ancestor: Ancestor | None) -> tuple[TrainState, dict[str, Any] | None]:
+        """A new state, or the newest checkpoint's with the data iterator set to continue it; and
+        the origin of a new one that is not from the seed."""
         latest = self.checkpointer.latest_step()
         self.fresh = latest is None
+        if latest is None and ancestor is not None:
+            return start_from(self.program, ancestor, self.log)
         if latest is None:
-            return create_state(self.program)
+            return create_state(self.program), None
         restored = table_order.restore(
             self.program, self.checkpointer, latest, abstract_state(self.program)
         )
         self.iterator.set_state(cast(dict[str, Any], restored.iterator))
         self.log(f"resumed from step {latest} in {self.workdir}")
-        return restored.state
+        return restored.state, None
 
     def loop(self) -> TrainState:
         """Train to the last step, or until SIGTERM; returns the state, saved as a checkpoint."""
@@ -267,6 +302,10 @@ class Run:
             metrics["loss"] = score.loss
             used = jax.device_get(self.utilisation(self.state.memory))
             extra = {f"utilisation/{k}": float(v) for k, v in used.items()}
+            if self.state.average is not None:
+                averaged = self.program.averaged(self.state)
+                of_average = self.evaluator.score(averaged, self.config.train.eval_batches)
+                extra["validation_loss_ema"] = of_average.loss
             self.writer.write(
                 step, {"validation_loss": score.loss, "validation_targets": score.targets, **extra}
             )

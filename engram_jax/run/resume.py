@@ -26,9 +26,9 @@ from engram_jax.checkpoint.run_settings import (
     stored_config,
 )
 from engram_jax.checkpoint.workdir import LOGS, LOSSES, checkpoint_steps
-from engram_jax.config import Config
+from engram_jax.config import CONSTANT, FROZEN, STEP, Config
 from engram_jax.config.errors import UserError
-from engram_jax.training.optim.schedule import learning_rate
+from engram_jax.training.optim.schedule import decay_start, falls, learning_rate
 
 
 def check_resumed(
@@ -64,6 +64,17 @@ def check_resumed(
             )
         if _same_rates(stored, config, done):
             accept = (*accept, "train.steps")
+    if fixed := [key for key in changes if key in ("train.init_from", "train.init_optimizer")]:
+        raise UserError(
+            f"--workdir={workdir}: the run there has {done} steps and goes on from its own"
+            f" checkpoints: {listed(changes, fixed)}; give what it began with, or another --workdir"
+        )
+    if fixed := [key for key in changes if _other_state(key, *changes[key])]:
+        raise UserError(
+            f"--workdir={workdir}: the run there keeps another state:"
+            f" {listed(changes, fixed)}; it cannot go on so: give another --workdir, and"
+            f" --config.train.init_from={workdir} to start there from its weights"
+        )
     if fixed := [key for key in changes if covers([DATA], key)]:
         raise UserError(
             f"--workdir={workdir}: the run there reads other data:"
@@ -128,18 +139,34 @@ def _unsaved(config: Config, workdir: Path) -> Changes:
     return {} if stored is None else decisive(stored, config)
 
 
+def _other_state(key: str, theirs: Any, ours: Any) -> bool:
+    """Whether a key's change is one of the arrays that a checkpoint has: moments, an average."""
+    if key == "optimizer.memory_optimizer":
+        return FROZEN in (theirs, ours)
+    if key == "train.ema_decay":
+        return 0 in (theirs, ours)
+    return key == "train.trainable"
+
+
 def _schedule(stored: Config, config: Config, done: int) -> str:
     """How another number of steps changes the learning rate of a run that has done `done`."""
-    boundaries = []
-    for given in (stored, config):
-        fractions = given.optimizer.decay_at
-        boundaries.append([round(fraction * given.train.steps) for fraction in fractions])
     before, after = _rates(stored, done)[-1], _rates(config, done)[-1]
+    (how, theirs), (verb, ours) = _falls(stored), _falls(config)
+    other = "" if how == verb else f"{how} "
     return (
-        f" (the learning rate falls at steps {_and(boundaries[1])} instead of"
-        f" {_and(boundaries[0])}; at step {done} it goes on with {after:.3g}, the run's was"
-        f" {before:.3g})"
+        f" (the learning rate {verb} {ours} instead of {other}{theirs}; at step {done} it goes on"
+        f" with {after:.3g}, the run's was {before:.3g})"
     )
+
+
+def _falls(config: Config) -> tuple[str, str]:
+    """How and where a configuration's learning rate falls, in words."""
+    optimizer, total = config.optimizer, config.train.steps
+    if optimizer.schedule == CONSTANT:
+        return "falls at steps", "none"
+    if optimizer.schedule == STEP:
+        return "falls at steps", _and(falls(optimizer, total))
+    return "decays over steps", f"{decay_start(optimizer, total)} to {total}"
 
 
 def _and(numbers: Sequence[int]) -> str:

@@ -121,3 +121,12 @@ def part_of(path: tuple[str, ...], ndim: int) -> str:
     if "ffn" in path and is_routed(path[-1], ndim):
         return "routed experts"
     return next(part for end, part in PARTS if any(name.endswith(end) for name in path))
+
+
+def group_of(path: tuple[str, ...], ndim: int) -> str:
+    """The part of the model in a word, for the names of metrics: "attention", "ffn", "experts",
+    "norms", ..."""
+    if "ffn" in path and is_routed(path[-1], ndim):
+        return "experts"
+    end = next(end for end, _ in PARTS if any(name.endswith(end) for name in path))
+    return end.strip("_") or "norms"

@@ -46,6 +46,30 @@ def cross_entropy(
     )
 
 
+def cross_entropy_and_z(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    z_loss: float,
+    chunk: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+    """(`cross_entropy` + z_loss x the weighted sum of log^2 Z; `cross_entropy`), Z being the sum of
+    the exponentiated logits of a token (PaLM, arXiv 2204.02311, section 5). Arguments as there.
+
+    The second is for the log: it passes no gradient on.
+    """
+    tokens, width = targets.size, hidden.shape[-1]
+    return _summed_with_z(
+        z_loss,
+        _chunks(hidden.reshape(tokens, width), chunk),
+        unembedding.astype(hidden.dtype),
+        _chunks(targets.reshape(tokens), chunk),
+        _chunks(mask.reshape(tokens), chunk),
+    )
+
+
 def target_nats(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int = 1024
 ) -> jax.Array:
@@ -87,26 +111,40 @@ def _logits(h: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def _forward(h: jax.Array, matrix: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
+    total, _, gradients = _with_gradients(0.0, h, matrix, targets, mask)
+    return total, gradients
+
+
+def _with_gradients(
+    z_loss: float, h: jax.Array, matrix: jax.Array, targets: jax.Array, mask: jax.Array
+) -> Any:
+    """(sum of the losses, sum of the squares of log Z or None, gradients of their weighted sum)."""
     wide = _wide(h)
     product = partial(jnp.einsum, preferred_element_type=wide)
 
     def body(carry: Any, part: tuple[jax.Array, ...]) -> Any:
-        total, grad_matrix = carry
+        total, squares, grad_matrix = carry
         h, target, weight = part
         logits = _logits(h, matrix)
         normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         hit = jnp.arange(matrix.shape[0]) == target[:, None]
         # d loss / d logits = softmax - one-hot, per token; rounded once for the two products.
-        grad_logits = jnp.where(hit, -1, 0) + jnp.exp(logits - normaliser)
+        minus_one = jnp.where(hit, -1, 0)
+        softmax = jnp.exp(logits - normaliser)
+        grad_logits = minus_one + softmax
+        if z_loss:  # d log^2 Z / d logits = 2 log Z softmax
+            grad_logits = grad_logits + 2 * z_loss * normaliser * softmax
+            squares = squares + jnp.sum(normaliser[:, 0] ** 2 * weight)
         grad_logits = (grad_logits * weight[:, None].astype(wide)).astype(h.dtype)
         losses = normaliser[:, 0] - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         grad_h = product("cv,vd->cd", grad_logits, matrix).astype(h.dtype)
         grad_matrix = grad_matrix + product("cv,cd->vd", grad_logits, h)
-        return (total + jnp.sum(losses * weight), grad_matrix), grad_h
+        return (total + jnp.sum(losses * weight), squares, grad_matrix), grad_h
 
-    start = (jnp.zeros((), wide), jnp.zeros(matrix.shape, wide))
-    (total, grad_matrix), grad_h = jax.lax.scan(body, start, (h, targets, mask))
-    return total, (grad_h, grad_matrix.astype(matrix.dtype))
+    none = jnp.zeros((), wide) if z_loss else None
+    start = (jnp.zeros((), wide), none, jnp.zeros(matrix.shape, wide))
+    (total, squares, grad_matrix), grad_h = jax.lax.scan(body, start, (h, targets, mask))
+    return total, squares, (grad_h, grad_matrix.astype(matrix.dtype))
 
 
 def _backward(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> Any:
@@ -117,3 +155,26 @@ def _backward(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> A
 
 
 _summed.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_with_z(
+    z_loss: float, h: jax.Array, matrix: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _forward_with_z(z_loss, h, matrix, targets, mask)[0]
+
+
+def _forward_with_z(
+    z_loss: float, h: jax.Array, matrix: jax.Array, targets: jax.Array, mask: jax.Array
+) -> Any:
+    total, squares, gradients = _with_gradients(z_loss, h, matrix, targets, mask)
+    return (total + z_loss * squares, total), gradients
+
+
+def _backward_with_z(
+    z_loss: float, residuals: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> Any:
+    return _backward(residuals, cotangents[0])
+
+
+_summed_with_z.defvjp(_forward_with_z, _backward_with_z)

@@ -18,18 +18,18 @@ import optax
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import hash_jax
-from engram_jax.config import DENSE_ADAM, FROZEN, SHUFFLED
-from engram_jax.config.random_streams import ROUNDING, number
-from engram_jax.layers.moe import updated_bias
-from engram_jax.memory.exchange import ExchangePlan, Sent
-from engram_jax.memory.table import Table, Tables
-from engram_jax.model.block import MOE
+from engram_jax.config import FROZEN, SHUFFLED
+from engram_jax.memory.exchange import ExchangePlan
+from engram_jax.memory.table import Tables
 from engram_jax.model.program import Params, Program
-from engram_jax.model.transformer import Output, Transformer, stages
+from engram_jax.model.trained import join_trained, split_trained
+from engram_jax.model.transformer import Output, Transformer
 from engram_jax.sharding.rules import BATCH, P, specs
-from engram_jax.training.loss import cross_entropy, target_nats
-from engram_jax.training.optim import optimizer, rowwise_adam
+from engram_jax.training.loss import cross_entropy, cross_entropy_and_z, target_nats
+from engram_jax.training.measures import activations, norms
+from engram_jax.training.optim import optimizer
 from engram_jax.training.state import TrainingProgram, TrainState, state_shardings
+from engram_jax.training.updates import moving_average, update_memory, update_router_bias
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -79,18 +79,33 @@ def fetch_rows(
 
 
 def forward(
-    program: Program, params: Params, rows: Mapping[str, jax.Array], bias: Params, batch: Batch
+    program: Program,
+    params: Params,
+    rows: Mapping[str, jax.Array],
+    bias: Params,
+    batch: Batch,
+    *,
+    z_loss: float = 0.0,
+    measure: bool = False,
 ) -> tuple[jax.Array, Metrics]:
-    """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`)."""
+    """Sum of the batch's token losses (nats), and sums over its real tokens (`statistics`).
+
+    z_loss: with a coefficient, the first is the losses and `z_loss` times the squares of the
+      normalisers' logarithms, and the statistics have "cross_entropy", the losses alone.
+    measure: whether the statistics have moments of activations.
+    """
     shard = program.shard_view
 
     def result(model: Transformer, output: Output, batch: Batch) -> tuple[jax.Array, Metrics]:
-        loss = cross_entropy(
-            output.hidden, model.unembedding(), batch["targets"], batch["loss_mask"]
-        )
-        return shard.psum_batch((loss, statistics(output, batch["segments"])))
+        inputs = output.hidden, model.unembedding(), batch["targets"], batch["loss_mask"]
+        if not z_loss:
+            loss = cross_entropy(*inputs)
+            return shard.psum_batch((loss, statistics(output, batch["segments"])))
+        loss, alone = cross_entropy_and_z(*inputs, z_loss=z_loss)
+        stats = statistics(output, batch["segments"])
+        return shard.psum_batch((loss, {**stats, "cross_entropy": alone}))
 
-    return run_network(program, params, rows, bias, batch, result, P())
+    return run_network(program, params, rows, bias, batch, result, P(), measure=measure)
 
 
 def run_network(
@@ -101,6 +116,8 @@ def run_network(
     batch: Batch,
     result: Callable[[Transformer, Output, Batch], Any],
     out_specs: Any,
+    *,
+    measure: bool = False,
 ) -> Any:
     """`result(model, output, batch)` of the network on a batch.
 
@@ -118,7 +135,8 @@ def run_network(
         model = program.model({**rest, **stacks}, bias)
         tokens, segments = batch["tokens"], batch["segments"]
         mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
-        output = model(tokens, rows, batch["positions"], segments, mask, shard, beside)
+        positions = batch["positions"]
+        output = model(tokens, rows, positions, segments, mask, shard, beside, measure=measure)
         return result(model, output, batch)
 
     inputs = {k: batch[k] for k in INPUTS}
@@ -137,37 +155,48 @@ def run_network(
 
 
 def statistics(output: Output, segments: jax.Array) -> Metrics:
-    """Sums over real tokens, so that parts of a batch add up: gates per branch, expert loads."""
+    """Sums over real tokens, so that parts of a batch add up: gates per branch, expert loads, and
+    what `Output.moments` has."""
     real = (segments > 0)[..., None]
     gates = {k: jnp.sum(jnp.where(real, g, 0), axis=(0, 1)) for k, g in output.gates.items()}
-    return {"gate": gates, "load": output.loads, "tokens": jnp.sum(real)}
+    found = {"gate": gates, "load": output.loads, "tokens": jnp.sum(real)}
+    if output.moments:
+        found["moments"] = {
+            k: jnp.sum(jnp.where(real, m, 0), axis=(-3, -2)) for k, m in output.moments.items()
+        }
+    return found
 
 
 def gradients(
-    program: Program, state: TrainState, rows: Mapping[str, jax.Array], batch: Batch
+    program: TrainingProgram, state: TrainState, rows: Mapping[str, jax.Array], batch: Batch
 ) -> tuple[jax.Array, Params, dict[str, jax.Array], Metrics]:
     """Loss (nats per target), its gradients for parameters and for every looked-up row, statistics.
 
     With accumulation every device's sequences are split along B and scanned; parameter gradients
     are summed, the lookups' gradients stay one per lookup, so nothing differs from the whole batch
-    but the order of sums. Frozen tables have no gradients: {}.
+    but the order of sums. What is not updated has no gradients: parameters are None, tables absent.
+    The loss includes train.z_loss (`forward`).
     """
-    parts = program.config.train.accumulation
-    frozen = program.config.optimizer.memory_optimizer == FROZEN
+    train = program.config.train
+    parts, tables = train.accumulation, program.trained_tables
     targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
     inputs = {k: batch[k] for k in INPUTS}
+    switches: Any = {"z_loss": train.z_loss, "measure": train.log_activations}
+    updated, kept = split_trained(state.params, program.trained)
 
     def part(rows: Any, inputs: Any) -> Any:
-        def loss_fn(params: Params, rows: Any) -> tuple[jax.Array, Metrics]:
-            loss, stats = forward(program, params, rows, state.router_bias, inputs)
+        def loss_fn(updated: Params, of_tables: Any) -> tuple[jax.Array, Metrics]:
+            params, all_rows = join_trained(updated, kept), {**rows, **of_tables}
+            loss, stats = forward(program, params, all_rows, state.router_bias, inputs, **switches)
             return loss / targets, stats
 
-        if frozen:
+        if not tables:
             grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, stats), grad_params = grad_fn(state.params, rows)
+            (loss, stats), grad_params = grad_fn(updated, {})
             return (loss, grad_params, stats), {}
         grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, stats), (grad_params, grad_rows) = grad_fn(state.params, rows)
+        of_tables = {k: rows[k] for k in tables}
+        (loss, stats), (grad_params, grad_rows) = grad_fn(updated, of_tables)
         return (loss, grad_params, stats), grad_rows
 
     if parts == 1:
@@ -192,64 +221,21 @@ def gradients(
     return loss, grad_params, jax.tree.map(join, grad_rows), stats
 
 
-def update_memory(
-    program: TrainingProgram,
-    memory: Tables,
-    plans: Mapping[str, ExchangePlan],
-    sent: Mapping[str, Sent],
-    factor: jax.Array,
-    step: jax.Array,
-    apply: jax.Array,
-) -> tuple[dict[str, Table], dict[str, jax.Array]]:
-    """Apply the summed row gradients (times the clipping factor) where the rows are stored.
-
-    Returns the tables and, per layer, how many of the touched rows had been trained before. Frozen
-    tables are returned as they are.
-    """
-    config = program.config.optimizer
-    if config.memory_optimizer == FROZEN:
-        return dict(memory), {}
-    adam = rowwise_adam.RULES[config.memory_optimizer]
-    rate = program.rate(step) * config.memory_lr_multiplier
-    tables, seen = {}, {}
-    for layer, exchange in program.exchanges().items():
-        seed = number(program.config.train.seed, ROUNDING, int(layer))
-        update = partial(adam, config=config, seed=seed)
-        tables[layer], seen[layer] = exchange.apply(
-            update, memory[layer], plans[layer], sent[layer], factor, apply, (rate, step)
-        )
-    if config.memory_optimizer == DENSE_ADAM:  # its moments decay even without gradients
-        tables = jax.tree.map(lambda new, old: jnp.where(apply, new, old), tables, dict(memory))
-    return tables, seen
-
-
-def update_router_bias(program: Program, bias: Params, loads: jax.Array) -> Params:
-    """Auxiliary-loss-free balancing: every selection bias steps against this batch's load."""
-    blocks, start = dict(bias.get("blocks", {})), 0
-    for stage in stages(program.config.model):
-        if stage.kind == MOE:
-            load = loads[start : start + stage.count]
-            start += stage.count
-            rate = program.config.model.ffn.bias_update_rate
-            blocks[stage.name] = jax.tree.map(
-                lambda b, load=load, rate=rate: updated_bias(b, load, rate), blocks[stage.name]
-            )
-    return {"blocks": blocks} if blocks else bias
-
-
 def train_step(
     program: TrainingProgram, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """One update. A non-finite loss or gradient changes nothing and sets `halted`.
 
-    Metrics (device scalars unless a shape is given): loss, grad_norm (all gradients, rows after
-    summation, before clipping), grad_norm_memory, learning_rate, finite, gate/<layer> [M] mean per
+    Metrics (device scalars unless a shape is given): loss (without train.z_loss, which is z_loss),
+    grad_norm (all gradients of what is updated, rows after summation, before clipping),
+    grad_norm_memory, learning_rate, finite, gate/<layer> [M] mean per
     branch, load [MoE layers, E] assignments, and per Engram layer rows_touched, hit_rate (share of
     the touched rows that earlier steps had already trained), distinct (share of the devices'
     lookups that remains without each one's duplicates) and extra_rounds (of the exchange). What
     does not apply is absent: gate/<layer> without a gate (config.model.engram.gate "one", forms
     "over_encoding" and "scone"; of one branch it is [1]), and with frozen tables grad_norm_memory,
-    rows_touched and hit_rate.
+    rows_touched and hit_rate. With train.log_norms and train.log_activations: what
+    training/measures.py names.
     """
     rows, plans = fetch_rows(program, state.memory, batch_addresses(program, batch))
     loss, grad_params, grad_rows, stats = gradients(program, state, rows, batch)
@@ -262,22 +248,28 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     apply = finite & ~state.halted
 
+    before, kept = split_trained(state.params, program.trained)
     updates, opt_state = program.tx.update(
-        jax.tree.map(lambda g: g * factor.astype(g.dtype), grad_params),
-        state.opt_state,
-        state.params,
+        jax.tree.map(lambda g: g * factor.astype(g.dtype), grad_params), state.opt_state, before
     )
-    params = optax.apply_updates(state.params, updates)
+    updated = optax.apply_updates(before, updates)
     bias = update_router_bias(program, state.router_bias, stats["load"])
     keep = partial(jax.tree.map, lambda new, old: jnp.where(apply, new, old))
-    memory, seen = update_memory(program, state.memory, plans, sent, factor, state.step, apply)
+    count = state.memory_steps
+    memory, seen = update_memory(
+        program, state.memory, plans, sent, factor, state.step, apply, count
+    )
+    step = state.step + apply.astype(jnp.int32)
+    updated = keep(updated, before)
     new_state = TrainState(
-        step=state.step + apply.astype(jnp.int32),
-        params=keep(params, state.params),
+        step=step,
+        params=join_trained(updated, kept),
         router_bias=keep(bias, state.router_bias),
         opt_state=keep(opt_state, state.opt_state),
         memory=memory,
         halted=~apply,
+        average=moving_average(program, state.average, updated, apply),
+        memory_steps=None if count is None else count + apply.astype(jnp.int32),
     )
     metrics: Metrics = {
         "loss": loss,
@@ -287,7 +279,15 @@ def train_step(
         "finite": apply,
         "load": stats["load"],
     }
-    if program.config.optimizer.memory_optimizer == FROZEN:
+    if "cross_entropy" in stats:
+        alone = stats["cross_entropy"] / jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        metrics |= {"loss": alone, "z_loss": loss - alone}
+    if program.config.train.log_norms:
+        metrics |= norms(grad_params, state.params)
+    if program.config.train.log_activations:
+        metrics |= activations(stats["moments"], stats["tokens"])
+    frozen = program.config.optimizer.memory_optimizer == FROZEN
+    if frozen or (program.table_rows and not program.trained_tables):
         del metrics["grad_norm_memory"]
     for k, plan in plans.items():
         asked = jnp.sum(plan.distinct.count)

@@ -10,6 +10,7 @@ import pytest
 
 from engram_jax import config as config_lib
 from engram_jax.config import QWEN
+from tests.hostile.test_trainer_settings import CASES
 from tests.runs import Outcome, launched, refused, small_run
 
 
@@ -414,6 +415,7 @@ def test_the_table_knows_every_key():
     any_value |= {"serve.accept_other_memory", "serve.accept_longer", "serve.parse_special"}
     any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "train.hang_exit"}
     refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}
+    refused |= {each.partition("=")[0] for given, *_ in CASES for each in given.split()}
     keys = set(keys_of(config_lib.Config))
     assert keys <= refused | any_value
     assert any_value <= keys - (refused - {"model.tie_embeddings"})

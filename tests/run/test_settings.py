@@ -29,6 +29,7 @@ FREE = [
     *("data.path", "data.cache_dir", "data.workers", "train.log_every", "train.eval_every"),
     *("train.checkpoint_every", "train.keep", "train.keep_best", "train.count_models"),
     *("train.seen_tokens", "train.samples", "train.sample_tokens"),
+    *("train.log_norms", "train.log_activations", "train.loggers"),
     *("train.hang_seconds", "train.hang_exit"),
 ]
 FREE_SECTIONS = ("mesh.", "generate.", "serve.")

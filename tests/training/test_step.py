@@ -22,9 +22,9 @@ from engram_jax.training.step import (
     score_step,
     touched_rows,
     train_step,
-    update_memory,
     utilisation,
 )
+from engram_jax.training.updates import update_memory
 from tests.tiny import NEIGHBOURS, random_batch, tiny, tiny_addressing, tiny_config
 
 CLIPPED = {"optimizer.clip_norm": 0.05}
