@@ -7,10 +7,9 @@ cancelled. docs/serving.md describes fields, limits and errors for users.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn, Protocol
 
 from starlette.applications import Starlette
@@ -20,11 +19,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from engram_jax import __version__
 from engram_jax.config.errors import UserError
 from engram_jax.serve.http import completion_request
 from engram_jax.serve.http.completion_response import Answer
 from engram_jax.serve.http.engine_thread import FAILED, ClosedError, EngineThread, Group, Steps
 from engram_jax.serve.http.json_fields import ApiError, Fields, parse_json, shown
+from engram_jax.serve.http.metrics import Metrics, Timing
 from engram_jax.serve.http.responses import (
     DisconnectedError,
     Limits,
@@ -34,9 +35,13 @@ from engram_jax.serve.http.responses import (
     read_body,
     while_connected,
 )
+from engram_jax.serve.http.tokenize_routes import detokenize, tokenize
 from engram_jax.serve.request import Delta, Finish, QueueFullError
 
-ROUTES = "POST /v1/completions, GET /v1/models, /health and /metrics"
+ROUTES = (
+    "POST /v1/completions, /tokenize and /detokenize, GET /v1/models, /health, /version and"
+    " /metrics"
+)
 NO_CHAT = "base models have no chat template; use POST /v1/completions"
 GONE = 499  # nginx's status for a client that went away: counted, not sent
 EVENT_STREAM = [
@@ -67,11 +72,15 @@ class App:
         self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
         self._created = int(time.time())
         self._responses: Counter[int] = Counter()
+        self._times = Metrics()
         self._active = 0
         routes = [
             Route("/v1/completions", _Asgi(self._completions), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
+            Route("/tokenize", _Asgi(self._from_json(tokenize)), methods=["POST"]),
+            Route("/detokenize", _Asgi(self._from_json(detokenize)), methods=["POST"]),
+            Route("/version", self._version),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
@@ -92,9 +101,31 @@ class App:
             request = await asyncio.to_thread(self._parse, fields)
             await while_connected(receive, self._answer(request, scope, receive, send))
         except DisconnectedError:
-            self._responses[GONE] += 1
+            scope["counted_as"] = GONE
         finally:
             self._active -= 1
+
+    def _from_json(self, work: Callable[[Fields, Any, int], Any]) -> ASGIApp:
+        """An endpoint that answers an object with what `work` makes of it, the tokenizer and the
+        capacity."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._active >= self._limits.requests:
+                raise self._busy(f"{self._active} requests are being answered; try again later")
+            self._active += 1
+            try:
+                fields = parse_json(await read_body(scope, receive, self._limits))
+                if fields.get("model") is not None:
+                    self._check_model(fields)
+                given = fields, self._tokenizer, self._capacity
+                made = await asyncio.to_thread(lambda: json_response(work(*given)))
+                await made(scope, receive, send)
+            except DisconnectedError:
+                scope["counted_as"] = GONE
+            finally:
+                self._active -= 1
+
+        return answer
 
     def _check_model(self, fields: Fields) -> None:
         model = fields.get("model")
@@ -109,6 +140,7 @@ class App:
             tokenizer=self._tokenizer,
             capacity=self._capacity,
             most=self._limits.sequences,
+            eos_id=self._eos,
         )
 
     async def _answer(
@@ -121,17 +153,21 @@ class App:
         """Queue the request and send its answer. However this ends, nothing of it goes on."""
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        timing = Timing(self._times, scope["began"], len(request.params))
 
         def listen(place: int, delta: Delta) -> None:
+            timing.note(place, delta)
             loop.call_soon_threadsafe(deltas.put_nowait, (place, delta))
 
         group = self._runner.submit(request.sequences, listen)
         try:
             await self._accepted(group)
+            timing.accepted = True
             answer = Answer(request, self._name, self._tokenizer, self._eos)
             arriving = _until_all_end(deltas, len(request.params))
             if request.stream:
-                await _stream(answer, arriving, send)
+                if (failed := await _stream(answer, arriving, send)) is not None:
+                    scope["counted_as"] = failed
                 return
             whole: list[list[Delta]] = [[] for _ in request.params]
             async for arrived in arriving:
@@ -141,6 +177,7 @@ class App:
             await made(scope, receive, send)
         finally:
             group.cancel()
+            timing.close()
 
     async def _accepted(self, group: Group) -> None:
         try:
@@ -190,27 +227,31 @@ class App:
             found = {"status": "degraded" if state == "ok" else state, "memory": error}
         return json_response(found, 200 if state == "ok" else 503)
 
+    async def _version(self, request: Request) -> Response:
+        return json_response({"version": __version__})
+
     async def _metrics(self, request: Request) -> Response:
-        """Prometheus' text format."""
-        lines = []
-        for key, value in sorted(self._runner.stats().items()):
-            name = "engram_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)
-            lines += [f"# TYPE {name} untyped", f"{name} {float(value)!r}"]
-        lines.append("# TYPE engram_http_responses_total counter")
-        for status, count in sorted(self._responses.items()):
-            lines.append(f'engram_http_responses_total{{status="{status}"}} {count}')
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        text = self._times.text(self._runner.stats(), self._responses, self._active)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
-        """`app`, its responses counted by status."""
+        """`app`, its responses counted by status when they end: `counted_as`, where the status that
+        was sent does not say how."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-            async def count(message: Any) -> None:
+            scope["began"], status = time.monotonic(), None
+
+            async def note(message: Any) -> None:
+                nonlocal status
                 if message["type"] == "http.response.start":
-                    self._responses[message["status"]] += 1
+                    status = message["status"]
                 await send(message)
 
-            await app(scope, receive, count)
+            try:
+                await app(scope, receive, note)
+            finally:
+                if (ended := scope.get("counted_as", status)) is not None:
+                    self._responses[ended] += 1
 
         return counted
 
@@ -247,8 +288,10 @@ async def _until_all_end(
 
 async def _stream(
     answer: Answer, arriving: AsyncIterator[list[tuple[int, Delta]]], send: Send
-) -> None:
-    """Server-sent events. What goes wrong after the first one is an event, too."""
+) -> int | None:
+    """Server-sent events. What goes wrong after the first one is an event, too; its status is
+    returned."""
+    failed = None
     await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
 
     async def events(values: list[Any]) -> None:
@@ -262,8 +305,10 @@ async def _stream(
         if (usage := answer.last_chunk()) is not None:
             await events([usage])
     except ApiError as error:
+        failed = error.status
         await events([error.body])
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+    return failed
 
 
 async def _refused(request: Request, error: ApiError) -> Response:
