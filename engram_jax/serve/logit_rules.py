@@ -56,13 +56,24 @@ def check_rules(params: SamplingParams, eos_id: int | None, vocab: int) -> None:
     for name, ids in named.items():
         if bad := [token for token in ids if not 0 <= token < vocab]:
             raise UserError(f"{name}: token id {bad[0]}: must be from 0 to {vocab - 1}")
-    never = {row[-1] for row in params.bad_words}
-    never |= ends_of(params, eos_id) if params.min_tokens else set()
-    allowed = params.allowed_ids
-    if len(never) >= vocab if allowed is None else never.issuperset(allowed):
-        raise UserError(
-            "allowed_token_ids: must have a token that bad_words and min_tokens always allow"
-        )
+    for before in {(), *(row[:-1] for row in params.bad_words)}:
+        never = _completing(params, before)
+        never |= ends_of(params, eos_id) if params.min_tokens else set()
+        allowed = params.allowed_ids
+        if len(never) >= vocab if allowed is None else never.issuperset(allowed):
+            raise UserError(
+                "allowed_token_ids: must have a token that bad_words and min_tokens always allow"
+            )
+
+
+def _completing(params: SamplingParams, generated: Sequence[int]) -> set[int]:
+    """The tokens that would complete one of `bad_words` behind the generated ones."""
+    rows, count = params.bad_words, len(generated)
+    return {
+        row[-1]
+        for row in rows
+        if len(row) <= count + 1 and tuple(generated[count + 1 - len(row) :]) == row[:-1]
+    }
 
 
 class LogitRules:
@@ -123,13 +134,8 @@ class LogitRules:
 
     def _never(self, generated: Sequence[int]) -> set[int]:
         """The tokens that must not come next."""
-        never = {
-            row[-1]
-            for row in self._params.bad_words
-            if tuple(generated[len(generated) - len(row) + 1 :]) == row[:-1]
-            and len(generated) >= len(row) - 1
-        }
-        return never | (self._ends if len(generated) < self._params.min_tokens else set())
+        ends = self._ends if len(generated) < self._params.min_tokens else set()
+        return _completing(self._params, generated) | ends
 
 
 def no_adjustments(rows: int, most: int, vocab: int) -> Adjustments:

@@ -203,7 +203,8 @@ def _draws():
         ({"logit_bias": ((-1, 1.0),)}, "logit_bias: token id -1"),
         ({"stop_ids": (99,)}, "stop_token_ids: token id 99"),
         ({"allowed_ids": (EOS,), "min_tokens": 1}, "must have a token that bad_words and min_"),
-        ({"allowed_ids": (1, 2), "bad_words": ((1,), (1, 2))}, "must have a token that bad_words"),
+        ({"allowed_ids": (1, 2), "bad_words": ((1,), (2, 2))}, "must have a token that bad_words"),
+        ({"allowed_ids": (1, 2), "bad_words": ((2, 1), (1, 2, 2))}, "must have a token that bad_"),
         ({"allowed_ids": (1, EOS), "min_tokens": 2, "stop_ids": (1,)}, "must have a token"),
     ],
 )

@@ -124,6 +124,8 @@ def _unknown(name: str, known: Sequence[str]) -> None:
     near = [INSTEAD[name]] if INSTEAD.get(name) in known else []
     if len(name) <= SHOWN and not near:  # a long one would take long
         near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known[:40])}"
-    text = shown(name)[1:-1] if name else "''"
-    raise ApiError(400, f"{text}: is no known field; {hint}", name[:SHOWN], "unknown_parameter")
+    hint = f"did you mean {near[0]}?" if near else "docs/serving.md lists the fields"
+    text = shown(name)[1:]  # printable, whatever it is
+    text = text if text.endswith("...") else text[:-1]
+    message = f"{text or repr(name)}: is no known field; {hint}"
+    raise ApiError(400, message, text, "unknown_parameter")
