@@ -37,9 +37,7 @@ def test_every_number_has_a_meaning_and_a_type(server):
     assert all(
         f.documentation and f.type in ("gauge", "counter", "histogram") for f in found.values()
     )
-    assert {f"engram_{name}" for name in server.runner.stats()} <= {
-        s.name for f in found.values() for s in f.samples
-    }
+    assert {f"engram_{name}" for name in server.runner.stats()} <= set(found)
     assert set(server.runner.stats()) == set(ENGINE)
     assert server.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
 
@@ -121,8 +119,11 @@ def test_a_stream_that_ends_in_an_error_is_one():
         while value(server, "engram_active_requests"):
             time.sleep(0.01)
         assert value(server, "engram_http_responses_total", status="500") == 1
-        assert value(server, "engram_failed_sequences_total") == 2
-        assert value(server, "engram_finished_sequences_total", reason="error") == 2
+        failed = value(server, "engram_failed_sequences_total")
+        assert failed == value(server, "engram_finished_sequences_total", reason="error") >= 1
+        # The answer has ended with the first one; the other is cancelled then.
+        cancelled = value(server, "engram_finished_sequences_total", reason="cancelled")
+        assert failed + cancelled == 2
         stream.close()
 
 

@@ -7,10 +7,11 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from engram_jax.addressing.detokenizer import BROKEN
 from engram_jax.config.errors import UserError
 from engram_jax.config.random_streams import SAMPLING, number
 from engram_jax.serve.http.completion_fields import check_fields
-from engram_jax.serve.http.json_fields import ApiError, Fields, is_id
+from engram_jax.serve.http.json_fields import ApiError, Fields, is_id, shown
 from engram_jax.serve.request import (
     MAX_BAD_WORDS,
     MAX_LISTED,
@@ -160,11 +161,20 @@ def _bad_words(fields: Fields, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     rows: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word,) if word[0].isspace() else (word, f" {word}"):
-            rows[tuple(tokenizer.encode(text, add_special_tokens=False).ids)] = None
-    rows.pop((), None)  # of text that a tokenizer drops
-    if words and not rows:
-        fields.wrong("bad_words", "texts that the tokenizer has tokens for")
+            found = tokenizer.encode(text, add_special_tokens=False)
+            if not _whole(tokenizer, text, found):
+                fields.wrong("bad_words", f"texts that the tokenizer has; {shown(word)} is not one")
+            rows[tuple(found.ids)] = None
     return tuple(rows)
+
+
+def _whole(tokenizer: Any, text: str, found: Any) -> bool:
+    """Whether tokens stand for all of a text: of one that a tokenizer drops in part, they would be
+    those of other words."""
+    covered = {at for start, end in found.offsets for at in range(start, end)}
+    left = [c for at, c in enumerate(text) if at not in covered and not c.isspace()]
+    broken = BROKEN in tokenizer.decode(found.ids) and BROKEN not in text
+    return bool(found.ids) and not left and not broken
 
 
 def _request_id(fields: Fields) -> str | None:

@@ -100,7 +100,9 @@ TYPES = [
     ({"bad_words": ["a"] * 17}, "at most 16", ""),
     ({"bad_words": ["x" * 1001]}, "1 to 1000 characters", ""),
     ({"bad_words": ["\ud800"]}, "surrogate", ""),
-    ({"bad_words": ["\U0001f600"]}, "texts that the tokenizer has tokens for", ""),
+    ({"bad_words": ["\U0001f600"]}, r"texts that the tokenizer has; '\U0001f600' is not one", ""),
+    ({"bad_words": ["a", "b\U0001f600"]}, "texts that the tokenizer has", ""),  # would ban "b"
+    ({"bad_words": "\u2603"}, "texts that the tokenizer has", ""),  # it has one byte of three
     ({"stop_token_ids": [VOCAB]}, f"stop_token_ids: token id {VOCAB}", None),
     ({"include_stop_str_in_output": 1}, "true or false", ""),
     ({"skip_special_tokens": "no"}, "true or false", ""),
