@@ -15,7 +15,7 @@ MAX_LOGPROBS = 20  # alternatives per token; a constant of the compiled step
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1_000  # characters; so much text is held back at most
 MAX_LISTED = 1_000  # token ids that logit_bias, or allowed_ids, names
-MAX_BAD_WORDS = 32  # rows of token ids; HTTP's 16 words are two each (serve/http/word_ids.py)
+MAX_BAD_WORDS = 32  # rows of token ids; HTTP's 16 words are two each
 MAX_PENALTY = 2.0  # OpenAI's and vLLM's limit of the presence and the frequency penalty
 
 
