@@ -318,7 +318,7 @@ class EngineSteps:
         rules: Adjustments,
     ) -> tuple[jax.Array, Logprobs, jax.Array]:
         other = adjust_logits(logits, rules.ids, rules.bias, rules.factor, rules.less, rules.only)
-        tokens = jnp.where(rules.used, self._choose(other, batch, rules.min_p), tokens)
+        tokens = jnp.where(rules.used, _draw(other, batch, rules.min_p), tokens)
         # Of the model's own distribution, not of the one that was drawn from.
         again = Logprobs(*log_probabilities(logits, tokens, self.alternatives))
 
@@ -328,18 +328,8 @@ class EngineSteps:
         own = jax.tree.map(pick, again, own)
         return tokens, own, kept.at[batch.slot].set(tokens, mode="drop")
 
-    def _choose(
-        self, logits: jax.Array, batch: StepBatch, min_p: jax.Array | None = None
-    ) -> jax.Array:
-        return sample_rows(
-            logits,
-            batch.seed,
-            step=batch.numbers[:, 3],
-            temperature=batch.levels[:, 0],
-            top_p=batch.levels[:, 1],
-            top_k=batch.numbers[:, 4],
-            min_p=min_p,
-        )
+    def _choose(self, logits: jax.Array, batch: StepBatch) -> jax.Array:
+        return _draw(logits, batch)
 
     def _swap_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
         """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n]: entries
@@ -357,3 +347,15 @@ class EngineSteps:
             jax.tree.map(lambda all_, one: all_.at[slot].set(one), cache.tails, tails),
             cache.tokens.at[slot].set(token),
         )
+
+
+def _draw(logits: jax.Array, batch: StepBatch, min_p: jax.Array | None = None) -> jax.Array:
+    return sample_rows(
+        logits,
+        batch.seed,
+        step=batch.numbers[:, 3],
+        temperature=batch.levels[:, 0],
+        top_p=batch.levels[:, 1],
+        top_k=batch.numbers[:, 4],
+        min_p=min_p,
+    )
