@@ -1,4 +1,4 @@
-"""Chooses the next token from logits: greedy, temperature, top-k, top-p."""
+"""Chooses the next token from logits: greedy, temperature, top-k, top-p; changes them before."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ def sample_rows(
     temperature: jax.Array,
     top_p: jax.Array,
     top_k: jax.Array,
+    min_p: jax.Array | None = None,
 ) -> jax.Array:
     """`sample` with separate settings for every row: logits [B, V] -> int32 [B].
+
+    min_p: float32 [B], before top_k: tokens below this share of the likeliest one's probability are
+    not drawn; None: it is not in the program.
 
     A row's draw depends only on its logits, seed (uint32 [B]) and step (int32 [B], tokens drawn
     before): it is `sample`'s for that row, with `key_of_token`. Nothing is sorted or drawn while
@@ -60,6 +64,8 @@ def sample_rows(
         scaled = scaled / jnp.where(drawn, temperature, 1)[:, None]
         scaled, order = jax.lax.top_k(scaled, scaled.shape[-1])
         rank = jnp.arange(scaled.shape[-1])
+        if min_p is not None:  # the likeliest one's is 0
+            scaled = jnp.where(scaled >= jnp.log(min_p)[:, None], scaled, -jnp.inf)
         limit = jnp.where(top_k > 0, top_k, scaled.shape[-1])[:, None]
         scaled = jnp.where(rank < limit, scaled, -jnp.inf)
         probabilities = jax.nn.softmax(scaled, axis=-1)
@@ -72,6 +78,29 @@ def sample_rows(
         return jnp.where(drawn, chosen, greedy)
 
     return jax.lax.cond(jnp.any(drawn), draw, lambda: greedy)
+
+
+def adjust_logits(
+    logits: jax.Array,
+    ids: jax.Array,
+    bias: jax.Array,
+    factor: jax.Array,
+    less: jax.Array,
+    only: jax.Array,
+) -> jax.Array:
+    """Other logits for some tokens of every row: float32 [B, V].
+
+    ids: int32 [B, K], different ones in a row; an unused entry is V. bias: added, -inf for a token
+    that must not be drawn; then positive logits are divided by `factor` and others multiplied with
+    it; then `less` is subtracted; float32 [B, K]. only: bool [B], no other token may be drawn.
+    Tokens that are not listed keep their logits to the last bit.
+    """
+    logits = logits.astype(jnp.float32)
+    found = jnp.take_along_axis(logits, jnp.minimum(ids, logits.shape[-1] - 1), axis=-1) + bias
+    found = jnp.where(found > 0, found / factor, found * factor) - less
+    others = jnp.where(only[:, None], -jnp.inf, logits)
+    rows = jnp.arange(len(logits))[:, None]
+    return others.at[rows, ids].set(found, mode="drop")
 
 
 def log_probabilities(

@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from engram_jax.config.errors import UserError
 from engram_jax.model.program import Program, Weights
 from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, Logprobs, Sampled, StepBatch
+from engram_jax.serve.logit_rules import LogitRules, check_rules, no_adjustments
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.prefetch import Prefetch
 from engram_jax.serve.request import Completion, Delta, Finish, Logprob, SamplingParams
@@ -97,10 +98,18 @@ class Engine:
         Raises UserError for one that can never be served and QueueFullError while too many wait.
         """
         self.check(prompt, params)
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop, prompt)
+        text, rules = None, None
+        if self.tokenizer is not None:
+            how = {
+                "include": params.include_stop,
+                "skip_special_tokens": params.skip_special_tokens,
+            }
+            text = TextStream[Any](self.tokenizer, params.stop, prompt, **how)
         number = next(self._numbers)
         tokens = np.asarray(prompt, np.int32)
-        sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)
+        if params.adjusts:
+            rules = LogitRules(params, tokens, self.eos_id, self._steps.entries)
+        sequence = Running(number, tokens, params, self._prefetch.empty_history(), text, rules)
         sequence.request = request
         self._schedule.submit(sequence)
         self._open[number] = sequence
@@ -123,6 +132,7 @@ class Engine:
             raise UserError(f"top_k = {params.top_k}: must be at most {vocab}, 0 = all")
         if params.stop and self.tokenizer is None:
             raise UserError("stop: must be empty where there is no tokenizer; use stop_ids")
+        check_rules(params, self.eos_id, vocab)
 
     def cancel(self, request: int) -> None:
         """End a request now; one that is unknown or has ended is left alone."""
@@ -189,7 +199,9 @@ class Engine:
         for logprobs in (None, 0):
             params = SamplingParams(max_tokens=2, logprobs=logprobs, ignore_eos=True)
             self.generate([[0]], params)
-        self.generate([[0]], SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True))
+        drawn = SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True)
+        ruled = SamplingParams(max_tokens=2, presence_penalty=1.0, ignore_eos=True)
+        self.generate([[0], [0]], [drawn, ruled])
 
     # One iteration
 
@@ -282,16 +294,27 @@ class Engine:
                 signs = jax.device_put(signs, self._replicated)
             flow, self._cache = steps.span(i, weights, self._cache, batch, flow, got, signs)
         alive = [(row, s, count) for row, s, count in rows if s.finish is None]
+        ruled = [(row, s) for row, s, _ in alive if s.rules is not None and not s.prefilling]
         logprobs = any(s.params.logprobs is not None for _, s, _ in alive)
         sampled, self._cache = steps.sample(
-            weights, self._cache, batch, flow, targets, logprobs=logprobs
+            weights, self._cache, batch, flow, targets, logprobs=logprobs or bool(ruled)
         )
+        if ruled:
+            sampled, self._cache = steps.redraw(
+                self._cache, batch, sampled, self._rules(len(batch.seed), ruled)
+            )
         flight = _Flight(sampled, [])
         for row, sequence, count in alive:
             done = not sequence.prefilling
             sequence.pending = done and sequence.params.max_tokens > 0
             flight.rows.append((row, sequence, sequence.computed - count, count, done))
         self._flights.append(flight)
+
+    def _rules(self, size: int, ruled: list[tuple[int, Running]]) -> Any:
+        made = no_adjustments(size, self._steps.entries, self.program.config.tokenizer.vocab_size)
+        for row, sequence in ruled:
+            sequence.rules.fill(row, made, sequence.generated)
+        return jax.device_put(made, self._replicated)
 
     def _batch(self, size: int, rows: Any) -> StepBatch:
         """rows: (row of the batch, sequence, tokens now) -> the arrays the compiled steps take."""
@@ -337,34 +360,44 @@ class Engine:
             self._end(s, Finish.LENGTH)
             return
         s.pending = False
-        ends = token == self.eos_id and not params.ignore_eos
-        if ends or token in params.stop_ids:
-            self._end(s, Finish.STOP)
+        self._counts["generated_tokens"] += 1
+        ends = token in params.stop_ids or (token == self.eos_id and not params.ignore_eos)
+        if ends and not params.include_stop:
+            self._end(s, Finish.STOP, sampled=1)
             return
         s.generated.append(token)
-        self._counts["generated_tokens"] += 1
-        logprobs: tuple[Logprob, ...] = ()
+        logprob: Logprob | None = None
         if own is not None and params.logprobs is not None:
-            logprobs = (_logprob(token, own, (row,), params.logprobs),)
-        text, stopped = ("", False) if s.text is None else s.text.push(token)
-        self._tell(s, tokens=(token,), text=text, logprobs=logprobs)
-        if stopped:
+            logprob = _logprob(token, own, (row,), params.logprobs)
+        told, text, stopped = [(token, logprob)], "", False
+        if s.text is not None:
+            late = len(s.generated) > params.min_tokens
+            text, stopped = s.text.push(token, told[0], stops=late)
+            told = s.text.listed()
+        self._tell(s, told, text=text, sampled=1)
+        if stopped or ends:
             self._end(s, Finish.STOP)
         elif len(s.generated) >= params.max_tokens:
             self._end(s, Finish.LENGTH)
 
-    def _tell(self, s: Running, **what: Any) -> None:
+    def _tell(self, s: Running, told: list[tuple[int, Logprob | None]], **what: Any) -> None:
         prompt, s.prompt_logprobs = tuple(s.prompt_logprobs), []
-        self._deltas.append(Delta(s.number, prompt_logprobs=prompt, **what))
+        tokens = tuple(token for token, _ in told)
+        logprobs = tuple(logprob for _, logprob in told if logprob is not None)
+        what |= {"tokens": tokens, "logprobs": logprobs, "prompt_logprobs": prompt}
+        self._deltas.append(Delta(s.number, **what))
 
-    def _end(self, s: Running, finish: Finish, error: str = "") -> None:
-        text, stopped = ("", False) if s.text is None else s.text.flush()
+    def _end(self, s: Running, finish: Finish, error: str = "", sampled: int = 0) -> None:
+        told, text, stopped = [], "", False
+        if s.text is not None:
+            text, stopped = s.text.flush()
+            told = s.text.listed(final=True)
         if stopped and finish == Finish.LENGTH:
             finish = Finish.STOP
         s.finish = finish
         self._schedule.end(s)
         del self._open[s.number]
-        self._tell(s, text=text, finish=finish, error=error)
+        self._tell(s, told, text=text, finish=finish, error=error, sampled=sampled)
 
     # Eviction: swapping out and in
 

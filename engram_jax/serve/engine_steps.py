@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding
 
 from engram_jax.config import ServeConfig
 from engram_jax.model.program import Program, Weights, check_decodes
-from engram_jax.model.sampling import log_probabilities, sample_rows
+from engram_jax.model.sampling import adjust_logits, log_probabilities, sample_rows
 from engram_jax.model.transformer import Transformer, spans
+from engram_jax.serve.logit_rules import Adjustments, entries
 from engram_jax.serve.request import MAX_LOGPROBS
 from engram_jax.sharding.rules import P, row_major
 
@@ -124,6 +125,7 @@ class EngineSteps:
             program.jit(partial(self._run_span, i), **how) for i in range(1, len(self.spans))
         ]
         self._sample = program.jit(self._run_sample, static_argnames=("logprobs", "prompt"), **how)
+        self._redraw = program.jit(self._run_redraw, out_shardings=replicated)
         self.fresh = program.jit(self._fresh, out_shardings=cache)
         self.swap_out = program.jit(self._swap_out, out_shardings=replicated)
         self.swap_in = program.jit(self._swap_in, donate_argnums=0, out_shardings=cache)
@@ -149,6 +151,11 @@ class EngineSteps:
     @property
     def alternatives(self) -> int:
         return min(MAX_LOGPROBS, self.program.config.tokenizer.vocab_size)
+
+    @property
+    def entries(self) -> int:
+        """Tokens that a sequence's rules may touch."""
+        return entries(self.serve.capacity, self.program.config.tokenizer.vocab_size)
 
     def first(self, weights: Weights, cache: Cache, batch: StepBatch, tokens: Any) -> Any:
         """Run tokens int32 [B, S] (None: those sampled last) through the layers before the first
@@ -187,6 +194,18 @@ class EngineSteps:
         return self._sample(
             weights, cache, batch, flow, targets, logprobs=logprobs, prompt=targets is not None
         )
+
+    def redraw(
+        self, cache: Cache, batch: StepBatch, sampled: Sampled, rules: Adjustments
+    ) -> tuple[Sampled, Cache]:
+        """Draw again for the rows that have rules, from their adjusted logits; `sampled`, which
+        must have log-probabilities, is as before for the others. A program of its own, behind that
+        of `sample`: requests without rules are computed by the same programs, whoever is with
+        them."""
+        tokens, own, kept = self._redraw(
+            cache.tokens, batch, sampled.tokens, sampled.logits, sampled.logprobs, rules
+        )
+        return replace(sampled, tokens=tokens, logprobs=own), replace(cache, tokens=kept)
 
     def _model(self, weights: Weights) -> Transformer:
         return self.program.model(weights.params, weights.router_bias)
@@ -289,15 +308,28 @@ class EngineSteps:
         kept = cache.tokens.at[batch.slot].set(tokens, mode="drop")
         return Sampled(tokens, logits, own, fed), Cache(cache.pool, cache.tails, kept)
 
+    def _run_redraw(
+        self,
+        kept: jax.Array,
+        batch: StepBatch,
+        tokens: jax.Array,
+        logits: jax.Array,
+        own: Logprobs,
+        rules: Adjustments,
+    ) -> tuple[jax.Array, Logprobs, jax.Array]:
+        other = adjust_logits(logits, rules.ids, rules.bias, rules.factor, rules.less, rules.only)
+        tokens = jnp.where(rules.used, _draw(other, batch, rules.min_p), tokens)
+        # Of the model's own distribution, not of the one that was drawn from.
+        again = Logprobs(*log_probabilities(logits, tokens, self.alternatives))
+
+        def pick(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(rules.used.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        own = jax.tree.map(pick, again, own)
+        return tokens, own, kept.at[batch.slot].set(tokens, mode="drop")
+
     def _choose(self, logits: jax.Array, batch: StepBatch) -> jax.Array:
-        return sample_rows(
-            logits,
-            batch.seed,
-            step=batch.numbers[:, 3],
-            temperature=batch.levels[:, 0],
-            top_p=batch.levels[:, 1],
-            top_k=batch.numbers[:, 4],
-        )
+        return _draw(logits, batch)
 
     def _swap_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
         """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n]: entries
@@ -315,3 +347,15 @@ class EngineSteps:
             jax.tree.map(lambda all_, one: all_.at[slot].set(one), cache.tails, tails),
             cache.tokens.at[slot].set(token),
         )
+
+
+def _draw(logits: jax.Array, batch: StepBatch, min_p: jax.Array | None = None) -> jax.Array:
+    return sample_rows(
+        logits,
+        batch.seed,
+        step=batch.numbers[:, 3],
+        temperature=batch.levels[:, 0],
+        top_p=batch.levels[:, 1],
+        top_k=batch.numbers[:, 4],
+        min_p=min_p,
+    )

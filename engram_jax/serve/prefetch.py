@@ -34,12 +34,13 @@ THREADS = 2
 class Asked:
     """The requested rows of one batch.
 
-    canonical: int32 [B, N - 1 + S], histories and new ids. futures: by Engram layer id; a table on
-    the device returns its rows at once. signs: int8 [B, S, H], with which they are read, if they
-    are.
+    canonical: int32 [B, N - 1 + S], histories and new ids. real: bool [B, S], False is padding.
+    futures: by Engram layer id; a table on the device returns its rows at once. signs: int8
+    [B, S, H], with which they are read, if they are.
     """
 
     canonical: np.ndarray
+    real: np.ndarray
     addresses: dict[str, np.ndarray] = field(default_factory=dict)
     futures: dict[str, Future | jax.Array] = field(default_factory=dict)
     signs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -69,15 +70,15 @@ class Prefetch:
         """Start fetching the rows of all layers. tokens: int32 [B, S], of which `rows` are real."""
         hasher, past = self._hasher, len(self.empty_history())
         canonical = np.zeros((len(tokens), past + tokens.shape[1]), np.int32)
-        asked = Asked(canonical)
+        real = np.zeros(tokens.shape, bool)
+        for row, _, count in rows:
+            real[row, :count] = True
+        asked = Asked(canonical, real)
         if hasher is None or not rows:
             return asked
         canonical[:, past:] = hasher.canonical(tokens)
         for row, sequence, _ in rows:
             canonical[row, :past] = sequence.history
-        real = np.zeros(tokens.shape, bool)
-        for row, _, count in rows:
-            real[row, :count] = True
         whole = bool(real.all())
         for layer, memory in self.memory.items():
             addresses = hasher.addresses(layer, canonical)
@@ -87,9 +88,9 @@ class Prefetch:
             if hasher.signed:
                 asked.signs[layer] = hasher.signs(layer, canonical)
             if isinstance(memory, DeviceMemory):
-                asked.futures[layer] = memory.fetch(addresses)
+                asked.futures[layer] = memory.fetch(addresses, real)
             else:
-                asked.futures[layer] = self._pool.submit(memory.fetch, addresses)
+                asked.futures[layer] = self._pool.submit(memory.fetch, addresses, real)
         return asked
 
     def advance(self, asked: Asked, rows: Rows) -> None:
@@ -133,7 +134,7 @@ class Prefetch:
             own = addresses[row : row + 1].copy()
             own[:, count:] = own[:, :1]  # its padding may be another sequence's row
             try:
-                parts[row] = self.memory[layer].fetch(own)[0]
+                parts[row] = self.memory[layer].fetch(own, asked.real[row : row + 1])[0]
             except UserError as error:
                 errors[row] = str(error)
         if errors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -13,7 +13,10 @@ from engram_jax.config.errors import UserError
 
 MAX_LOGPROBS = 20  # alternatives per token; a constant of the compiled step
 MAX_STOPS = 16
-MAX_STOP_LENGTH = 1_000  # characters; all text held back for one is compared at every token
+MAX_STOP_LENGTH = 1_000  # characters; so much text is held back at most
+MAX_LISTED = 1_000  # token ids that logit_bias, or allowed_ids, names
+MAX_BAD_WORDS = 32  # rows of token ids; HTTP's 16 words are two each
+MAX_PENALTY = 2.0  # OpenAI's and vLLM's limit of the presence and the frequency penalty
 
 
 class QueueFullError(Exception):
@@ -39,6 +42,22 @@ class SamplingParams:
     logprobs: None = none; n = log-probabilities of the chosen and of the n likeliest tokens, of
       the model's own distribution (temperature 1, all tokens).
     prompt_logprobs: also those of the prompt's tokens from the second on; needs `logprobs`.
+    min_tokens: no token of `stop_ids`, nor the end of sequence, is drawn among the first so many,
+      and a stop string that is complete in their text does not count.
+    include_stop: what stops the sequence belongs to it: the stop string, to its end, or the token.
+    skip_special_tokens: special tokens have no text.
+
+    The following change the logits before temperature, top_k and top_p, in this order (vLLM's):
+
+    allowed_ids: only these are drawn; None = all. bad_words: rows of token ids; the last of a row
+      is not drawn behind the others of it, which must be generated ones.
+    logit_bias: (token id, what is added to its logit).
+    repetition_penalty: divides the positive and multiplies the negative logit of each token that is
+      in the prompt or was generated (arXiv 1909.05858, section 4.1). frequency_penalty,
+      presence_penalty: subtracted as often as a token was generated; once, if it was.
+
+    min_p: of what temperature leaves, tokens below this share of the likeliest one's probability
+      are not drawn (arXiv 2407.01082); before top_k.
     """
 
     max_tokens: int = 128
@@ -51,6 +70,28 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    min_tokens: int = 0
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_p: float = 0.0
+    allowed_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what is drawn depends on how often tokens were there before."""
+        penalties = self.repetition_penalty, self.frequency_penalty, self.presence_penalty
+        return penalties != (1, 0, 0)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's."""
+        listed = self.allowed_ids is not None or self.bad_words or self.logit_bias
+        return bool(listed or self.penalises or self.min_tokens or self.min_p)
 
     def __post_init__(self) -> None:
         def need(good: bool, name: str, allowed: str) -> None:
@@ -82,6 +123,37 @@ class SamplingParams:
             "prompt_logprobs",
             "used with logprobs",
         )
+        need(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"from 0 to max_tokens = {self.max_tokens}",
+        )
+        need(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
+        need(1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "from 0.001 to 1000")
+        for name in ("frequency_penalty", "presence_penalty"):
+            limits = f"from -{MAX_PENALTY:g} to {MAX_PENALTY:g}"
+            need(abs(getattr(self, name)) <= MAX_PENALTY, name, limits)
+        self._need_lists(need)
+
+    def _need_lists(self, need: Callable[[bool, str, str], None]) -> None:
+        allowed, biased = self.allowed_ids, [token for token, _ in self.logit_bias]
+        need(
+            allowed is None or 0 < len(allowed) <= MAX_LISTED,
+            "allowed_ids",
+            f"from 1 to {MAX_LISTED} token ids",
+        )
+        need(
+            len(biased) <= MAX_LISTED
+            and len(set(biased)) == len(biased)
+            and all(abs(value) <= 100 for _, value in self.logit_bias),
+            "logit_bias",
+            f"at most {MAX_LISTED} pairs of different token ids and numbers from -100 to 100",
+        )
+        need(
+            len(self.bad_words) <= MAX_BAD_WORDS and all(self.bad_words),
+            "bad_words",
+            f"at most {MAX_BAD_WORDS} rows of at least one token id",
+        )
 
     @classmethod
     def of(cls, config: GenerateConfig, **other: Any) -> SamplingParams:
@@ -103,6 +175,9 @@ class Logprob:
 class Delta:
     """What a step added to one request.
 
+    tokens: of the answer. Where there are stop strings, a token is told when text behind its
+      beginning is; those that begin where the text was stopped, or behind, never are.
+    sampled: tokens that were drawn, those that end the answer included.
     text: complete characters only; empty without a tokenizer, or while a character or a possible
       stop string is incomplete.
     logprobs: of `tokens`, if asked for. prompt_logprobs: once, with the first delta.
@@ -116,6 +191,7 @@ class Delta:
     prompt_logprobs: tuple[Logprob, ...] = ()
     finish: Finish | None = None
     error: str = ""
+    sampled: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +204,7 @@ class Completion:
     logprobs: tuple[Logprob, ...] = ()
     prompt_logprobs: tuple[Logprob, ...] = ()
     error: str = ""
+    sampled: int = 0
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Completion:
@@ -141,4 +218,5 @@ class Completion:
             logprobs=tuple(p for d in deltas for p in d.logprobs),
             prompt_logprobs=tuple(p for d in deltas for p in d.prompt_logprobs),
             error=last.error,
+            sampled=sum(d.sampled for d in deltas),
         )

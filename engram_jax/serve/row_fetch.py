@@ -29,15 +29,16 @@ STATS = (
 class LayerMemory(Protocol):
     """One Engram layer's table."""
 
-    def fetch(self, addresses: np.ndarray) -> jax.Array:
+    def fetch(self, addresses: np.ndarray, real: np.ndarray | None = None) -> jax.Array:
         """int32 [B, S, H] -> rows [B, S, H, dim]. The host's work is done when this returns, the
-        device's is dispatched. Raises UserError where stored rows cannot be read."""
+        device's is dispatched. real: bool [B, S], others are padding and not counted as lookups;
+        None: all. Raises UserError where stored rows cannot be read."""
         ...
 
     def stats(self) -> dict[str, float]:
-        """lookups; hits_device, hits_host_cache; moved_rows and moved_bytes, transferred to the
-        device; file_bytes, of the blocks that were read and verified, from the disk or the page
-        cache; seconds of the host."""
+        """lookups, of real tokens; hits_device, of these; hits_host_cache; moved_rows and
+        moved_bytes, transferred to the device, with padding; file_bytes, of the blocks that were
+        read and verified, from the disk or the page cache; seconds of the host."""
         ...
 
 
@@ -58,10 +59,11 @@ class DeviceMemory:
         self._table, self.read = table, program.jit(read, out_shardings=replicated)
         self._lookups, self._seconds = 0, 0.0
 
-    def fetch(self, addresses: np.ndarray) -> jax.Array:
+    def fetch(self, addresses: np.ndarray, real: np.ndarray | None = None) -> jax.Array:
         began = time.perf_counter()
         rows = self.read(self._table, addresses)
-        self._lookups += addresses.size
+        tokens = addresses[..., 0].size if real is None else int(real.sum())
+        self._lookups += tokens * addresses.shape[-1]
         self._seconds += time.perf_counter() - began
         return rows
 

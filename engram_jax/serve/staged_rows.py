@@ -61,11 +61,14 @@ class StagedMemory:
         }
         self._stats = dict.fromkeys(STATS, 0.0)
 
-    def fetch(self, addresses: np.ndarray) -> jax.Array:
+    def fetch(self, addresses: np.ndarray, real: np.ndarray | None = None) -> jax.Array:
         with self._lock:
             began = time.perf_counter()
             ids = np.ascontiguousarray(addresses).reshape(-1)
-            wanted, index, on_device = self._plan(ids)
+            counts = np.ones(ids.size, bool)
+            if real is not None:
+                counts = np.broadcast_to(real[..., None], addresses.shape).reshape(-1)
+            wanted, index, on_device = self._plan(ids, counts)
             size = len(wanted) if index is None else _bucket(len(wanted), ids.size)
             buffers = self._buffers[self._turn]
             self._turn = (self._turn + 1) % len(self._buffers)
@@ -75,7 +78,7 @@ class StagedMemory:
             rows = self._jitted[index is not None](self._hot, staged, index)
             buffers.used_by(rows)
             stats = dict(self._stats)
-            stats["lookups"] += ids.size
+            stats["lookups"] += int(np.count_nonzero(counts))
             stats["hits_device"] += on_device
             stats["moved_rows"] += len(wanted)
             stats["moved_bytes"] += sum(part.nbytes for part in parts)
@@ -84,9 +87,12 @@ class StagedMemory:
             self._stats = stats  # at once: `stats` does not wait for a fetch
             return rows.reshape(*addresses.shape, -1)
 
-    def _plan(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
+    def _plan(
+        self, ids: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, int]:
         """(rows to read; for every lookup its index in the hot rows followed by the rows to read,
-        None = the rows to read are the lookups in order; lookups that need no reading)."""
+        None = the rows to read are the lookups in order; lookups that need no reading, of those
+        that count)."""
         if self._slots is None:
             if ids.size < MERGE_FROM:
                 return ids, None, 0
@@ -94,9 +100,10 @@ class StagedMemory:
             return wanted, inverse, 0
         slot = self._slots.find(ids)
         missing = np.flatnonzero(slot < 0)
+        hits = int(np.count_nonzero(counts & (slot >= 0)))
         wanted, inverse = distinct(ids[missing])
         slot[missing] = inverse + len(self._slots)
-        return wanted, slot, ids.size - missing.size
+        return wanted, slot, hits
 
     def stats(self) -> dict[str, float]:
         behind = self._behind().items()

@@ -11,7 +11,7 @@ from engram_jax.addressing import tokenizer_size
 from engram_jax.addressing.detokenizer import BROKEN, bytes_of
 from engram_jax.serve.http.completion_request import parse_request
 from engram_jax.serve.http.completion_response import Answer
-from engram_jax.serve.http.json_fields import Fields
+from engram_jax.serve.http.json_fields import ApiError, Fields
 from engram_jax.serve.request import Delta, Finish, Logprob
 from engram_jax.serve.text_stream import TextStream, continuation
 from tests.tokenizer_kinds import KINDS, SPECIAL, TEXT, kind
@@ -139,3 +139,19 @@ def test_an_echoed_prompt_is_the_one_that_was_sent():
     tokens, offsets = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]
     assert offsets[tokens.index(" of")] == prompt.index(" of")
     assert offsets[len(tokenizer.encode(prompt).ids)] == len(prompt)
+
+
+def test_an_empty_prompt_is_what_stands_between_documents():
+    """Where no end of sequence is known there is nothing to start from."""
+
+    def parse(prompt, eos_id):
+        fields = Fields({"prompt": prompt, "max_tokens": 1})
+        how = {"tokenizer": kind("byte-level BPE"), "capacity": 9, "most": 4, "eos_id": eos_id}
+        return parse_request(fields, **how).prompts
+
+    assert parse(["", "a"], 7)[0].ids == (7,)
+    assert parse([[]], 7) == parse("", 7)
+    for eos_id in (None, -1):
+        for prompt in ("", [[]], ["a", ""]):
+            with pytest.raises(ApiError, match="prompt: is empty; must have at least one token"):
+                parse(prompt, eos_id)

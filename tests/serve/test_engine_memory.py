@@ -72,7 +72,9 @@ def test_no_bit_depends_on_where_rows_lie(expected, tmp_path, monkeypatch, kind,
     if kind == "all hot":
         assert stats["rows_moved_rows"] == 0 and stats["rows_hits_device"] == stats["rows_lookups"]
     else:
-        assert 0 < stats["rows_moved_rows"] <= stats["rows_lookups"]
+        merged = merge_from == 1 or kind in ("hot", "three tiers")  # else padding is moved, too
+        most = stats["rows_lookups"] if merged else np.inf
+        assert 0 < stats["rows_moved_rows"] <= most
     if kind == "three tiers":
         tiers = ("rows_hits_device", "rows_hits_host_cache", "rows_file_bytes")
         assert all(stats[tier] > 0 for tier in tiers)

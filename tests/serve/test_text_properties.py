@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import lru_cache
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
+from engram_jax.addressing.detokenizer import _byte_of
 from engram_jax.serve.text_stream import TextStream, continuation
 from tests.properties import examples
 from tests.tokenizer_kinds import KINDS, TEXT, kind
@@ -87,5 +92,71 @@ def test_behind_a_prompt_the_text_goes_on(name):
     def check(ids):
         whole = tokenizer.decode([*prompt, *ids])
         assert tokenizer.decode(prompt) + continuation(tokenizer, prompt, ids) == whole
+
+    check()
+
+
+CHARACTERS = "aé日b"
+
+
+@lru_cache
+def cut_anywhere():
+    """A byte-level tokenizer that has a token for every row of up to 4 bytes of such characters,
+    so that a text can be cut into tokens in every way."""
+    letters = ["".join(x) for x in itertools.product(CHARACTERS, repeat=4)]
+    rows = {t.encode()[i:j] for t in letters for i in range(12) for j in range(i + 1, i + 5)} - {
+        b""
+    }
+    shown = {byte: letter for letter, byte in _byte_of().items()}
+    pieces = sorted("".join(shown[b] for b in row) for row in rows)
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    made.decoder = decoders.ByteLevel()
+    return made, lambda row: made.token_to_id("".join(shown[b] for b in row))
+
+
+def ends(text, stops, after):
+    """(where the stop string begins that is complete first, behind `after` characters; where it
+    ends): the longest, if several end there. By trying all ends."""
+    for end in range(after + 1, len(text) + 1):
+        if done := [s for s in stops if text[:end].endswith(s)]:
+            return end - max(map(len, done)), end
+    return None
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_the_stop_that_is_complete_first_decides_wherever_tokens_end(include):
+    tokenizer, id_of = cut_anywhere()
+    texts = st.text(CHARACTERS, max_size=12)
+
+    @examples(150)
+    @given(
+        text=texts,
+        stops=st.lists(st.text(CHARACTERS, min_size=1, max_size=5), max_size=4),
+        cuts=st.randoms(use_true_random=False),
+        least=st.integers(0, 3),
+    )
+    def check(text, stops, cuts, least):
+        data, places, at = text.encode(), [], 0
+        while at < len(data):
+            places.append((at, min(len(data), at + cuts.randint(1, 4))))
+            at = places[-1][1]
+        begins = [len(data[:a].decode(errors="ignore")) for a, _ in places]  # of its character
+        settled = [len(data[:b].decode(errors="ignore")) for _, b in places]
+        found = ends(text, stops, settled[min(least, len(places)) - 1] if least and places else 0)
+        stream, sent, listed, count = TextStream(tokenizer, stops, include=include), "", [], 0
+        for count, (a, b) in enumerate(places, 1):
+            part, stopped = stream.push(id_of(data[a:b]), count - 1, stops=count > least)
+            sent, listed = sent + part, listed + stream.listed()
+            assert not stops or all(begins[n] < len(sent) for n in listed)
+            if stopped:
+                break
+        sent, listed = sent + stream.flush()[0], listed + stream.listed(final=True)
+        if found is None:
+            assert sent == text and listed == list(range(len(places)))
+            return
+        end = found[include]
+        assert sent == text[:end]
+        assert listed == [n for n, begin in enumerate(begins[:count]) if begin < end]
+        assert settled[count - 1] >= found[1] and (count < 2 or settled[count - 2] < found[1])
 
     check()

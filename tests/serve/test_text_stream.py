@@ -111,7 +111,7 @@ def test_text_ends_before_the_first_stop_string(tokenizer, text, stop):
         assert not stopped and "".join(pieces) == text
         return
     first = done[0]
-    end = min(first.find(s) for s in stop if s in first)
+    end = len(first) - max(len(s) for s in stop if first.endswith(s))
     assert stopped and "".join(pieces) == text[:end]
     assert count == len(first.encode())
 
@@ -121,3 +121,44 @@ def test_nothing_of_a_stop_string_is_sent_early(tokenizer):
     sent = list(itertools.accumulate(pieces))
     assert sent[-1] == "one STOX two "
     assert all(not s.endswith(("S", "ST", "STO")) for s in sent if s != "")
+
+
+def test_the_same_text_ends_at_the_same_place(tokenizer):
+    """With `abcd` and `c`, `c` is complete first, whether `abcd` is one token or four."""
+    letters = {"abcd": 0, "a": 1, "b": 2, "c": 3, "d": 4, "ab": 5, "cd": 6}
+    made = Tokenizer(models.BPE(letters, []))
+    made.decoder = decoders.ByteLevel()
+    for ids in ([0], [1, 2, 3, 4], [5, 6], [5, 3, 4]):
+        assert "".join(run(made, ids, ("abcd", "c"))[0]) == "ab"
+        assert "".join(run(made, ids, ("c", "bc", "abc"))[0]) == ""
+
+
+def test_tokens_of_a_stop_string_are_not_listed(tokenizer):
+    """Nor one of a character that it begins with; one that reaches into it is."""
+    ids = tokenizer.encode("one 日本 two").ids
+    stream, listed, late = TextStream(tokenizer, ("日本",)), [], []
+    for number, token in enumerate(ids):
+        if stream.push(token, number)[1]:
+            break
+        listed += stream.listed()
+        late.append(number - len(listed) + 1)
+    assert listed + stream.listed(final=True) == [0, 1, 2, 3]
+    assert late == [0] * 4 + [1, 2, 3, 4, 5]  # held back as long as the text is
+    assert stream.flush() == ("", True)
+
+
+@pytest.mark.parametrize("text", ["a" * 3000, "ab" * 1500, "aab" * 1000])
+def test_hostile_stop_strings_cost_what_the_text_does(tokenizer, text):
+    """Amortised: comparisons are counted, not timed. Held text was compared anew at every token."""
+    steps = 0
+
+    class Counted(str):
+        def __getitem__(self, at):
+            nonlocal steps
+            steps += isinstance(at, int)
+            return super().__getitem__(at)
+
+    stops = [Counted((text[:60] * 17)[: 999 - n] + "!") for n in range(16)]
+    pieces, stopped, _ = run(tokenizer, tokenizer.encode(text).ids, stops)
+    assert "".join(pieces) == text and not stopped
+    assert steps < 16 * 8 * (len(text) + 1000)

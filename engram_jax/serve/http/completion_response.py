@@ -28,8 +28,9 @@ class Listed:
 class TokenTexts:
     """Token ids as the texts that log-probabilities are listed by."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, as_ids: bool = False):
+        """as_ids: every token is "token_id:" and its id."""
+        self.tokenizer, self._as_ids = tokenizer, as_ids
         self._texts: dict[tuple[int, bool], str] = {}
         self._prompts: dict[Prompt, Listed] = {}
 
@@ -41,7 +42,7 @@ class TokenTexts:
         return self._texts[token, inside]
 
     def _text(self, token: int, inside: bool) -> str:
-        if self.tokenizer is None:
+        if self.tokenizer is None or self._as_ids:
             return f"token_id:{token}"
         if (data := bytes_of(self.tokenizer, token)) is not None:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
@@ -112,7 +113,7 @@ class Choice:
         text = delta.text
         ids = list(delta.tokens)
         echoed = first and request.echo
-        self.generated += len(ids)
+        self.generated += delta.sampled
         self._last = ids[-1] if ids else self._last
         if echoed:
             text = self._texts.prompt(self._prompt).text + text
@@ -127,6 +128,9 @@ class Choice:
         extra: dict[str, Any] = {"token_ids": ids} if request.return_token_ids else {}
         if request.return_token_ids and first:
             extra["prompt_token_ids"] = list(self._prompt.ids)
+        if request.prompt_logprobs is not None:
+            found = [self._of_prompt(entry) for entry in delta.prompt_logprobs]
+            extra["prompt_logprobs"] = [None, *found]
         if not (text or ids or delta.finish or echoed):
             return None
         reason = delta.finish.value if delta.finish else None
@@ -148,7 +152,7 @@ class Choice:
             whole = self._texts.tokenizer
             inside = whole is None or follows_text(whole, self._prompt.ids)
             self._places = Places(self._texts, inside, sum(len(part.text) for part in parts))
-        parts.append(self._places.add(ids))
+        parts.append(self._places.add(ids, self._request.skip_special_tokens))
         pairs = zip(entries, [inside for part in parts for inside in part.inside], strict=True)
         return {
             "tokens": [token for part in parts for token in part.tokens],
@@ -160,9 +164,23 @@ class Choice:
     def _top(self, entry: Logprob, inside: bool) -> dict[str, float]:
         """Likeliest first, and the chosen one, too; of tokens with the same text, the likeliest."""
         top: dict[str, float] = {}
-        for token, logprob in [*entry.top.items(), (entry.token, entry.logprob)]:
+        listed = list(entry.top.items())[: self._request.logprobs]
+        for token, logprob in [*listed, (entry.token, entry.logprob)]:
             top.setdefault(self._texts.text(token, inside), _finite(logprob))
         return top
+
+    def _of_prompt(self, entry: Logprob) -> dict[str, Any]:
+        """vLLM's form: by token id; rank: among the listed ones, else null."""
+        listed = list(entry.top.items())[: self._request.prompt_logprobs]
+        ranks: dict[int, int | None] = {token: n for n, (token, _) in enumerate(listed, 1)}
+        return {
+            str(token): {
+                "logprob": _finite(logprob),
+                "rank": ranks.get(token),
+                "decoded_token": self._texts.text(token),
+            }
+            for token, logprob in {entry.token: entry.logprob, **dict(listed)}.items()
+        }
 
 
 class Answer:
@@ -171,11 +189,11 @@ class Answer:
     def __init__(
         self, request: CompletionRequest, model: str, tokenizer: Any, eos: int | None = None
     ):
-        texts = TokenTexts(tokenizer)
+        texts = TokenTexts(tokenizer, request.tokens_as_ids)
         self._request = request
         self.choices = [Choice(request, i, texts, eos) for i in range(len(request.params))]
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"cmpl-{request.request_id or uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
@@ -192,7 +210,9 @@ class Answer:
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         """A streamed event."""
-        usage = {"usage": None} if self._request.include_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self._request.include_usage else {}
+        if self._request.continuous_usage:
+            usage = {"usage": self.usage()}
         return {**self._head, "choices": [choice], **usage}
 
     def last_chunk(self) -> dict[str, Any] | None:
@@ -212,7 +232,13 @@ class Answer:
 def _together(deltas: Sequence[Delta]) -> Delta:
     done = Completion.of(deltas)
     return Delta(
-        deltas[0].request, done.tokens, done.text, done.logprobs, done.prompt_logprobs, done.finish
+        request=deltas[0].request,
+        tokens=done.tokens,
+        text=done.text,
+        logprobs=done.logprobs,
+        prompt_logprobs=done.prompt_logprobs,
+        finish=done.finish,
+        sampled=done.sampled,
     )
 
 

@@ -6,10 +6,12 @@ Nothing here recurses into values, and messages show little of them: they may be
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 SHOWN = 60  # characters of a wrong value in a message
+_IS_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
 class ApiError(Exception):
@@ -76,6 +78,10 @@ class Fields:
     def __init__(self, values: Mapping[str, Any]):
         self._values = values
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._values)
+
     def get(self, name: str) -> Any:
         return self._values.get(name)
 
@@ -100,11 +106,19 @@ class Fields:
             self.wrong(name, f"a number from {least:g} to {most:g}")
         return float(value)
 
-    def boolean(self, name: str) -> bool:
+    def boolean(self, name: str, default: bool = False) -> bool:
         value = self.get(name)
         if not (value is None or isinstance(value, bool)):
             self.wrong(name, "true or false")
-        return bool(value)
+        return default if value is None else value
+
+    def one_of(self, name: str, default: str, *allowed: str) -> str:
+        value = self.get(name)
+        if value is None:
+            return default
+        if value not in allowed:
+            self.wrong(name, " or ".join(map(repr, allowed)))
+        return value
 
     def text(self, name: str, value: Any, allowed: str) -> str:
         """`value`, which is `name`'s or in its list, as text that can be encoded."""
@@ -136,6 +150,22 @@ class Fields:
         if not good:
             self.wrong(name, f"a list of at most {most} token ids")
         return tuple(value)
+
+    def biases(self, name: str, most: int, limit: float) -> tuple[tuple[int, float], ...]:
+        """An object of token ids, which are JSON's texts, and numbers from -limit to limit."""
+        value = self.get(name)
+        if value is None:
+            return ()
+        allowed = f"an object of at most {most} token ids, each with a number from"
+        allowed += f" {-limit:g} to {limit:g}"
+        if not isinstance(value, dict) or len(value) > most:
+            self.wrong(name, allowed)
+        for key, bias in value.items():
+            number = isinstance(bias, int | float) and not isinstance(bias, bool)
+            if not _IS_ID.fullmatch(key) or not number or not abs(bias) <= limit:
+                what = f"{name}: {shown(key)}: {shown(bias)}: must be a token id and a number from"
+                raise ApiError(400, f"{what} {-limit:g} to {limit:g}", name)
+        return tuple((int(key), float(bias)) for key, bias in value.items())
 
     def inner(self, name: str) -> Fields:
         """An object within the object."""

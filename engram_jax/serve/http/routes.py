@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,6 +22,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from engram_jax import __version__
 from engram_jax.config.errors import UserError
 from engram_jax.serve.http import completion_request
 from engram_jax.serve.http.arriving import Arriving
@@ -31,6 +31,7 @@ from engram_jax.serve.http.completion_response import Answer
 from engram_jax.serve.http.encode import SMALL, Encoder, pieces
 from engram_jax.serve.http.engine_thread import FAILED, ClosedError, EngineThread, Group, Steps
 from engram_jax.serve.http.json_fields import ApiError, Fields, parse_json, shown
+from engram_jax.serve.http.metrics import Metrics, Timing
 from engram_jax.serve.http.responses import (
     DisconnectedError,
     Limits,
@@ -41,13 +42,18 @@ from engram_jax.serve.http.responses import (
     read_body,
     while_connected,
 )
+from engram_jax.serve.http.tokenize_routes import detokenize, tokenize
 from engram_jax.serve.request import Delta, Finish, QueueFullError
 
-ROUTES = "POST /v1/completions, GET /v1/models, /health and /metrics"
+ROUTES = (
+    "POST /v1/completions, /tokenize and /detokenize, GET /v1/models, /health, /version and"
+    " /metrics"
+)
 NO_CHAT = "base models have no chat template; use POST /v1/completions"
 GONE = 499  # nginx's status for a client that went away: counted, not sent
 LISTED = 64  # log-probabilities of a prompt that the event loop lists itself
 QUICK = 1 << 14  # bytes of a body that is parsed before larger ones
+T = TypeVar("T")
 JSON = [(b"content-type", b"application/json")]
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -82,10 +88,14 @@ class App:
         # Tokenizing takes a core for as long as it takes: no more than one, and small bodies do not
         # wait for large ones.
         self._quick, self._slow = ThreadPoolExecutor(1, "parse"), ThreadPoolExecutor(1, "parse")
+        self._times = Metrics()
         routes = [
             Route("/v1/completions", _Asgi(self._completions), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
+            Route("/tokenize", _Asgi(self._from_json(tokenize)), methods=["POST"]),
+            Route("/detokenize", _Asgi(self._from_json(detokenize)), methods=["POST"]),
+            Route("/version", self._version),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
@@ -95,23 +105,34 @@ class App:
         self.asgi: ASGIApp = self._counted(app)
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(body: bytes) -> None:
+            request, numbers = await self._in_thread(body, self._parse)
+            with self._listed(numbers):
+                work = self._answer(request, numbers, scope, receive, send)
+                await while_connected(receive, work)
+
+        await self._under_way(scope, receive, answer)
+
+    async def _under_way(
+        self, scope: Scope, receive: Receive, answer: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        """`answer` a request's body. It is under way from the arrival of its body on: who sends
+        none would keep the others out."""
         try:
-            # Not counted while it arrives: who sends none would keep the others out.
             body = await read_body(scope, receive, self._limits, self._arriving)
             if self._active >= self._limits.requests:
                 raise self._busy(f"{self._active} requests are being answered; try again later")
             self._active += 1
             try:
-                thread = self._quick if len(body) <= QUICK else self._slow
-                loop = asyncio.get_running_loop()
-                request, numbers = await loop.run_in_executor(thread, self._parse, body)
-                with self._listed(numbers):
-                    answer = self._answer(request, numbers, scope, receive, send)
-                    await while_connected(receive, answer)
+                await answer(body)
             finally:
                 self._active -= 1
         except DisconnectedError:
-            self._responses[GONE] += 1
+            scope["counted_as"] = GONE
+
+    async def _in_thread(self, body: bytes, work: Callable[[bytes], T]) -> T:
+        thread = self._quick if len(body) <= QUICK else self._slow
+        return await asyncio.get_running_loop().run_in_executor(thread, work, body)
 
     @contextlib.contextmanager
     def _listed(self, numbers: int) -> Iterator[None]:
@@ -127,6 +148,25 @@ class App:
             yield
         finally:
             self._numbers -= numbers
+
+    def _from_json(self, work: Callable[[Fields, Any, int], Any]) -> ASGIApp:
+        """An endpoint that answers an object with what `work` makes of it, the tokenizer and the
+        capacity."""
+
+        def made(body: bytes) -> Response:
+            fields = parse_json(body)
+            if fields.get("model") is not None:
+                self._check_model(fields)
+            return json_response(work(fields, self._tokenizer, self._capacity))
+
+        async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+            async def answer(body: bytes) -> None:
+                response = await self._in_thread(body, made)
+                await response(scope, receive, send)
+
+            await self._under_way(scope, receive, answer)
+
+        return endpoint
 
     def _check_model(self, fields: Fields) -> None:
         model = fields.get("model")
@@ -147,6 +187,7 @@ class App:
             tokenizer=self._tokenizer,
             capacity=self._capacity,
             most=self._limits.sequences,
+            eos_id=self._eos,
         )
         return request, check_answer_size(request, self._limits.answer)
 
@@ -161,17 +202,21 @@ class App:
         """Queue the request and send its answer. However this ends, nothing of it goes on."""
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        timing = Timing(self._times, scope["began"], len(request.params))
 
         def listen(place: int, delta: Delta) -> None:
+            timing.note(place, delta)
             loop.call_soon_threadsafe(deltas.put_nowait, (place, delta))
 
         group = self._runner.submit(request.sequences, listen)
         try:
             await self._accepted(group)
+            timing.accepted = True
             answer = Answer(request, self._name, self._tokenizer, self._eos)
             arriving = _until_all_end(deltas, len(request.params))
             if request.stream:
-                await _stream(answer, arriving, send, self._encoder)
+                if (failed := await _stream(answer, arriving, send, self._encoder)) is not None:
+                    scope["counted_as"] = failed
                 return
             whole: list[list[Delta]] = [[] for _ in request.params]
             async for arrived in arriving:
@@ -186,6 +231,7 @@ class App:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             group.cancel()
+            timing.close()
 
     async def _accepted(self, group: Group) -> None:
         try:
@@ -235,32 +281,34 @@ class App:
             found = {"status": "degraded" if state == "ok" else state, "memory": error}
         return json_response(found, 200 if state == "ok" else 503)
 
+    async def _version(self, request: Request) -> Response:
+        return json_response({"version": __version__})
+
     async def _metrics(self, request: Request) -> Response:
-        """Prometheus' text format."""
-        lines = []
-        for key, value in sorted(self._runner.stats().items()):
-            name = "engram_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)
-            lines += [f"# TYPE {name} untyped", f"{name} {float(value)!r}"]
-        lines.append("# TYPE engram_http_responses_total counter")
-        for status, count in sorted(self._responses.items()):
-            lines.append(f'engram_http_responses_total{{status="{status}"}} {count}')
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        text = self._times.text(self._runner.stats(), self._responses, self._active)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
-        """`app`, its responses counted by status."""
+        """`app`, its responses counted by status when they end: `counted_as`, where the status that
+        was sent does not say how."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-            async def count(message: Any) -> None:
+            scope["began"], status = time.monotonic(), None
+
+            async def note(message: Any) -> None:
+                nonlocal status
                 if message["type"] == "http.response.start":
-                    self._responses[message["status"]] += 1
+                    status = message["status"]
                 await send(message)
 
             try:
                 check_framing(scope)
+                await app(scope, receive, note)
             except ApiError as error:
-                await error_response(error)(scope, receive, count)
-                return
-            await app(scope, receive, count)
+                await error_response(error)(scope, receive, note)
+            finally:
+                if (ended := scope.get("counted_as", status)) is not None:
+                    self._responses[ended] += 1
 
         return counted
 
@@ -300,8 +348,10 @@ async def _stream(
     arriving: AsyncIterator[list[tuple[int, Delta]]],
     send: Send,
     encoder: Encoder,
-) -> None:
-    """Server-sent events. What goes wrong after the first one is an event, too."""
+) -> int | None:
+    """Server-sent events. What goes wrong after the first one is an event, too; its status is
+    returned."""
+    failed = None
     await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
 
     async def events(values: list[Any]) -> None:
@@ -326,8 +376,10 @@ async def _stream(
         if (usage := answer.last_chunk()) is not None:
             await events([usage])
     except ApiError as error:
+        failed = error.status
         await events([error.body])
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+    return failed
 
 
 def _chunk(answer: Answer, add: Callable[[Delta], Any], delta: Delta) -> dict[str, Any]:
