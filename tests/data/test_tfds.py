@@ -134,3 +134,45 @@ def test_refusals(tmp_path, make_config):
     only_test = build(EngramTestOnlyTest, tmp_path / "tfds")
     with pytest.raises(UserError, match="no split 'train'; it has test"):
         open_tfds(make_config(only_test.data_path, source="tfds"))
+
+
+class EngramTestTwice(EngramTestText):
+    """Every text twice; the first eight again in a validation split; a feature of images."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SPLITS = ("train", "validation")
+
+    def _info(self):
+        features = {"text": tfds.features.Text(), "words": tfds.features.Sequence({"w": np.int64})}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, split):
+        for i, text in enumerate([*TEXTS, *TEXTS] if split == "train" else TEXTS[:8]):
+            yield i, {"text": text, "words": {"w": [i]}}
+
+
+def test_duplicates_are_left_out_as_of_a_folder(tmp_path, make_config):
+    made = build(EngramTestTwice, tmp_path / "tfds")
+    corpus = open_tfds(make_config(made.data_path, source="tfds"))
+    assert sorted(corpus.documents("validation")) == sorted(TEXTS[:8])
+    assert sorted(corpus.documents("train")) == sorted(TEXTS[8:])  # none that is held out
+    assert corpus.report.skipped[why.DUPLICATE].count == 50 + 8
+    with pytest.raises(UserError, match=r"text_key = 'words'.*no string feature of that name"):
+        open_tfds(make_config(made.data_path, source="tfds", text_key="words"))
+
+
+@pytest.mark.parametrize("how", ["cut off", "emptied", "overwritten", "missing"])
+def test_damaged_records_are_one_line(how, tmp_path, make_config):
+    made = build(EngramTestText, tmp_path / "tfds")
+    (file,) = made.data_path.glob("*.array_record*")
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    else:
+        half = len(content) // 2
+        damaged = {"cut off": content[:half], "emptied": b"", "overwritten": bytes(len(content))}
+        file.write_bytes(damaged[how])
+    with pytest.raises(UserError) as caught:
+        open_tfds(make_config(made.data_path, source="tfds"))
+    line = str(caught.value)
+    assert line.startswith("TFDS data set ") and line.isprintable() and len(line) < 900
