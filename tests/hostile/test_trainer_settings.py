@@ -3,8 +3,6 @@ and what is allowed, with status 2, before anything is read or written."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.runs import launched, refused, small_run
@@ -119,7 +117,7 @@ def test_a_setting_without_a_meaning_is_one_line(case, tmp_path):
     workdir = tmp_path / "run"
     given = [f"--config.{each}" for each in settings.replace("' '", "\0").split()]
     given = [each.replace("\0", " ") for each in given]
-    line = refused(launched(*small_run(Path("/none/text"), workdir), *given), *words)
+    line = refused(launched(*small_run(tmp_path / "text", workdir), *given), *words)
     assert line.startswith("error: config.") and not workdir.exists()
 
 
@@ -139,5 +137,5 @@ KNOWN = [  # Every spelling that is allowed reaches the data, which is not there
 @pytest.mark.parametrize("settings", KNOWN)
 def test_what_has_a_meaning_is_not_refused(settings, tmp_path):
     given = [f"--config.{each}" for each in settings.split()]
-    line = refused(launched(*small_run(Path("/none/text"), tmp_path / "run"), *given))
-    assert "config.data.path" in line and "/none/text" in line
+    line = refused(launched(*small_run(tmp_path / "text", tmp_path / "run"), *given))
+    assert "config.data.path" in line and "no such folder" in line

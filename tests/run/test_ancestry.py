@@ -138,7 +138,10 @@ def test_a_descendant_that_is_interrupted_is_the_same_run(descendant, tmp_path):
 
 
 REFUSED = [
-    ({"train__init_from": "/none"}, "'/none': no such folder; must be the --workdir of a trained"),
+    (
+        {"train__init_from": "/none/run"},
+        "'/none/run': no such folder; must be the --workdir of a trained",
+    ),
     ({"train__init_from": "{corpus}"}, "no run with a checkpoint there"),
     ({"train__init_from": "{run}@7"}, "checkpoints of steps 18, 21, 24"),
     ({"train__init_from": "{run}@last"}, "after @ must stand latest, best or a step's number"),
