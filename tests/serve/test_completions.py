@@ -39,7 +39,7 @@ def answers(tokenizer, prompt, ids, **fields):
     asked = {"prompt": prompt, "max_tokens": len(ids), "logprobs": 0, **fields}
     request = parse_request(Fields(asked), tokenizer=tokenizer, capacity=10_000, most=1)
     deltas = deltas_of(tokenizer, request.prompts[0].ids, ids)
-    whole = Answer(request, "m", tokenizer).whole([deltas])["choices"][0]
+    whole = next(Answer(request, "m", tokenizer).whole([deltas])["choices"])
     streaming = Answer(request, "m", tokenizer).choices[0]
     chunks = [chunk for delta in deltas if (chunk := streaming.add(delta)) is not None]
     together = {key: [x for c in chunks for x in c["logprobs"][key]] for key in whole["logprobs"]}

@@ -71,7 +71,7 @@ def test_the_queue_is_bounded():
     engine = make_engine(queue=2)
     for _ in range(2):
         engine.submit([1], GREEDY)
-    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+    with pytest.raises(QueueFullError, match="2 sequences are waiting"):
         engine.submit([1], GREEDY)
     while engine.busy:
         engine.step()
