@@ -98,7 +98,7 @@ class Engine:
         Raises UserError for one that can never be served and QueueFullError while too many wait.
         """
         self.check(prompt, params)
-        text, rules = None, None
+        text = None
         if self.tokenizer is not None:
             how = {
                 "include": params.include_stop,
@@ -107,9 +107,7 @@ class Engine:
             text = TextStream[Any](self.tokenizer, params.stop, prompt, **how)
         number = next(self._numbers)
         tokens = np.asarray(prompt, np.int32)
-        if params.adjusts:
-            rules = LogitRules(params, tokens, self.eos_id, self._steps.entries)
-        sequence = Running(number, tokens, params, self._prefetch.empty_history(), text, rules)
+        sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)
         sequence.request = request
         self._schedule.submit(sequence)
         self._open[number] = sequence
@@ -294,7 +292,7 @@ class Engine:
                 signs = jax.device_put(signs, self._replicated)
             flow, self._cache = steps.span(i, weights, self._cache, batch, flow, got, signs)
         alive = [(row, s, count) for row, s, count in rows if s.finish is None]
-        ruled = [(row, s) for row, s, _ in alive if s.rules is not None and not s.prefilling]
+        ruled = [(row, s) for row, s, _ in alive if s.params.adjusts and not s.prefilling]
         logprobs = any(s.params.logprobs is not None for _, s, _ in alive)
         sampled, self._cache = steps.sample(
             weights, self._cache, batch, flow, targets, logprobs=logprobs or bool(ruled)
@@ -311,9 +309,12 @@ class Engine:
         self._flights.append(flight)
 
     def _rules(self, size: int, ruled: list[tuple[int, Running]]) -> Any:
-        made = no_adjustments(size, self._steps.entries, self.program.config.tokenizer.vocab_size)
-        for row, sequence in ruled:
-            sequence.rules.fill(row, made, sequence.generated)
+        most = self._steps.entries
+        made = no_adjustments(size, most, self.program.config.tokenizer.vocab_size)
+        for row, s in ruled:
+            if s.rules is None:  # only now: hundreds may wait
+                s.rules = LogitRules(s.params, s.prompt, self.eos_id, most)
+            s.rules.fill(row, made, s.generated)
         return jax.device_put(made, self._replicated)
 
     def _batch(self, size: int, rows: Any) -> StepBatch:

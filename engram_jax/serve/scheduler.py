@@ -36,7 +36,7 @@ class Sequence:
     computed: tokens in the cache. pending: its next token is being computed.
     history: its last N - 1 canonical ids (addressing/hash_tokens.py).
     saved: its state on the host, while it is evicted. text: its `TextStream`, or None. rules: its
-    `LogitRules`, or None.
+    `LogitRules`, once it draws with some.
     request: what was submitted together with it shares this; None = it is a request of its own.
     age: the place in the order of admission; -1 = it waits.
     """

@@ -109,12 +109,14 @@ class Choice:
         last entry: of such a request that token is listed even where it is the end of sequence.
         """
         request = self._request
-        first, self._begun = not self._begun, True
-        text = delta.text
-        ids = list(delta.tokens)
-        echoed = first and request.echo
+        text, ids = delta.text, list(delta.tokens)
         self.generated += delta.sampled
         self._last = ids[-1] if ids else self._last
+        first = not self._begun
+        echoed = first and request.echo
+        if not (text or ids or delta.finish or echoed):
+            return None  # all of it is held back for a stop string
+        self._begun = True
         if echoed:
             text = self._texts.prompt(self._prompt).text + text
         listed = None
@@ -131,8 +133,6 @@ class Choice:
         if request.prompt_logprobs is not None:
             found = [self._of_prompt(entry) for entry in delta.prompt_logprobs]
             extra["prompt_logprobs"] = [None, *found]
-        if not (text or ids or delta.finish or echoed):
-            return None
         reason = delta.finish.value if delta.finish else None
         ended = self._last is not None and self._last == self._eos
         if reason and ended and not request.ignore_eos:

@@ -343,6 +343,7 @@ def test_a_stream_is_the_same_in_parts(server, fields):
     parts = [event["choices"][0] for event in events if event["choices"]]
     assert "".join(part["text"] for part in parts) == wanted["text"]
     assert [i for part in parts for i in part["token_ids"]] == wanted["token_ids"]
+    assert [part["prompt_token_ids"] for part in parts if "prompt_token_ids" in part] == [[0, 1, 2]]
     assert parts[-1]["finish_reason"] == wanted["finish_reason"]
     for key, values in (wanted["logprobs"] or {}).items():
         assert [v for part in parts for v in part["logprobs"][key]] == values
