@@ -254,12 +254,12 @@ class _Connection(H11Protocol):
             ("connection", "close"),
         ]
         with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
-            for event in (
+            events = (
                 h11.Response(status_code=status, headers=headers, reason=""),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
+            )
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
         self._watch()
         if self._answering:  # whoever reads its body or answers it is done

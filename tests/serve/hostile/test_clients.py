@@ -138,15 +138,19 @@ class TestMany:
         body = {"model": NAME, "prompt": "abc", "n": 5, "max_tokens": 60, "ignore_eos": True}
         body |= {"stream": True}
         busy = [few.raw(post(json.dumps(body).encode())) for _ in range(12)]
-        deadline = time.monotonic() + 30
-        while (stats := few.runner.stats())["running"] + stats["waiting"] < 12 * 5 - 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        got = few.raw(b"").recv(1000)
-        assert got.startswith(b"HTTP/1.1 503 ") and b"too many connections" in got
-        for one in busy:
-            assert one.recv(12) == b"HTTP/1.1 200"
-            one.close()
+        try:
+            deadline = time.monotonic() + 30
+            while (stats := few.runner.stats())["running"] + stats["waiting"] < 12 * 5 - 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            got = read_all(few.raw(b""))
+            assert got.startswith(b"HTTP/1.1 503 ")
+            assert b"too many connections" in got
+            for one in busy:
+                assert one.recv(12) == b"HTTP/1.1 200"
+        finally:
+            for one in busy:
+                one.close()
 
     def test_bodies_that_arrive_slowly(self, few):
         """Together they may hold 1 MiB: the largest is given up, and small ones arrive."""
