@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -36,14 +36,14 @@ from engram_jax.serve.http.responses import (
     DisconnectedError,
     Limits,
     check_framing,
-    dumps,
     error_response,
     json_response,
     read_body,
     while_connected,
 )
+from engram_jax.serve.http.streaming import stream, until_all_end
 from engram_jax.serve.http.tokenize_routes import detokenize, tokenize
-from engram_jax.serve.request import Delta, Finish, QueueFullError
+from engram_jax.serve.request import Delta, QueueFullError
 
 ROUTES = (
     "POST /v1/completions, /tokenize and /detokenize, GET /v1/models, /health, /version and"
@@ -51,15 +51,11 @@ ROUTES = (
 )
 NO_CHAT = "base models have no chat template; use POST /v1/completions"
 GONE = 499  # nginx's status for a client that went away: counted, not sent
-LISTED = 64  # log-probabilities of a prompt that the event loop lists itself
 QUICK = 1 << 14  # bytes of a body that is parsed before larger ones
-T = TypeVar("T")
 JSON = [(b"content-type", b"application/json")]
-EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+
+
+T = TypeVar("T")
 
 
 class Served(Steps, Protocol):
@@ -83,12 +79,12 @@ class App:
         self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
         self._created = int(time.time())
         self._responses: Counter[int] = Counter()
+        self._times = Metrics()
         self._active = self._numbers = 0  # requests under way; numbers that their answers list
         self._arriving, self._encoder = Arriving(limits.bodies), Encoder()
         # Tokenizing takes a core for as long as it takes: no more than one, and small bodies do not
         # wait for large ones.
         self._quick, self._slow = ThreadPoolExecutor(1, "parse"), ThreadPoolExecutor(1, "parse")
-        self._times = Metrics()
         routes = [
             Route("/v1/completions", _Asgi(self._completions), methods=["POST"]),
             Route("/v1/models", self._models),
@@ -105,34 +101,32 @@ class App:
         self.asgi: ASGIApp = self._counted(app)
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def answer(body: bytes) -> None:
-            request, numbers = await self._in_thread(body, self._parse)
-            with self._listed(numbers):
-                work = self._answer(request, numbers, scope, receive, send)
-                await while_connected(receive, work)
-
-        await self._under_way(scope, receive, answer)
-
-    async def _under_way(
-        self, scope: Scope, receive: Receive, answer: Callable[[bytes], Awaitable[None]]
-    ) -> None:
-        """`answer` a request's body. It is under way from the arrival of its body on: who sends
-        none would keep the others out."""
         try:
             body = await read_body(scope, receive, self._limits, self._arriving)
-            if self._active >= self._limits.requests:
-                raise self._busy(f"{self._active} requests are being answered; try again later")
-            self._active += 1
-            try:
-                await answer(body)
-            finally:
-                self._active -= 1
+            with self._under_way():
+                request, numbers = await self._on_thread(body, partial(self._parse, body))
+                with self._listed(numbers):
+                    answer = self._answer(request, numbers, scope, receive, send)
+                    await while_connected(receive, answer)
         except DisconnectedError:
             scope["counted_as"] = GONE
 
-    async def _in_thread(self, body: bytes, work: Callable[[bytes], T]) -> T:
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """A request whose body has arrived. Before, it does not count: who sends none would keep
+        the others out."""
+        if self._active >= self._limits.requests:
+            raise self._busy(f"{self._active} requests are being answered; try again later")
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
+
+    async def _on_thread(self, body: bytes, work: Callable[[], T]) -> T:
+        """What `work` makes of a body. It may tokenize."""
         thread = self._quick if len(body) <= QUICK else self._slow
-        return await asyncio.get_running_loop().run_in_executor(thread, work, body)
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
     @contextlib.contextmanager
     def _listed(self, numbers: int) -> Iterator[None]:
@@ -157,16 +151,19 @@ class App:
             fields = parse_json(body)
             if fields.get("model") is not None:
                 self._check_model(fields)
-            return json_response(work(fields, self._tokenizer, self._capacity))
+            value = work(fields, self._tokenizer, self._capacity)
+            return Response(b"".join(pieces(value)), media_type="application/json")
 
-        async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-            async def answer(body: bytes) -> None:
-                response = await self._in_thread(body, made)
-                await response(scope, receive, send)
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                body = await read_body(scope, receive, self._limits, self._arriving)
+                with self._under_way():
+                    response = await self._on_thread(body, partial(made, body))
+                    await response(scope, receive, send)
+            except DisconnectedError:
+                scope["counted_as"] = GONE
 
-            await self._under_way(scope, receive, answer)
-
-        return endpoint
+        return answer
 
     def _check_model(self, fields: Fields) -> None:
         model = fields.get("model")
@@ -213,9 +210,10 @@ class App:
             await self._accepted(group)
             timing.accepted = True
             answer = Answer(request, self._name, self._tokenizer, self._eos)
-            arriving = _until_all_end(deltas, len(request.params))
+            arriving = until_all_end(deltas, len(request.params))
             if request.stream:
-                if (failed := await _stream(answer, arriving, send, self._encoder)) is not None:
+                failed = await stream(answer, arriving, send, self._encoder)
+                if failed is not None:
                     scope["counted_as"] = failed
                 return
             whole: list[list[Delta]] = [[] for _ in request.params]
@@ -304,7 +302,7 @@ class App:
             try:
                 check_framing(scope)
                 await app(scope, receive, note)
-            except ApiError as error:
+            except ApiError as error:  # of check_framing: the application answers its own
                 await error_response(error)(scope, receive, note)
             finally:
                 if (ended := scope.get("counted_as", status)) is not None:
@@ -321,69 +319,6 @@ class _Asgi:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._call(scope, receive, send)
-
-
-async def _until_all_end(
-    deltas: asyncio.Queue[tuple[int, Delta]], sequences: int
-) -> AsyncIterator[list[tuple[int, Delta]]]:
-    """The deltas of all sequences, those together that arrived together.
-
-    Raises ApiError if a sequence ends without its answer.
-    """
-    while sequences:
-        arrived = [await deltas.get()]
-        while not deltas.empty():
-            arrived.append(deltas.get_nowait())
-        for _, delta in arrived:
-            if delta.finish == Finish.ERROR:
-                raise ApiError(500, delta.error)
-            if delta.finish == Finish.CANCELLED:
-                raise ApiError(503, "cancelled: the server is shutting down", code="draining")
-            sequences -= delta.finish is not None
-        yield arrived
-
-
-async def _stream(
-    answer: Answer,
-    arriving: AsyncIterator[list[tuple[int, Delta]]],
-    send: Send,
-    encoder: Encoder,
-) -> int | None:
-    """Server-sent events. What goes wrong after the first one is an event, too; its status is
-    returned."""
-    failed = None
-    await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-
-    async def events(values: list[Any]) -> None:
-        if not values:
-            return
-        body = b"".join(b"data: " + dumps(value) + b"\n\n" for value in values)
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-
-    try:
-        async for arrived in arriving:
-            ready: list[Any] = []
-            for place, delta in arrived:
-                add = answer.choices[place].add
-                if len(delta.prompt_logprobs) <= LISTED:
-                    ready += [answer.chunk(c) for c in [add(delta)] if c is not None]
-                    continue
-                await events(ready)  # those before it
-                ready = []
-                make = partial(_chunk, answer, add, delta)
-                await encoder.send(make, send, before=b"data: ", after=b"\n\n")
-            await events(ready)
-        if (usage := answer.last_chunk()) is not None:
-            await events([usage])
-    except ApiError as error:
-        failed = error.status
-        await events([error.body])
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
-    return failed
-
-
-def _chunk(answer: Answer, add: Callable[[Delta], Any], delta: Delta) -> dict[str, Any]:
-    return answer.chunk(add(delta))
 
 
 async def _refused(request: Request, error: ApiError) -> Response:
