@@ -161,7 +161,7 @@ def _bad_words(fields: Fields, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     rows: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word,) if word[0].isspace() else (word, f" {word}"):
-            found = tokenizer.encode(text, add_special_tokens=False)
+            found = tokenizer.encode_batch([text], add_special_tokens=False)[0]
             if not _whole(tokenizer, text, found):
                 fields.wrong("bad_words", f"texts that the tokenizer has; {shown(word)} is not one")
             rows[tuple(found.ids)] = None

@@ -19,7 +19,7 @@ def tokenize(fields: Fields, tokenizer: Any, capacity: int) -> dict[str, Any]:
     fields.boolean("add_special_tokens")  # documents begin without any
     pieces = fields.boolean("return_token_strs")
     text = fields.text("prompt", fields.get("prompt"), "a text")
-    found = tokenizer.encode(text, add_special_tokens=False)
+    found = tokenizer.encode_batch([text], add_special_tokens=False)[0]
     return {
         "count": len(found.ids),
         "max_model_len": capacity,
