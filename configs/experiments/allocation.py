@@ -60,7 +60,7 @@ EXPERIMENT = Experiment(
     points=tuple(point_at("rho", rho) for rho in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)),
     baseline="rho=1",
     seeds=(0, 1, 2),
-    rates={"MoE": (2e-3, 4e-3, 8e-3), "Engram": (2e-3, 4e-3, 8e-3)},
+    rates={"MoE": (4e-3, 8e-3, 16e-3), "Engram": (4e-3, 8e-3, 16e-3)},
     tune={"MoE": "rho=1", "Engram": "rho=0.7"},
     axis="rho: routed experts' share of the sparse parameters",
     column="rho",

@@ -19,7 +19,7 @@ from engram_jax.lab.experiment import Experiment, Point
 from engram_jax.model import budgets
 
 RHO = 0.7
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3, 16e-3)
 MATCHED = "matched"  # rows and the dense layer's width give it P_tot and P_act
 SAME = "same"  # the reference's sizes: what the switch adds or removes is not made up for
 ACTIVE, TOTAL = "active", "total"  # the dense layers' width gives it P_act, or P_tot

@@ -17,7 +17,7 @@ from engram_jax.config.errors import UserError
 from engram_jax.lab.experiment import Experiment, Point
 
 SIZES = (64, 256, 1024, 4096, 16_384, 65_536)
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3, 16e-3)
 # Key of the points -> name, overrides, and rows per head as a multiple of the point's value: forms
 # with fewer heads have as many more rows in each, so that one value means as many slots.
 FORMS = {

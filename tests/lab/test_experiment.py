@@ -123,7 +123,7 @@ def test_a_point_is_named_as_on_the_command_line(allocation):
     assert (config.train.seed, config.data.seed, config.optimizer.peak_lr) == (2, 2, 8e-3)
     assert config.name == "allocation-rho-0.8-seed-2-rate-0.008"
     alone = allocation.parse("")  # the baseline, the first seed, the middle rate
-    assert alone.name == "rho=1,seed=0,rate=0.004"
+    assert alone.name == "rho=1,seed=0,rate=0.008"
     undeclared = parse_config(allocation.config("rho=0.75,seed=1"))
     assert undeclared.model.ffn.routed_experts == 17
 

@@ -44,7 +44,7 @@ def test_training_does_not_begin_where_its_evaluations_have_no_target(data, tmp_
     """The first 2 batches of 64 positions are ends of empty documents."""
     later = held_out(data, [*[""] * 200, "a few words"], tmp_path / "later")
     check_held_out(later)
-    monkeypatch.setattr(loop, "open_on_all_processes", lambda config, log: later)
+    monkeypatch.setattr(loop, "open_on_all_processes", lambda config, log, **_: later)
     workdir = tmp_path / "workdir"
     with pytest.raises(UserError, match=r"the first 2 batches .* config\.train\.eval_batches"):
         loop.train(data.config, workdir, log=lambda line: None)
