@@ -162,7 +162,7 @@ def final_state(corpus: Path, workdir: Path, step: int | None = None, **override
         return checkpointer.restore(step, abstract_state(program)).state
 
 
-def assert_same_run(corpus: Path, workdir: Path, expected: Path) -> None:
+def assert_same_run(corpus: Path, workdir: Path, expected: Path, **overrides) -> None:
     """Every logged number but times, and every array of the final checkpoint: parameters, router
     biases, tables, all moments."""
     ours, theirs = read_metrics(workdir), read_metrics(expected)
@@ -173,7 +173,7 @@ def assert_same_run(corpus: Path, workdir: Path, expected: Path) -> None:
         for name in names:
             np.testing.assert_array_equal(mine[name], other[name], err_msg=f"{name} {mine['step']}")
     assert complete(workdir) == complete(expected)
-    found, wanted = final_state(corpus, workdir), final_state(corpus, expected)
+    found, wanted = (final_state(corpus, each, **overrides) for each in (workdir, expected))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert int(found.step) == complete(workdir)[-1]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,8 +157,12 @@ def _own(folder: str) -> bool:
 
 
 def quiet_closed_loops() -> None:
-    """Print no traceback for what Tensorstore's threads tell the event loop of a save that has
-    failed and is over: hundreds of them where a disk is full, and the save's own error says why."""
+    """Print nothing of what is left of a save that has failed and is over: tracebacks of
+    Tensorstore's threads, which tell its event loop (hundreds where a disk is full), and warnings
+    of the files that it did not come to. The save's own error says why."""
+    warnings.filterwarnings(
+        "ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning
+    )
     before = sys.unraisablehook
     if getattr(before, "quiet_closed_loops", False):
         return

@@ -33,22 +33,24 @@ from engram_jax.config.memory_schema import (
 )
 from engram_jax.config.schema import (
     ALL_LAYERS,
-    DENSE_ADAM,
     DEVICE,
     DIFFICULTIES,
     DISK,
-    FROZEN,
     HOST,
-    ROWWISE_ADAM,
     TASKS,
     Config,
     DataConfig,
     FeedForwardConfig,
     GenerateConfig,
-    OptimizerConfig,
     ServeConfig,
     TasksConfig,
     TokenizerConfig,
+)
+from engram_jax.config.training_schema import (
+    DENSE_ADAM,
+    FROZEN,
+    ROWWISE_ADAM,
+    OptimizerConfig,
     TrainConfig,
 )
 from engram_jax.config.validate_memory import validate_memory

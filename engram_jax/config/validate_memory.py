@@ -22,12 +22,14 @@ from engram_jax.config.memory_schema import (
     ProductKeyConfig,
 )
 from engram_jax.config.schema import (
-    DENSE_ADAM,
-    FROZEN,
     Config,
     DataConfig,
     ModelConfig,
     ServeConfig,
+)
+from engram_jax.config.training_schema import (
+    DENSE_ADAM,
+    FROZEN,
 )
 from kernels_pallas.engram_gate.quantise import WIDTH
 

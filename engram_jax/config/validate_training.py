@@ -5,6 +5,9 @@ from __future__ import annotations
 from engram_jax.config.errors import one_of, require
 from engram_jax.config.path_patterns import EXCEPT
 from engram_jax.config.schema import (
+    Config,
+)
+from engram_jax.config.training_schema import (
     CONSTANT,
     COSINE,
     LINEAR,
@@ -13,7 +16,6 @@ from engram_jax.config.schema import (
     TENSORBOARD,
     WANDB,
     WSD,
-    Config,
     OptimizerConfig,
     TrainConfig,
 )

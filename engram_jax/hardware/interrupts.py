@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130  # exit status, as a shell's
 _SECONDS = 5.0
@@ -27,7 +28,20 @@ def end_at_once() -> None:
 def raise_interrupts() -> None:
     """From here on Ctrl-C raises KeyboardInterrupt, and ends the process some seconds later if that
     went astray. Main thread only."""
+    print_no_dropped_signal()
     signal.signal(signal.SIGINT, _raise)
+
+
+def print_no_dropped_signal() -> None:
+    """Print no traceback of a signal's exception that was dropped: the process ends all the same,
+    with its one line."""
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if not issubclass(raised.exc_type, KeyboardInterrupt | SystemExit):
+            before(raised)
+
+    sys.unraisablehook = hook
 
 
 def end_within(status: int, line: str, seconds: float = _SECONDS) -> None:

@@ -2,8 +2,7 @@
 
 A logger has two methods:
 
-    log(step, scalars, histograms, now)    scalars: name -> float, histograms: name -> float64 [n],
-                                           now: seconds since the epoch
+    log(found)    what was measured (`Measured`)
     close()
 
 A run that is resumed goes on in the same run of a service: its id is kept in the workdir. Services
@@ -18,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,16 +31,20 @@ from engram_jax.hardware.storage import write_text
 _WANDB_ID, _MLFLOW_ID = "wandb_run_id.txt", "mlflow_run_id.txt"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The numbers of a step. histograms: name -> float64 [n]. now: seconds since the epoch."""
+
+    step: int
+    scalars: Mapping[str, float]
+    histograms: Mapping[str, np.ndarray]
+    now: float
+
+
 class Logger(Protocol):
     """See the module."""
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, np.ndarray],
-        now: float,
-    ) -> None: ...
+    def log(self, found: Measured) -> None: ...
 
     def close(self) -> None: ...
 
@@ -84,17 +88,11 @@ class TensorBoard:
         )
         _survives_a_full_disk(self._board)
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, np.ndarray],
-        now: float,
-    ) -> None:
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step, now)
-        for name, values in histograms.items():
-            self._board.add_histogram(name, values, step, walltime=now)
+    def log(self, found: Measured) -> None:
+        for name, value in found.scalars.items():
+            self._board.add_scalar(name, value, found.step, found.now)
+        for name, values in found.histograms.items():
+            self._board.add_histogram(name, values, found.step, walltime=found.now)
 
     def close(self) -> None:
         self._board.close()
@@ -137,16 +135,9 @@ class Wandb:
         if begun is None:
             write_text(kept, f"{self._run.id}\n")
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, np.ndarray],
-        now: float,
-    ) -> None:
-        del now  # W&B stamps it
-        shown = {name: self._wandb.Histogram(values) for name, values in histograms.items()}
-        self._run.log({**scalars, **shown}, step=step)
+    def log(self, found: Measured) -> None:
+        shown = {name: self._wandb.Histogram(values) for name, values in found.histograms.items()}
+        self._run.log({**found.scalars, **shown}, step=found.step)  # W&B stamps the time
 
     def close(self) -> None:
         self._run.finish()
@@ -182,19 +173,13 @@ class Mlflow:
             self._client.log_batch(self._id, params=parameters[first : first + 100])
         write_text(kept, f"{self._id}\n")
 
-    def log(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, np.ndarray],
-        now: float,
-    ) -> None:
-        values = dict(scalars)
-        for name, found in histograms.items():
-            shown = (("min", found.min()), ("mean", found.mean()), ("max", found.max()))
+    def log(self, found: Measured) -> None:
+        values = dict(found.scalars)
+        for name, each in found.histograms.items():
+            shown = (("min", each.min()), ("mean", each.mean()), ("max", each.max()))
             values |= {f"{name}/{what}": float(value) for what, value in shown}
-        when = int(1000 * now)
-        metrics = [self._metric(name, value, when, step) for name, value in values.items()]
+        when = int(1000 * found.now)
+        metrics = [self._metric(name, value, when, found.step) for name, value in values.items()]
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
 

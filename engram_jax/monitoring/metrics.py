@@ -26,7 +26,7 @@ from tqdm import tqdm
 from engram_jax.config import TENSORBOARD
 from engram_jax.config.given_files import open_file
 from engram_jax.hardware.storage import write_text
-from engram_jax.monitoring.loggers import Logger, open_loggers
+from engram_jax.monitoring.loggers import Logger, Measured, open_loggers
 
 _FILE = "metrics.jsonl"
 _FEW = 16  # arrays of at most so many values are curves of a logger, larger ones histograms
@@ -73,9 +73,9 @@ class MetricsWriter:
         except OSError as error:
             error.filename = error.filename or self._file.name
             raise
-        scalars, histograms = shown(values)
+        found = Measured(int(step), *shown(values), now)
         for logger in self._loggers:
-            logger.log(int(step), scalars, histograms, now)
+            logger.log(found)
 
     def close(self) -> None:
         file, self._file = self._file, None

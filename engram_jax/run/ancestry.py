@@ -12,7 +12,6 @@ own, and the other one is no longer needed. What it began with is recorded in ru
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from engram_jax.addressing import artifact, load_tokenizer, tokenizer_fingerprint
+from engram_jax.addressing import (
+    artifact,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_size,
+)
 from engram_jax.checkpoint import table_order
-from engram_jax.checkpoint.load_model import restore_weights
+from engram_jax.checkpoint.load_model import read_eos_id, restore_weights
 from engram_jax.checkpoint.manager import Checkpointer, Restored
 from engram_jax.checkpoint.run_record import (
     config_of_launch,
@@ -34,7 +38,7 @@ from engram_jax.checkpoint.run_record import (
     step_number,
 )
 from engram_jax.checkpoint.run_settings import Changes, covers, listed
-from engram_jax.checkpoint.workdir import RUN, TEXT, TOKENIZER, checkpoint_steps
+from engram_jax.checkpoint.workdir import RUN, TOKENIZER, checkpoint_steps
 from engram_jax.config import DEVICE, FROZEN, Config
 from engram_jax.config.difference import differences
 from engram_jax.config.errors import UserError
@@ -161,10 +165,7 @@ def _check_tokenizer(config: Config, source: Path, text: str) -> None:
             f"{KEY} = {text!r}: its run has another tokenizer, {ids[0]}, than"
             f" config.tokenizer.path = {path!r}, {ids[1]}; leave that out to use the run's"
         )
-    try:
-        known = json.loads((source / TEXT).read_text())["eos_id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{KEY} = {text!r}: {source / TEXT} is missing or damaged") from error
+    known = read_eos_id(source, tokenizer_size(theirs))
     if (eos_id := find_eos(mine, config.tokenizer)) != known:
         raise UserError(
             f"{KEY} = {text!r}: its run ends documents with token {known}, this one with {eos_id};"
