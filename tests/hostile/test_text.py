@@ -23,6 +23,7 @@ from engram_jax.data import text_store
 from engram_jax.data.corpus import Corpus, open_corpus
 from engram_jax.data.documents import Spool, foreign_format
 from engram_jax.data.folder_text import FolderText
+from engram_jax.data.large_documents import large_documents
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.split import missed
 
@@ -269,6 +270,25 @@ def test_documents_of_a_few_kilobytes_are_never_cut(tmp_path):
     assert found == {content.decode() for content in files.values()}
     (note,) = corpus.report.notes
     assert "of the text is held out, not the 2.00% that config.data.validation_fraction" in note
+
+
+def test_which_documents_are_large(tmp_path):
+    """More than a tenth of the text, and longer than 64 KiB; of a document in parts, together."""
+    spool = Spool(tmp_path / "spool", SourceReport())
+    sizes = {0: [101_000], 1: [99_000], 2: [60_000, 50_000], 3: [640_000]}
+    for number, parts in sizes.items():
+        for part, size in enumerate(parts):
+            spool.add("", prose(10 * number + part, size)[:size].ljust(size, b"."), number)
+    rest = 1_000_000 - sum(spool.sizes)
+    spool.add("", b"." * rest, 4)
+    assert rest == 50_000 and len(spool) == 6
+    assert large_documents(spool).tolist() == [0, 2, 3]
+    spool.close()
+    small = Spool(tmp_path / "small", SourceReport())
+    for number, size in enumerate([65_536, 65_537, 5]):
+        small.add("", bytes([97 + number]) * size, number)
+    assert large_documents(small).tolist() == [1]
+    small.close()
 
 
 MISSED = [(2, 98, 0.02, False), (1, 99, 0.02, True), (4, 96, 0.02, True), (0, 9, 0.5, True)]

@@ -119,7 +119,17 @@ def test_large_answers_together():
     engine.close()
 
 
-def test_the_issue_of_144_megabytes():
+def test_the_bound_is_the_last_that_is_allowed():
+    """3 prompts of 5, 2 and 1 tokens, 4 more each, echoed, and 1 + 1 numbers beside each token."""
+    fields = {"prompt": [[1] * 5, [1, 1], [1]], "max_tokens": 4, "echo": True, "logprobs": 0}
+    request = parse_request(Fields(fields), tokenizer=None, capacity=64, most=8)
+    numbers = (9 + 6 + 5) * 2
+    assert check_answer_size(request, numbers) == numbers
+    with pytest.raises(ApiError, match=f"could list {numbers} .* at most {numbers - 1} "):
+        check_answer_size(request, numbers - 1)
+
+
+def test_an_answer_of_144_megabytes():
     """1,000 ids, 250 choices, 20 alternatives, the prompt echoed."""
     fields = {"prompt": [1] * 1000, "n": 250, "echo": True, "logprobs": 20, "max_tokens": 20}
     request = parse_request(Fields(fields), tokenizer=None, capacity=4096, most=256)
