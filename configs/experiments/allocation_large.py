@@ -14,7 +14,7 @@ from configs import engram_tiny, moe_tiny
 from configs.experiments import allocation
 from engram_jax.lab.experiment import Experiment, Point
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3, 16e-3)
 
 
 def large(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -328,7 +328,8 @@ async def _refused(request: Request, error: ApiError) -> Response:
 async def _no_route(request: Request, error: HTTPException) -> Response:
     what = f"{request.method} {shown(request.url.path)[1:-1]}"
     if error.status_code == 405:
-        message = f"{what}: must be {(error.headers or {}).get('Allow')}"
+        allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
+        message = f"{what}: must be {', '.join(allowed)}"
     elif request.url.path.startswith("/v1/chat"):
         message = f"{what}: {NO_CHAT}"
     else:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.serve.web import QUEUE, read_all
 
-MANY = {"n": QUEUE, "max_tokens": 20, "ignore_eos": True, "stream": True}
+MANY = {"n": QUEUE, "max_tokens": 60, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture
