@@ -121,19 +121,21 @@ def test_shares_are_equal_where_there_is_enough():
 
 
 def test_a_selection_and_its_manifest(tmp_path, capsys):
-    for package, count in (("big", 40), ("small", 3)):
+    for package, count in (("big", 40), ("small", 3), ("updated", 3)):
         for i in range(count):
             write(tmp_path / "text" / package / f"{i}.txt", f"{package} {i}".encode() * 10)
-    select(tmp_path / "text", tmp_path / "one", 1000)
-    select(tmp_path / "text", tmp_path / "two", 1000)
+    for name in ("one", "two"):
+        select(tmp_path / "text", tmp_path / name, 1000, ["small", "big"])
     assert digest(tmp_path / "one") == digest(tmp_path / "two") != digest(tmp_path / "text")
     assert len(list((tmp_path / "one/small").iterdir())) == 3
+    assert not (tmp_path / "one/updated").exists()
     sizes = [f.stat().st_size for f in (tmp_path / "one").rglob("*.txt")]
     assert 900 < sum(sizes) <= 1000
     write_manifest(tmp_path / "one", {"big": "1.0", "small": "2:3"})
     record = json.loads((tmp_path / "one.manifest.json").read_text())
     assert record["documents"] == len(sizes) and record["bytes"] == sum(sizes)
     assert record["contents"]["small"]["version"] == "2:3"
+    assert record["contents"]["small"]["sha256"] == digest(tmp_path / "one/small")
     assert record["sha256"] in capsys.readouterr().out
 
 
