@@ -62,12 +62,13 @@ class Program:
         devices, spare = self.axes.devices, int(self.config.model.engram.form == SCONE)
         return {k: TableLayout(rows, devices, spare) for k, rows in self.table_rows.items()}
 
-    def jit(self, function: Callable, **how: Any) -> jax.stages.Wrapped:
+    def jit(self, function: Callable, *, training: bool = False, **how: Any) -> jax.stages.Wrapped:
         """`jax.jit` with the compiler options of the mesh's devices (hardware/xla_flags.py).
 
+        training: the function updates parameters.
         Because of them JAX refuses it inside another jit, scan or grad: use `function` there.
         """
-        return jax.jit(function, compiler_options=options_of(self.mesh), **how)
+        return jax.jit(function, compiler_options=options_of(self.mesh, training=training), **how)
 
     def exchanges(self) -> dict[str, Exchange]:
         """The exchange of every table's rows and gradients, by Engram layer id."""

@@ -342,6 +342,7 @@ def jit_train_step(program: TrainingProgram) -> jax.stages.Wrapped:
     (see Program.jit)."""
     return program.jit(
         partial(train_step, program),
+        training=True,
         out_shardings=(state_shardings(program), NamedSharding(program.mesh, P())),
         donate_argnums=0,
     )

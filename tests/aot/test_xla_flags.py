@@ -9,7 +9,7 @@ from jax import lax
 
 from engram_jax.config import MeshConfig
 from engram_jax.hardware.generations import GENERATIONS
-from engram_jax.hardware.xla_flags import OPTIONS, options_for, options_of
+from engram_jax.hardware.xla_flags import OPTIONS, TRAINING, options_for, options_of
 from engram_jax.sharding.rules import make_mesh
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:1x1x1"}
@@ -48,11 +48,11 @@ def test_of_a_mesh(tpu_slice, generation):
     assert options_of(tpu_slice(SLICES[generation])[1]) == OPTIONS[generation]
 
 
-def test_on_a_cpu_products_are_not_ynnpacks():
+def test_trained_on_a_cpu_products_are_not_ynnpacks():
     """Of one program, its product is YNNPACK's by default; its sums over rows are with the options,
     too."""
-    options, x = options_of(make_mesh(MeshConfig())), jnp.ones((512, 512))
-    assert options == OPTIONS["cpu"]
+    options, x = options_of(make_mesh(MeshConfig()), training=True), jnp.ones((512, 512))
+    assert options == TRAINING["cpu"]
 
     def library(function, options):
         text = jax.jit(function, compiler_options=options).lower(x).compile().as_text()
@@ -63,15 +63,16 @@ def test_on_a_cpu_products_are_not_ynnpacks():
 
 
 def test_nothing_for_other_machines():
-    assert set(OPTIONS) == {*GENERATIONS, "cpu"}
+    assert set(OPTIONS) == set(GENERATIONS) and set(TRAINING) == {"cpu"}
     assert options_for("NVIDIA H200") == options_for(None) == {}
 
 
 def test_what_the_user_has_set_stays(monkeypatch, tpu_slice):
-    (name,) = OPTIONS["cpu"]
+    (name,) = TRAINING["cpu"]
     cpu, v5p = make_mesh(MeshConfig()), tpu_slice(SLICES["v5p"])[1]
-    assert options_of(cpu) == OPTIONS["cpu"]
+    assert options_of(cpu) == {} and options_of(cpu, training=True) == TRAINING["cpu"]
     monkeypatch.setenv("XLA_FLAGS", f"--{name}=LIBRARY_FUSION_TYPE_DOT")
-    assert options_of(cpu) == {} and options_of(v5p) == OPTIONS["v5p"]
+    assert options_of(cpu, training=True) == {}
+    assert options_of(v5p) == options_of(v5p, training=True) == OPTIONS["v5p"]
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_async_all_to_all=false")
     assert options_of(v5p) == {}
