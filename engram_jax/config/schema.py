@@ -272,6 +272,7 @@ class ServeConfig:
       ones wait or are swapped to host memory and back.
     prefill_chunk: tokens of a prompt that are computed at a time.
     prefill_sequences: prompts that are computed at a time.
+    share_prefixes: compute what prompts have in common at their beginnings once, and keep it.
     queue: the most waiting requests.
     memory: where the tables are: "device", "host" (DRAM) or "disk" (in the file).
     memory_file: written by --mode=export-memory; "" = the checkpoint's own tables.
@@ -299,6 +300,7 @@ class ServeConfig:
     pages: int = 0
     prefill_chunk: int = 128
     prefill_sequences: int = 2
+    share_prefixes: bool = True
     queue: int = 256
     memory: str = DEVICE
     memory_file: str = ""

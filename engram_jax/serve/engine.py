@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 
 from engram_jax.config.errors import UserError
 from engram_jax.model.program import Program, Weights
+from engram_jax.serve.device_state import DeviceState
 from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, Logprobs, Sampled, StepBatch
 from engram_jax.serve.logit_rules import LogitRules, check_rules, no_adjustments
 from engram_jax.serve.pages import Pages
@@ -75,9 +76,10 @@ class Engine:
         self._weights = dataclasses.replace(weights, rows={})
         self._prefetch = Prefetch(program, memory, self._steps)
         pages = Pages(self._steps.page_count, self.serve.page)
-        self._schedule = Schedule(self.serve.sequences, pages, self.serve.queue)
+        chunk = self._steps.shared_chunk
+        self._schedule = Schedule(self.serve.sequences, pages, self.serve.queue, chunk)
         self._replicated = NamedSharding(program.mesh, P())
-        self._cache = self._steps.fresh(self._weights)
+        self._state = DeviceState(self._steps, self._weights, self._replicated)
         self._numbers = itertools.count()
         self._open: dict[int, Running] = {}
         self._flights: list[_Flight] = []
@@ -108,7 +110,9 @@ class Engine:
         number = next(self._numbers)
         tokens = np.asarray(prompt, np.int32)
         sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)
-        sequence.request = request
+        sequence.request, sequence.salt = request, params.cache_salt
+        # Every token of a prompt is computed where its logits are wanted.
+        sequence.shares = not params.prompt_logprobs
         self._schedule.submit(sequence)
         self._open[number] = sequence
         return number
@@ -154,9 +158,10 @@ class Engine:
             "running": len(schedule.running),
             "waiting": len(schedule.waiting),
             "moved_out": len(schedule.evicted),
-            "free_pages": schedule.pages.free,
+            "free_pages": schedule.free,
             "pages": schedule.pages.total,
             "evictions": schedule.evictions,
+            **schedule.prefixes.stats(),
             **self._counts,
             **self._prefetch.stats(),
         }
@@ -200,6 +205,9 @@ class Engine:
         drawn = SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True)
         ruled = SamplingParams(max_tokens=2, presence_penalty=1.0, ignore_eos=True)
         self.generate([[0], [0]], [drawn, ruled])
+        if self._steps.units:
+            self._state.keep_tails([])
+            self._state.restore_tails([])
 
     # One iteration
 
@@ -216,7 +224,9 @@ class Engine:
         self._prefill()
         for sequence in schedule.readmit():
             self._swap_in(sequence)
-        schedule.admit()
+        found = [*(s for s in schedule.admit() if s.shared), *schedule.adopt()]
+        if found:  # they go on behind what others have computed
+            self._state.restore_tails([(s.slot, s.shared[-1].row) for s in found])
         self._ask_for_prompts()
         deltas, self._deltas = self._deltas, []
         return deltas
@@ -228,7 +238,7 @@ class Engine:
         for sequence in ready:
             self._schedule.grow(sequence)
         batch = self._batch(self.serve.sequences, [(s.slot, s, 1) for s in ready])
-        flow, self._cache = self._steps.first(self._weights, self._cache, batch, None)
+        flow, self._state.cache = self._steps.first(self._weights, self._state.cache, batch, None)
         for sequence in ready:
             sequence.computed += 1
         return batch, flow
@@ -272,11 +282,14 @@ class Engine:
                 targets[row, : len(part)] = part
         batch = self._batch(len(tokens), rows)
         device_tokens = jax.device_put(tokens, self._replicated)
-        flow, self._cache = self._steps.first(self._weights, self._cache, batch, device_tokens)
+        flow, self._state.cache = self._steps.first(
+            self._weights, self._state.cache, batch, device_tokens
+        )
         for _, sequence, count in rows:
             sequence.computed += count
             self._counts["prompt_tokens"] += count
         self._run(batch, flow, rows, asked, targets)
+        self._keep([s for _, s, _ in rows if s.finish is None])
 
     def _run(self, batch: StepBatch, flow: Any, rows: Any, asked: Any, targets: Any = None) -> None:
         """Run all spans after the first, and the sampler."""
@@ -290,16 +303,18 @@ class Engine:
             signs = asked.signs.get(layer)
             if signs is not None:
                 signs = jax.device_put(signs, self._replicated)
-            flow, self._cache = steps.span(i, weights, self._cache, batch, flow, got, signs)
+            flow, self._state.cache = steps.span(
+                i, weights, self._state.cache, batch, flow, got, signs
+            )
         alive = [(row, s, count) for row, s, count in rows if s.finish is None]
         ruled = [(row, s) for row, s, _ in alive if s.params.adjusts and not s.prefilling]
         logprobs = any(s.params.logprobs is not None for _, s, _ in alive)
-        sampled, self._cache = steps.sample(
-            weights, self._cache, batch, flow, targets, logprobs=logprobs or bool(ruled)
+        sampled, self._state.cache = steps.sample(
+            weights, self._state.cache, batch, flow, targets, logprobs=logprobs or bool(ruled)
         )
         if ruled:
-            sampled, self._cache = steps.redraw(
-                self._cache, batch, sampled, self._rules(len(batch.seed), ruled)
+            sampled, self._state.cache = steps.redraw(
+                self._state.cache, batch, sampled, self._rules(len(batch.seed), ruled)
             )
         flight = _Flight(sampled, [])
         for row, sequence, count in alive:
@@ -400,29 +415,22 @@ class Engine:
         del self._open[s.number]
         self._tell(s, told, text=text, finish=finish, error=error, sampled=sampled)
 
-    # Eviction: swapping out and in
-
-    def _pages_of(self, s: Running) -> np.ndarray:
-        """int32 [n]: the sequence's pages, then a page number out of range."""
-        pages = np.full(self._steps.pages_each, self._steps.page_count, np.int32)
-        pages[: len(s.pages)] = s.pages
-        return pages
+    def _keep(self, sequences: list[Running]) -> None:
+        """Remember what these have just computed of their prompts."""
+        prefixes = self._schedule.prefixes
+        made = [(s.slot, unit.row) for s in sequences if (unit := prefixes.add(s)) is not None]
+        if made:
+            self._state.keep_tails(made)
 
     def _evict(self, s: Running) -> None:
         used = self._schedule.pages.needed(s.computed)
-        kept, tails = self._steps.swap_out(self._cache, np.int32(s.slot), self._pages_of(s))
-        s.saved = np.asarray(kept)[:, :used].copy(), jax.device_get(tails)
+        s.saved = self._state.take_out(s.slot, s.pages, used)
         self._schedule.vacate(s)
 
     def _swap_in(self, s: Running) -> None:
-        (used, tails), s.saved = s.saved, None
-        shape = (used.shape[0], self._steps.pages_each, *used.shape[2:])
-        kept = np.zeros(shape, used.dtype)
-        kept[:, : used.shape[1]] = used
-        token = np.int32(s.generated[-1] if s.generated else 0)
-        self._cache = self._steps.swap_in(
-            self._cache, np.int32(s.slot), self._pages_of(s), (kept, tails), token
-        )
+        token = s.generated[-1] if s.generated else 0
+        saved, s.saved = s.saved, None
+        self._state.put_back(s.slot, s.pages, saved, token)
 
     def close(self) -> None:
         """Stop the threads that fetch rows."""

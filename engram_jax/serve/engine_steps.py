@@ -21,6 +21,7 @@ from engram_jax.model.program import Program, Weights, check_decodes
 from engram_jax.model.sampling import adjust_logits, log_probabilities, sample_rows
 from engram_jax.model.transformer import Transformer, spans
 from engram_jax.serve.logit_rules import Adjustments, entries
+from engram_jax.serve.prefixes import most_units
 from engram_jax.serve.request import MAX_LOGPROBS
 from engram_jax.sharding.rules import P, row_major
 
@@ -118,7 +119,7 @@ class EngineSteps:
         self.spans = spans(program.config.model)
         replicated = NamedSharding(program.mesh, P())
         cache = Cache(row_major(program.mesh, P(), 4), replicated, replicated)
-        how = {"donate_argnums": 1, "out_shardings": (replicated, cache)}
+        how: Any = {"donate_argnums": 1, "out_shardings": (replicated, cache)}
         self.layers = tuple(str(span[0].first) for span in self.spans[1:])
         self._first = program.jit(self._run_first, **how)
         self._middle = [
@@ -129,6 +130,9 @@ class EngineSteps:
         self.fresh = program.jit(self._fresh, out_shardings=cache)
         self.swap_out = program.jit(self._swap_out, out_shardings=replicated)
         self.swap_in = program.jit(self._swap_in, donate_argnums=0, out_shardings=cache)
+        self.fresh_kept = program.jit(self._fresh_kept, out_shardings=replicated)
+        self.keep = program.jit(self._keep, donate_argnums=0, out_shardings=replicated)
+        self.restore = program.jit(self._restore, donate_argnums=0, out_shardings=cache)
 
     @property
     def programs(self) -> dict[str, jax.stages.Wrapped]:
@@ -147,6 +151,16 @@ class EngineSteps:
     def pages_each(self) -> int:
         """Pages of a sequence of full length."""
         return -(-self.serve.capacity // self.serve.page)
+
+    @property
+    def units(self) -> int:
+        """The most beginnings of prompts that are kept (serve/prefixes.py)."""
+        return most_units(self.page_count, self.serve.page, self.shared_chunk)
+
+    @property
+    def shared_chunk(self) -> int:
+        """Tokens of a prompt that are computed at a time; 0 = their pages are not shared."""
+        return self.serve.prefill_chunk if self.serve.share_prefixes else 0
 
     @property
     def alternatives(self) -> int:
@@ -336,6 +350,28 @@ class EngineSteps:
         after the sequence's own may be any number."""
         tails = jax.tree.map(lambda t: t[slot], cache.tails)
         return cache.pool.at[:, pages].get(mode="clip"), tails
+
+    def _fresh_kept(self, weights: Weights) -> Any:
+        """The tails behind kept beginnings of prompts: as Cache.tails, [units, L, M, d]."""
+        model = self._model(weights)
+        return {k: m.init_tail(self.units, model.dtype) for k, m in model.engrams.items()}
+
+    def _keep(self, kept: Any, cache: Cache, slots: jax.Array, rows: jax.Array) -> Any:
+        """Store the tails of `slots` in `rows` of the kept ones. int32 [n] both; rows out of range
+        are dropped."""
+
+        def store(all_: jax.Array, tails: jax.Array) -> jax.Array:
+            return all_.at[rows].set(tails.at[slots].get(mode="clip"), mode="drop")
+
+        return jax.tree.map(store, kept, cache.tails)
+
+    def _restore(self, cache: Cache, kept: Any, slots: jax.Array, rows: jax.Array) -> Cache:
+        """The inverse; slots out of range are dropped."""
+
+        def load(all_: jax.Array, kept: jax.Array) -> jax.Array:
+            return all_.at[slots].set(kept.at[rows].get(mode="clip"), mode="drop")
+
+        return replace(cache, tails=jax.tree.map(load, cache.tails, kept))
 
     def _swap_in(
         self, cache: Cache, slot: jax.Array, pages: jax.Array, state: Any, token: jax.Array

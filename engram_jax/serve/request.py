@@ -16,6 +16,7 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1_000  # characters; so much text is held back at most
 MAX_LISTED = 1_000  # token ids that logit_bias, or allowed_ids, names
 MAX_BAD_WORDS = 32  # rows of token ids; HTTP's 16 words are two each
+MAX_SALT = 256  # characters
 MAX_PENALTY = 2.0  # OpenAI's and vLLM's limit of the presence and the frequency penalty
 
 
@@ -46,6 +47,8 @@ class SamplingParams:
       and a stop string that is complete in their text does not count.
     include_stop: what stops the sequence belongs to it: the stop string, to its end, or the token.
     skip_special_tokens: special tokens have no text.
+    cache_salt: what was computed of a prompt is used again for those of the same salt alone
+      (serve/prefixes.py), so that nobody else learns from an answer's time what was asked before.
 
     The following change the logits before temperature, top_k and top_p, in this order (vLLM's):
 
@@ -73,6 +76,7 @@ class SamplingParams:
     min_tokens: int = 0
     include_stop: bool = False
     skip_special_tokens: bool = True
+    cache_salt: str = ""
     min_p: float = 0.0
     allowed_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()

@@ -4,6 +4,8 @@
   request do not keep another's from beginning. Prompts are computed in turns, too (`prefilling`).
 * The sequence whose turn it is is admitted when a slot and pages for its whole prompt and one more
   token are free; nothing passes it. One that can never fit was refused when it was submitted.
+* Beginnings of prompts that were computed before are not computed again (serve/prefixes.py); pages
+  that only they need count as free.
 * A running sequence takes a page whenever it has filled its last one. If none is free, the
   youngest running sequence is evicted (swapped out): its state goes to host memory, its pages and
   its slot become free. (Nothing is recomputed: a sequence that is swapped in has the same state to
@@ -18,6 +20,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from engram_jax.serve.pages import Pages
+from engram_jax.serve.prefixes import Prefix, Prefixes
 from engram_jax.serve.request import Finish, QueueFullError, SamplingParams
 from engram_jax.serve.waiting import Waiting, in_turns
 
@@ -39,6 +43,7 @@ class Sequence:
     `LogitRules`, once it draws with some.
     request: what was submitted together with it shares this; None = it is a request of its own.
     age: the place in the order of admission; -1 = it waits.
+    shares, salt, shared: the beginning of its prompt (serve/prefixes.py).
     """
 
     number: int
@@ -57,6 +62,9 @@ class Sequence:
     prompt_logprobs: list[Any] = field(default_factory=list)
     request: Hashable = None
     age: int = -1
+    shares: bool = True
+    salt: Hashable = None
+    shared: list[Prefix] = field(default_factory=list)
 
     @property
     def group(self) -> Hashable:
@@ -79,10 +87,14 @@ class Sequence:
 
 
 class Schedule:
-    """The waiting, running and evicted (`evicted`) sequences."""
+    """The waiting, running and evicted (`evicted`) sequences.
 
-    def __init__(self, slots: int, pages: Pages, queue: int):
+    chunk: see `Prefixes`.
+    """
+
+    def __init__(self, slots: int, pages: Pages, queue: int, chunk: int = 0):
         self.pages, self.queue = pages, queue
+        self.prefixes = Prefixes(pages, chunk)
         self._slots = list(range(slots))[::-1]
         self._ages = itertools.count()
         self.waiting: Waiting[Sequence] = Waiting(queue)
@@ -101,18 +113,41 @@ class Schedule:
             raise QueueFullError(f"{waiting} sequences are waiting; try again later")
         self.waiting.add(sequence)
 
+    @property
+    def free(self) -> int:
+        """Pages that no sequence needs."""
+        return self.pages.free + self.prefixes.idle_pages
+
     def admit(self) -> list[Sequence]:
         """Start waiting sequences while there is room; returns those started."""
         begun = []
         while self.waiting and self._slots and not self.evicted:
-            needed = self.pages.needed(self.waiting.first.begins_with)
-            if needed > self.pages.free:
+            sequence = self.waiting.first
+            self.prefixes.extend(sequence)
+            needed = self.pages.needed(sequence.begins_with) - len(sequence.pages)
+            if needed > self.free:
+                self._give_pages(sequence)
+                sequence.computed = 0
                 break
-            sequence = self.waiting.take()
+            self.waiting.take()
             sequence.age = next(self._ages)
             self._place(sequence, needed)
+            if sequence.shared:
+                self.prefixes.begin(sequence, 0)
             begun.append(sequence)
         return begun
+
+    def adopt(self) -> list[Sequence]:
+        """Let running sequences take what others have computed of their prompts since; returns
+        those that did: they go on behind the last of `shared`."""
+        moved = []
+        for sequence in self.running:
+            before = len(sequence.shared)
+            self.pages.give(self.prefixes.extend(sequence))
+            if len(sequence.shared) > before:
+                self.prefixes.begin(sequence, before)
+                moved.append(sequence)
+        return moved
 
     def readmit(self) -> list[Sequence]:
         """Give evicted sequences a place again; returns those whose states must be swapped in."""
@@ -121,7 +156,7 @@ class Schedule:
             sequence = self.evicted[0]
             room = sequence.begins_with if sequence.prefilling else sequence.computed + 1
             needed = self.pages.needed(room)
-            if needed + len(self.running) > self.pages.free:
+            if needed + len(self.running) > self.free:
                 break
             self.evicted.pop(0)
             self._place(sequence, needed)
@@ -129,13 +164,16 @@ class Schedule:
         return back
 
     def _place(self, sequence: Sequence, pages: int) -> None:
-        sequence.slot, sequence.pages = self._slots.pop(), self.pages.take(pages)
+        sequence.slot = self._slots.pop()
+        sequence.pages += self._take_pages(pages)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.age)
 
     def prefilling(self, most: int) -> list[Sequence]:
-        """Those whose prompts are computed next, at most so many, requests in turns."""
-        return in_turns([s for s in self.running if s.prefilling])[:most]
+        """Those whose prompts are computed next, at most so many, requests in turns. What several
+        would compute, one does."""
+        turns = in_turns([s for s in self.running if s.prefilling])
+        return self.prefixes.not_waiting(turns)[:most]
 
     def room_for_next(self) -> tuple[list[Sequence], list[Sequence]]:
         """(sequences whose next token can be computed, those that must be evicted for it).
@@ -145,22 +183,31 @@ class Schedule:
         """
         ready = [s for s in self.running if not s.prefilling and s.wants_token]
         out: list[Sequence] = []
-        free, going = self.pages.free, list(self.running)
+        free, going = self.free, list(self.running)
         for sequence in ready:
             if sequence in out or self.pages.needed(sequence.computed + 1) <= len(sequence.pages):
                 continue
             while free == 0 and sequence in going:
                 youngest = going.pop()
+                before = self._only_of(out)
                 out.append(youngest)
-                free += len(youngest.pages)
+                free += self._only_of(out) - before
             if sequence in going:
                 free -= 1
         return [s for s in ready if s not in out], out[::-1]
+
+    def _only_of(self, sequences: list[Sequence]) -> int:
+        """Pages that nobody else needs."""
+        held = Counter(unit for s in sequences for unit in s.shared)
+        only = sum(unit.holders == count for unit, count in held.items())
+        size = self.prefixes.unit_pages
+        return only * size + sum(len(s.pages) - len(s.shared) * size for s in sequences)
 
     def vacate(self, sequence: Sequence) -> None:
         """Evict a sequence: free its slot and pages; it waits to be swapped in again."""
         self.evictions += 1
         self._leave(sequence)
+        sequence.shares = False  # it comes back with pages of its own
         self.evicted.append(sequence)
         self.evicted.sort(key=lambda s: s.age)
 
@@ -168,7 +215,7 @@ class Schedule:
         """Give it the page that its next token needs; True if it got a new one."""
         if self.pages.needed(sequence.computed + 1) <= len(sequence.pages):
             return False
-        sequence.pages += self.pages.take(1)
+        sequence.pages += self._take_pages(1)
         return True
 
     def end(self, sequence: Sequence) -> None:
@@ -184,5 +231,15 @@ class Schedule:
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._slots.append(sequence.slot)
-        self.pages.give(sequence.pages)
-        sequence.slot, sequence.pages = -1, []
+        sequence.slot = -1
+        self._give_pages(sequence)
+
+    def _take_pages(self, count: int) -> list[int]:
+        self.prefixes.evict(count - self.pages.free)
+        return self.pages.take(count)
+
+    def _give_pages(self, s: Sequence) -> None:
+        """The units it shares stay remembered."""
+        self.pages.give(s.pages[len(s.shared) * self.prefixes.unit_pages :])
+        self.prefixes.release(s.shared)
+        s.pages, s.shared = [], []

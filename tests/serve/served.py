@@ -10,6 +10,7 @@ import numpy as np
 
 from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.config import ServeConfig
+from engram_jax.config.errors import UserError
 from engram_jax.memory.store.dram import HostTable
 from engram_jax.memory.store.row_format import RowFormat
 from engram_jax.memory.table import lookup
@@ -46,6 +47,19 @@ def host_tables(program, weights, name="float32"):
 def host_memory(program, weights, hot=None):
     sources = host_tables(program, weights)
     return {k: StagedMemory(program, source, hot) for k, source in sources.items()}
+
+
+class Damaged:
+    """A source some of whose rows cannot be read."""
+
+    def __init__(self, source, bad):
+        self.source, self.bad = source, bad
+        self.rows, self.format, self.counters = source.rows, source.format, source.counters
+
+    def gather(self, ids, out):
+        if np.isin(ids, self.bad).any():
+            raise UserError("memory: block 3: damaged")
+        self.source.gather(ids, out)
 
 
 def make_engine(memory=None, tokenizer=None, eos_id=None, **serve):

@@ -9,7 +9,6 @@ import pytest
 
 from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.config import ServeConfig
-from engram_jax.config.errors import UserError
 from engram_jax.memory.store.host_cache import CachedTable
 from engram_jax.memory.store.memory_file import open_memory, write_memory
 from engram_jax.memory.store.read_counts import Frequency, save_frequency
@@ -23,6 +22,7 @@ from engram_jax.serve.staged_rows import StagedMemory
 from engram_jax.training.state import weights_of
 from tests.serve.served import (
     SERVE,
+    Damaged,
     host_memory,
     host_tables,
     logprobs,
@@ -121,19 +121,6 @@ def test_a_file_that_is_copied_over_is_no_answer_either(tmp_path):
         again = web.complete([1, 2, 3], temperature=0, return_token_ids=True)
         assert again.json["choices"] == before
     engine.close()
-
-
-class Damaged:
-    """A source some of whose rows cannot be read."""
-
-    def __init__(self, source, bad):
-        self.source, self.bad = source, bad
-        self.rows, self.format, self.counters = source.rows, source.format, source.counters
-
-    def gather(self, ids, out):
-        if np.isin(ids, self.bad).any():
-            raise UserError("memory: block 3: damaged")
-        self.source.gather(ids, out)
 
 
 def test_one_sequence_alone_is_told_of_its_damaged_row(expected):

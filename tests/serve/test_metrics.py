@@ -42,6 +42,28 @@ def test_every_number_has_a_meaning_and_a_type(server):
     assert server.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
+def test_choices_share_their_prompt(server):
+    """Four answers to a prompt of 41 tokens: the chunks before the last one are computed once."""
+    names = ("prefix_hits", "prefix_hit_tokens", "prompt_tokens")
+
+    def counts():
+        time.sleep(0.2)  # the numbers are at most 0.1 s old
+        found = server.stats()
+        assert found["engram_free_pages"] == found["engram_pages"] > found["engram_prefix_pages"]
+        return [found[f"engram_{name}"] for name in names]
+
+    before = counts()
+    prompt = [(7 * i) % 50 for i in range(41)]
+    assert server.complete(prompt, n=4, max_tokens=2).status == 200
+    after = counts()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 3 * 40, 40 + 4]
+    assert server.complete(prompt, cache_salt="x", max_tokens=2).status == 200
+    assert counts()[:2] == after[:2]
+    wrong = server.complete(prompt, cache_salt="", max_tokens=2)
+    assert wrong.status == 400
+    assert wrong.error["message"] == "cache_salt = '': must be a text of 1 to 256 characters"
+
+
 def test_times_and_ends(server):
     names = ("time_to_first_token", "inter_token", "sequence")
     counts = [f"engram_{name}_seconds_count" for name in names]

@@ -19,7 +19,7 @@ HONOURED = (
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words"),
     *("allowed_token_ids", "truncate_prompt_tokens", "truncation_side", "echo", "logprobs"),
     *("prompt_logprobs", "stream", "stream_options", "return_token_ids"),
-    *("return_tokens_as_token_ids", "request_id"),
+    *("return_tokens_as_token_ids", "request_id", "cache_salt"),
 )
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 
@@ -50,7 +50,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "vllm_xargs": ({},),
     "return_token_offsets": (False,),
-    **dict.fromkeys(("structured_outputs", "structural_tag", "prompt_embeds", "cache_salt"), ()),
+    **dict.fromkeys(("structured_outputs", "structural_tag", "prompt_embeds"), ()),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), ()),
     **dict.fromkeys(("kv_transfer_params", "ec_transfer_params"), ({},)),

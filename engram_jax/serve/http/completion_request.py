@@ -17,6 +17,7 @@ from engram_jax.serve.request import (
     MAX_LISTED,
     MAX_LOGPROBS,
     MAX_PENALTY,
+    MAX_SALT,
     MAX_STOP_LENGTH,
     MAX_STOPS,
     SamplingParams,
@@ -149,6 +150,7 @@ def _rules(fields: Fields, tokenizer: Any, tokens: int) -> dict[str, Any]:
         "stop": stop,
         "stop_ids": fields.integers("stop_token_ids", MAX_STOPS),
         "include_stop": fields.boolean("include_stop_str_in_output"),
+        "cache_salt": _salt(fields),
         "skip_special_tokens": fields.boolean("skip_special_tokens", True),
     }
 
@@ -175,6 +177,16 @@ def _whole(tokenizer: Any, text: str, found: Any) -> bool:
     left = [c for at, c in enumerate(text) if at not in covered and not c.isspace()]
     broken = BROKEN in tokenizer.decode(found.ids) and BROKEN not in text
     return bool(found.ids) and not left and not broken
+
+
+def _salt(fields: Fields) -> str:
+    value = fields.get("cache_salt")
+    if value is None:
+        return ""
+    allowed = f"a text of 1 to {MAX_SALT} characters"
+    if not 0 < len(fields.text("cache_salt", value, allowed)) <= MAX_SALT:
+        fields.wrong("cache_salt", allowed)
+    return value
 
 
 def _request_id(fields: Fields) -> str | None:
