@@ -164,7 +164,7 @@ def _kept_bytes(steps: LoweredSteps) -> dict[str, int]:
     return {
         "parameters": step_cost.shard_bytes((weights.params, weights.router_bias)),
         "tables": step_cost.shard_bytes(weights.rows),
-        "caches": step_cost.shard_bytes(steps.cache),
+        "caches": step_cost.shard_bytes((steps.cache, steps.kept)),
     }
 
 

@@ -21,12 +21,14 @@ class LoweredSteps:
     """programs: by name, in the order in which a step runs them; "rows 4" reads the rows of Engram
     layer 4 where the tables are on the device.
 
-    weights, cache: shapes of the arrays that stay on the device from step to step.
+    weights, cache, kept: shapes of the arrays that stay on the device from step to step; kept:
+    what shared beginnings of prompts need beside pages (serve/prefixes.py).
     """
 
     programs: dict[str, jax.stages.Lowered]
     weights: Weights
     cache: Any
+    kept: Any
 
 
 def lower_steps(program: Program, serve: ServeConfig, *, prefill: bool) -> LoweredSteps:
@@ -48,6 +50,7 @@ def lower_steps(program: Program, serve: ServeConfig, *, prefill: bool) -> Lower
     tables, network = weights.rows, replace(weights, rows={})
     cache = jax.tree.map(shape, jax.eval_shape(steps.fresh, network))
     cache = replace(cache, pool=shape(cache.pool, row_major(mesh, P(), 4)))
+    kept = jax.tree.map(shape, jax.eval_shape(steps.fresh_kept, network))
     numbers = array(batch, PAGES_FROM + steps.pages_each)
     running = StepBatch(numbers, array(batch, dtype=jnp.uint32), array(batch, 2, dtype=jnp.float32))
     given = array(batch, tokens) if prefill else None  # decoding: those sampled last
@@ -73,4 +76,5 @@ def lower_steps(program: Program, serve: ServeConfig, *, prefill: bool) -> Lower
     programs["sample"] = compiled["sample"].lower(
         network, cache, running, flow, None, logprobs=False, prompt=False
     )
-    return LoweredSteps(programs, weights if serve.memory == DEVICE else network, cache)
+    resident = weights if serve.memory == DEVICE else network
+    return LoweredSteps(programs, resident, cache, kept)
