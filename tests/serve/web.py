@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engram_jax.serve.http import server
 from engram_jax.serve.http.engine_thread import EngineThread
-from engram_jax.serve.http.responses import Limits
+from engram_jax.serve.http.responses import Limits, Rules
 from engram_jax.serve.http.routes import App
 from tests.tiny import VOCAB
 
@@ -139,8 +139,9 @@ def read_all(connection: socket.socket) -> bytes:
 class Running(Client):
     """A server in a thread; ends with the block."""
 
-    def __init__(self, engine: Any, limits: Limits | None = None):
+    def __init__(self, engine: Any, limits: Limits | None = None, rules: Rules | None = None):
         self.engine, self.limits = engine, limits or Limits(seconds=1.0, sequences=QUEUE)
+        self.rules = rules
 
     def __enter__(self) -> Running:
         engine = self.engine
@@ -148,13 +149,14 @@ class Running(Client):
         sock.listen()
         super().__init__(sock.getsockname()[1])
         self.runner = EngineThread(engine)
-        app = App(self.runner, engine, self.limits)
+        app = App(self.runner, engine, self.limits, self.rules)
         ready = threading.Event()
         limits = self.limits
         self._server = server.Server(
             app.asgi,
             limits.seconds,
             ready.set,
+            app.asgi.refused,
             write_seconds=limits.seconds,
             connections=limits.connections,
         )

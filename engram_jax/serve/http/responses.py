@@ -43,6 +43,18 @@ class Limits:
     retry_after: int = 1
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Who may ask, and what is noted of it.
+
+    api_keys: () = everyone. cors_origins: whose pages may ask. access_log: a line per request.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    access_log: bool = True
+
+
 class DisconnectedError(Exception):
     """The client has gone."""
 
