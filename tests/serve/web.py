@@ -13,6 +13,7 @@ import string
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +80,18 @@ class Answer:
 
 
 class Client:
+    """headers: of every request that is not given others."""
+
+    headers: Mapping[str, str] = {}
+
     def __init__(self, port: int):
         self.port = port
 
     def send(self, method: str, path: str, body: Any = None, headers: Any = None) -> Answer:
+        headers = self.headers if headers is None else headers
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, headers)
             answer = connection.getresponse()
             lowered = {k.lower(): v for k, v in answer.getheaders()}
             return Answer(answer.status, lowered, answer.read())
@@ -142,6 +148,8 @@ class Running(Client):
     def __init__(self, engine: Any, limits: Limits | None = None, rules: Rules | None = None):
         self.engine, self.limits = engine, limits or Limits(seconds=1.0, sequences=QUEUE)
         self.rules = rules
+        if rules is not None and rules.api_keys:
+            self.headers = {"Authorization": f"Bearer {rules.api_keys[0]}"}
 
     def __enter__(self) -> Running:
         engine = self.engine

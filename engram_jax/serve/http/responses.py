@@ -124,6 +124,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)  # what was cut off is noted before its line is logged
 
 
 def dumps(value: Any) -> bytes:

@@ -5,18 +5,27 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from typing import Any
 
 
 class _Lines(logging.Formatter):
-    """Time (UTC), level, and the message on one line; a traceback stands below it."""
+    """Time (UTC), level, and the message on one line; a traceback stands indented below it."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         self.converter = time.gmtime
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        made = super().formatMessage(record)
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in made)
+        return _one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join(
+            f"    {_one_line(line)}" for line in super().formatException(ei).splitlines()
+        )
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def log_to_stderr(level: str) -> None:
