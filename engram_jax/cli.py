@@ -37,7 +37,10 @@ KNN, RAG = "knn", "rag"
 Accepted = tuple[str, ...]
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file under configs/; default: what the --workdir of a run has stored."
+    "config",
+    None,
+    "A file under configs/; default: what the --workdir of a run has stored.",
+    sys_argv=command_line.ARGV,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(

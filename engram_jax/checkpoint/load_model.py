@@ -65,11 +65,11 @@ def load_model(
     accept: keys or sections of `config` that may differ from what the run was trained with. tell:
     is given a line for each part that may take long.
     """
-    tell("reading the tokenizer")
 
     def read() -> tuple[Any, int]:
         if changes := check_opened(config, workdir, step, accept):
             processes.warn(f"other settings than the run's: {told(changes)}")
+        tell("reading the tokenizer")
         check_same_tokenizer(config, workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=config.serve.parse_special)
         return tokenizer, read_eos_id(workdir, tokenizer_size(tokenizer))

@@ -37,6 +37,12 @@ _OF_THE_MACHINE = (
     *(errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE),
 )
 
+# Where config_flags looks for overrides (its `sys_argv`): sys.argv, when it is read. Looking there
+# itself, it opens flag files while modules are imported, and their faults are tracebacks.
+ARGV: list[str] = []
+
+_LONGEST_FLAG = 100  # characters; none of ours is half as long
+
 _READERS: dict[type, Callable[[str], Any]] = {
     bool: flags.BooleanParser().parse,
     int: flags.IntegerParser().parse,
@@ -57,37 +63,39 @@ def parse_command_line(
     try:
         argv = flag_values.read_flags_from_files(argv, force_gnu=False)
     except (flags.Error, OSError) as error:
-        raise UserError(f"--flagfile: {one_line(error)}") from None
+        raise UserError(f"--flagfile: {one_line(error).removeprefix('ERROR:: ')}") from None
     argv = _with_config_of_run(list(argv), config_flag)
     argv = _with_lists(argv, config_flag)
-    sys.argv = argv  # config_flags looks there for overrides
+    sys.argv = ARGV[:] = argv
     for name, value in _arguments(argv):
         if name == config_flag:
             config_file(config_flag, value or "")
         section, _, key = name.partition(".")
         if key and section in (config_flag, f"no{config_flag}"):
             _check_override(config_flag, key, value, negated=section != config_flag)
+        elif len(name) > _LONGEST_FLAG:  # absl's own search for a similar one recurses into it
+            raise _unknown_flag(name, flag_values, config_flag)
     try:
         rest = flag_values(argv)
     except flags.UnrecognizedFlagError as error:
-        known = flag_values.get_flags_for_module(flag_values.find_module_defining_flag(config_flag))
-        names = sorted(flag.name for flag in known if "." not in flag.name)
-        hint = did_you_mean(_nearest_flags(error.flagname, names, config_flag))
-        allowed = ", ".join([f"--{config_flag}.KEY", *(f"--{name}" for name in names)])
-        hint = hint or f"allowed: {allowed}; --help lists them, and the keys"
-        raise UserError(f"--{shown(error.flagname)}: unknown flag; {hint}") from None
+        raise _unknown_flag(error.flagname, flag_values, config_flag) from None
     except (flags.Error, ValueError, TypeError) as error:
         raise UserError(one_line(error)) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: must be of the form --flag=value")
 
 
-def _nearest_flags(name: str, known: Sequence[str], config_flag: str) -> list[str]:
-    """What a wrong flag may mean: keys of that name, else the most similar flag, else key."""
+def _unknown_flag(name: str, flag_values: flags.FlagValues, config_flag: str) -> UserError:
+    """Says what a wrong flag may mean: keys of that name, else the most similar flag, else key."""
+    known = flag_values.get_flags_for_module(flag_values.find_module_defining_flag(config_flag))
+    names = sorted(flag.name for flag in known if "." not in flag.name)
     keys = [f"--{config_flag}.{key}" for key in nearest_keys(name)]
     same = [key for key in keys if key.endswith(f".{name.replace('-', '_')}")]
-    similar = nearest(name.replace("-", "_"), known)
-    return same or ([f"--{similar}"] if similar else keys)
+    similar = nearest(name.replace("-", "_"), names)
+    allowed = ", ".join([f"--{config_flag}.KEY", *(f"--{known}" for known in names)])
+    hint = did_you_mean(same or ([f"--{similar}"] if similar else keys))
+    hint = hint or f"allowed: {allowed}; --help lists them, and the keys"
+    return UserError(f"--{shown(name)}: unknown flag; {hint}")
 
 
 def config_of(value: Any, config_flag: str) -> config_lib.Config:
@@ -278,7 +286,7 @@ def _check_override(config_flag: str, key: str, value: str | None, *, negated: b
         section = config_lib.section_types(hint)
         if name not in section:
             there = ".".join([config_flag, *names[:i]])
-            near = [f"{config_flag}.{other}" for other in nearest_keys(key)] if section else []
+            near = [f"--{config_flag}.{other}" for other in nearest_keys(key)] if section else []
             allowed = f"{there} has {', '.join(section)}" if section else f"{there} is a value"
             hint = did_you_mean(near) or allowed
             raise UserError(f"{config_flag}.{shown(key)}: unknown key {name!r}; {hint}")
