@@ -79,10 +79,7 @@ def load_model(
     mine = artifact.build_addressing(config, tokenizer) if config.model.engram.layers else None
     addressing = None if mine is None else agree(lambda: artifact.as_stored(mine, workdir))
     program = build_program(config, addressing)
-    tables = {DEVICE: "with its tables", HOST: "with its tables in DRAM"}.get(
-        rows or "", "no tables"
-    )
-    tell(f"reading checkpoint {step_number(workdir, step)} of {workdir}, {tables}")
+    tell(f"reading checkpoint {step_number(workdir, step)} of {workdir}")
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         found = restore_weights(
             program, checkpointer, parse_step(step), rows, average=config.serve.ema

@@ -95,7 +95,8 @@ class EngineThread:
     def left(self) -> int:
         """Requests that have not ended."""
         # The engine's thread changes it without the lock; `list` is one step to Python.
-        return len({id(group) for group, _ in list(self._open.values())}) + len(self._submitted)
+        groups = [*list(self._open.values()), *self._submitted]
+        return len({id(group) for group, _ in groups})
 
     def submit(self, sequences: Sequences, listener: Listener) -> Group:
         """Queue all of `sequences` (prompt, parameters) or none; does not wait for the answer."""
