@@ -8,7 +8,7 @@
     python launch.py --config=configs/experiments/allocation.py --mode=sweep
 
 Modes: train (the default), evaluate, generate, serve, export-memory, count-memory, describe,
-compile, sweep. Flags: engram_jax/cli.py.
+compile, sweep. --help lists what each reads, and the keys of the configuration.
 
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
 --workdir (default runs/<config.name>); the same command resumes it, and --workdir alone takes the

@@ -18,47 +18,29 @@ from ml_collections import config_flags
 from engram_jax.aot import PROGRAMS, TRAIN
 from engram_jax.checkpoint import run_settings
 from engram_jax.checkpoint.workdir import check_writable, parse_step
-from engram_jax.config import ROW_FORMATS, Config
+from engram_jax.config import ROW_FORMATS, SECRETS, Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
 from engram_jax.config.given_files import local_path
-from engram_jax.hardware.interrupts import raise_interrupts
+from engram_jax.hardware.interrupts import raise_interrupts, tell_when_interrupted
 from engram_jax.run import command_line
+from engram_jax.run.help_text import asked_for, help_text
+from engram_jax.run.modes import (
+    AFTER_INTERRUPT,
+    MODES,
+    MODES_OF_FLAGS,
+    NEEDS_SERVE,
+    WITHOUT_PROCESSES,
+)
 
-OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
-NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: serve/open_engine.py
-# They look at no device and read no data; a sweep's processes do.
-WITHOUT_PROCESSES = ("describe", "compile", "sweep")
-# The flags that only some modes read. The others do not ignore them, they refuse them.
-MODES_OF_FLAGS = {
-    "json": ("describe", "evaluate", "compile"),
-    "base": ("describe",),
-    "prompt": ("generate",),
-    "topology": ("compile",),
-    "program": ("compile",),
-    "dump_hlo": ("compile",),
-    "profile": ("train",),
-    "tasks": ("evaluate",),
-    "step": ("evaluate", "generate", "serve", "export-memory"),
-    "accept_changes": OPENS_A_RUN,
-    "output": ("export-memory", "count-memory"),
-    "format": ("export-memory",),
-    "tokens": ("count-memory",),
-    "points": ("sweep",),
-    "seeds": ("sweep",),
-    "report_only": ("sweep",),
-    "neighbours": ("evaluate",),
-    "neighbours_text": ("evaluate",),
-    "knn_tokens": ("evaluate",),
-    "knn_index": ("evaluate",),
-    "rag_chunk": ("evaluate",),
-    "rag_passage": ("evaluate",),
-}
 KNN, RAG = "knn", "rag"
 Accepted = tuple[str, ...]
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file under configs/; default: what the --workdir of a run has stored."
+    "config",
+    None,
+    "A file under configs/; default: what the --workdir of a run has stored.",
+    sys_argv=command_line.ARGV,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(
@@ -139,6 +121,9 @@ _RAG_PASSAGE = flags.DEFINE_integer(
 @command_line.reported
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Read the flags and refuse, in one line, what does not fit together (absl's parser hook)."""
+    if wanted := asked_for(argv):
+        print(help_text(flags.FLAGS, _MODE.name, full=wanted == "helpfull"))
+        sys.exit(0)
     command_line.parse_command_line(argv, flags.FLAGS, "config")
     mode = _MODE.value
     if mode not in MODES:
@@ -162,6 +147,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     for name, modes in MODES_OF_FLAGS.items():
         if flags.FLAGS[name].present and mode not in modes:
             raise UserError(f"--{name}: only for --mode={', '.join(modes)}")
+    if mode != "serve" and (given := SECRETS & command_line.overrides(sys.argv, "config").keys()):
+        raise UserError(f"--config.{min(given)}: only for --mode=serve; a run records its command")
     _check_neighbours()
     run_settings.check_accepted(_ACCEPT.value)
     parse_step(_STEP.value)
@@ -199,12 +186,13 @@ def main(argv: Sequence[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     config = command_line.config_of(_CONFIG.value, "config")
+    tell_when_interrupted(AFTER_INTERRUPT[_MODE.value])
     workdir = local_path("--workdir", _WORKDIR.value or f"runs/{config.name}")
     command_line.leave_out_absent_tpu()
     if _MODE.value not in WITHOUT_PROCESSES:
         _join(config, workdir)
         command_line.keep_compiled_programs(config)
-    MODES[_MODE.value](config, workdir, run_settings.check_accepted(_ACCEPT.value))
+    _RUN[_MODE.value](config, workdir, run_settings.check_accepted(_ACCEPT.value))
 
 
 def _join(config: Config, workdir: Path) -> None:
@@ -359,7 +347,7 @@ def _sweep(config: Config, workdir: Path, accept: Accepted) -> None:
         sys.exit(1)
 
 
-MODES: dict[str, Callable[[Config, Path, Accepted], None]] = {
+_RUN: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
@@ -387,7 +375,5 @@ def _shared_flags() -> dict[str, Any]:
 
 def run() -> None:
     """The program: read the command line, carry out its mode, exit."""
-    for flag in flags.FLAGS.get_flags_for_module(__name__):  # --help lists those of the program
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     raise_interrupts()
     app.run(main, flags_parser=parse_flags)

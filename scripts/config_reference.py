@@ -13,17 +13,16 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engram_jax.checkpoint.run_settings import FREE, covers
 from engram_jax.config import Config, section_types, type_name
 from engram_jax.config.errors import UserError
+from engram_jax.config.keys import meanings, sections
 from engram_jax.config.validate import validate
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
-_KEYS = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)*): ")
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: (-2, 0, 7, 2**31 - 1),
     float: (-2.0, 0.0, 0.5, 2.0, float("nan")),
@@ -61,40 +60,6 @@ such as B or T are the [symbols](#symbols) at the end.
 Keys with a ° decide no result: a launch may change them in a used workdir. Every other key is
 compared with the run's ([tutorial](tutorial.md#the-settings-of-a-run)).
 """
-
-
-def meanings(section: type) -> tuple[str, dict[str, str]]:
-    """(what the section is, key -> meaning) of a dataclass's docstring.
-
-    Raises ValueError where a key has no meaning, two of them, or is none of the section's.
-    """
-    about: list[str] = []
-    found: dict[str, list[str]] = {}
-    current = about
-    for line in (inspect.getdoc(section) or "").splitlines():
-        if match := _KEYS.match(line):
-            current = [line[match.end() :]]
-            for key in match[1].split(", "):
-                if key in found:
-                    raise ValueError(f"{section.__name__}.{key}: described twice")
-                found[key] = current
-        else:
-            current.append(line.strip())
-    types = section_types(section)
-    values = {key for key, hint in types.items() if not section_types(hint)}
-    if wrong := values ^ set(found):
-        raise ValueError(f"{section.__name__}: {', '.join(sorted(wrong))}: one line each, please")
-    return " ".join(" ".join(about).split()), {
-        key: " ".join(text).strip() for key, text in found.items()
-    }
-
-
-def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """(name, dataclass) of every section, the outermost one as ""."""
-    yield prefix.rstrip("."), section
-    for key, hint in section_types(section).items():
-        if section_types(hint):
-            yield from sections(hint, f"{prefix}{key}.")
 
 
 def replaced(section: Any, item: tuple[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -181,10 +182,16 @@ def refused(outcome: Outcome, *words: str, out: str = "") -> str:
 
     out: how standard output began, if there was something to tell before.
     """
+    said, line = without_stages(outcome.out), without_stages(outcome.err)
     assert outcome.code == 2, outcome
-    assert outcome.out == "" if not out else outcome.out.startswith(out)
-    assert outcome.err.startswith("error: ")
-    assert outcome.err.count("\n") == 1 and outcome.err.endswith("\n"), outcome.err
+    assert said == "" if not out else said.startswith(out)
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1 and line.endswith("\n"), outcome.err
     for word in words:
-        assert word in outcome.err
-    return outcome.err
+        assert word in line
+    return line
+
+
+def without_stages(text: str) -> str:
+    """Without the lines that say what the program is doing: "[  1.2 s] reading ..."."""
+    return re.sub(r"^\[ *\d+\.\d s\] .*\n", "", text, flags=re.MULTILINE)

@@ -6,7 +6,7 @@ Nothing of training is imported: what inference needs of a checkpoint has no opt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from engram_jax.addressing import artifact, load_tokenizer, tokenizer_fingerprint
 from engram_jax.addressing.tokenizer import tokenizer_size
 from engram_jax.checkpoint.manager import Checkpointer, Restored
-from engram_jax.checkpoint.run_record import recorded
+from engram_jax.checkpoint.run_record import recorded, step_number
 from engram_jax.checkpoint.run_settings import check_opened, told
 from engram_jax.checkpoint.workdir import TEXT, TOKENIZER, parse_step
 from engram_jax.config import DEVICE, HOST, Config
@@ -57,24 +57,29 @@ def load_model(
     step: str = "latest",
     rows: str | None = DEVICE,
     accept: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """The model of a run. Raises UserError if the workdir holds none, or another one.
 
     rows: where to read the tables to: DEVICE, HOST (np.ndarray) or None = not at all.
-    accept: keys or sections of `config` that may differ from what the run was trained with.
+    accept: keys or sections of `config` that may differ from what the run was trained with. tell:
+    is given a line for each part that may take long.
     """
 
     def read() -> tuple[Any, int]:
         if changes := check_opened(config, workdir, step, accept):
             processes.warn(f"other settings than the run's: {told(changes)}")
+        tell("reading the tokenizer")
         check_same_tokenizer(config, workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=config.serve.parse_special)
         return tokenizer, read_eos_id(workdir, tokenizer_size(tokenizer))
 
     tokenizer, eos_id = agree(read)
+    tell("preparing the addresses" if config.model.engram.layers else "building the model")
     mine = artifact.build_addressing(config, tokenizer) if config.model.engram.layers else None
     addressing = None if mine is None else agree(lambda: artifact.as_stored(mine, workdir))
     program = build_program(config, addressing)
+    tell(f"reading checkpoint {step_number(workdir, step)} of {workdir}")
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
         found = restore_weights(
             program, checkpointer, parse_step(step), rows, average=config.serve.ema

@@ -4,6 +4,7 @@
 from a file under configs/. Nothing here imports another folder of the package.
 """
 
+from engram_jax.config.keys import section_types, type_name
 from engram_jax.config.memory_schema import (
     BF16,
     CONTEXT,
@@ -29,18 +30,11 @@ from engram_jax.config.parse import (
     config_from_dict,
     default_config_dict,
     parse_config,
-    section_types,
     to_dict,
-    type_name,
 )
 from engram_jax.config.schema import (
-    ALL_LAYERS,
-    DEVICE,
     DIFFICULTIES,
-    DISK,
-    HOST,
     LOCAL_BPE,
-    ROW_FORMATS,
     TASKS,
     AttentionConfig,
     Config,
@@ -50,9 +44,17 @@ from engram_jax.config.schema import (
     HyperConnectionConfig,
     MeshConfig,
     ModelConfig,
-    ServeConfig,
     TasksConfig,
     TokenizerConfig,
+)
+from engram_jax.config.serving_schema import (
+    ALL_LAYERS,
+    DEVICE,
+    DISK,
+    HOST,
+    ROW_FORMATS,
+    SECRETS,
+    ServeConfig,
 )
 from engram_jax.config.training_schema import (
     CONSTANT,
@@ -100,6 +102,7 @@ __all__ = [
     "ROWWISE_ADAM",
     "ROW_FORMATS",
     "SCONE",
+    "SECRETS",
     "SHUFFLED",
     "STEP",
     "TASKS",

@@ -33,6 +33,12 @@ def one_of(choices: Sequence[str]) -> str:
     return "one of " + ", ".join(repr(choice) for choice in choices)
 
 
+def did_you_mean(names: Sequence[str]) -> str:
+    """The end of a message about an unknown name: "did you mean a, b or c?"; "" without any."""
+    several = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
+    return f"did you mean {several}?" if names else ""
+
+
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raises UserError, naming a key of the configuration, its value and what is allowed, unless
     the condition holds."""

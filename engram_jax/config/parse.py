@@ -8,11 +8,11 @@ from typing import Any
 
 import ml_collections
 
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, did_you_mean
+from engram_jax.config.keys import nearest_keys, section_types, type_name
 from engram_jax.config.schema import Config
+from engram_jax.config.serving_schema import HIDDEN, SECRETS
 from engram_jax.config.validate import validate
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def default_config_dict() -> ml_collections.ConfigDict:
@@ -21,7 +21,8 @@ def default_config_dict() -> ml_collections.ConfigDict:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON-able values (tuples stay tuples)."""
+    """The configuration as plain JSON-able values (tuples stay tuples), as it may be recorded: of
+    secrets it only says that there are some (HIDDEN)."""
     return _as_dict(config)
 
 
@@ -40,21 +41,11 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return built
 
 
-def section_types(hint: Any) -> dict[str, Any]:
-    """Key -> type of a section; {} for the type of a plain value."""
-    return typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
-
-
-def type_name(hint: Any) -> str:
-    """The name of a value's type in error messages."""
-    items = typing.get_args(hint)
-    return f"a list, each {_TYPE_NAMES[items[0]]}" if items else _TYPE_NAMES[hint]
-
-
-def _as_dict(value: Any) -> Any:
+def _as_dict(value: Any, prefix: str = "") -> Any:
     if dataclasses.is_dataclass(value):
-        return {f.name: _as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return value
+        keys = [field.name for field in dataclasses.fields(value)]
+        return {key: _as_dict(getattr(value, key), f"{prefix}{key}.") for key in keys}
+    return (HIDDEN,) * len(value) if prefix.rstrip(".") in SECRETS else value
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
@@ -64,8 +55,10 @@ def _build(cls: type, values: Any, where: str) -> Any:
     out = {}
     for key, value in values.items():
         if key not in hints:
-            allowed = ", ".join(sorted(hints))
-            raise UserError(f"{where}.{key}: unknown key; allowed: {allowed}")
+            near = nearest_keys(f"{where}.{key}".removeprefix("config."))
+            hint = did_you_mean([f"config.{name}" for name in near])
+            hint = hint or f"allowed: {', '.join(sorted(hints))}"
+            raise UserError(f"{where}.{key}: unknown key; {hint}")
         build = _build if section_types(hints[key]) else _coerce
         out[key] = build(hints[key], value, f"{where}.{key}")
     return cls(**out)
@@ -80,5 +73,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not is_bool:
         return float(value)
     if not isinstance(value, hint) or is_bool != (hint is bool):
-        raise UserError(f"{where} = {value!r}: must be {type_name(hint)}")
+        raise UserError(f"{told(where, value)}: must be {type_name(hint)}")
     return value
+
+
+def told(where: str, value: Any) -> str:
+    """A key ("config.train.steps") and its value in a message."""
+    secret = where.removeprefix("config.") in SECRETS
+    return where if secret else f"{where} = {value!r}"

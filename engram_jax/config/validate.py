@@ -29,23 +29,18 @@ from engram_jax.config.memory_schema import (
     SCONE,
     SHUFFLED,
     V41,
-    EngramConfig,
 )
 from engram_jax.config.schema import (
-    ALL_LAYERS,
-    DEVICE,
     DIFFICULTIES,
-    DISK,
-    HOST,
     TASKS,
     Config,
     DataConfig,
     FeedForwardConfig,
     GenerateConfig,
-    ServeConfig,
     TasksConfig,
     TokenizerConfig,
 )
+from engram_jax.config.serving_schema import DEVICE, DISK, HOST, SECRETS
 from engram_jax.config.training_schema import (
     DENSE_ADAM,
     FROZEN,
@@ -54,6 +49,7 @@ from engram_jax.config.training_schema import (
     TrainConfig,
 )
 from engram_jax.config.validate_memory import validate_memory
+from engram_jax.config.validate_serving import validate_serving
 from engram_jax.config.validate_training import validate_training
 from kernels_pallas.dispatch import IMPLEMENTATIONS
 from kernels_pallas.engram_gate.quantise import RECIPES
@@ -132,7 +128,7 @@ def validate(config: Config) -> None:
         if type(value) is int:
             bits = 62 if key in _MAY_BE_LONG else 31
             require(abs(value) < 1 << bits, key, value, f"below 2**{bits}")
-        if isinstance(value, str):
+        if isinstance(value, str) and key not in SECRETS:
             require("\0" not in value, key, value, "text without a NUL character")
     for section, keys in _POSITIVE.items():
         for key in keys.split():
@@ -171,7 +167,7 @@ def validate(config: Config) -> None:
     _train(config.train, config.data.batch_size)
     validate_training(config)
     _generate(config.generate, config.tokenizer.vocab_size)
-    _serve(config.serve, config.model.engram)
+    validate_serving(config.serve, config.model.engram)
 
 
 def _feed_forward(ffn: FeedForwardConfig, layers: int) -> None:
@@ -291,37 +287,6 @@ def _generate(generate: GenerateConfig, vocab: int) -> None:
     require(0 < generate.top_p <= 1, "generate.top_p", generate.top_p, "in (0, 1]")
     whole = f"in [0, {vocab}] (tokenizer.vocab_size; 0 = all)"
     require(0 <= generate.top_k <= vocab, "generate.top_k", generate.top_k, whole)
-
-
-def _serve(serve: ServeConfig, engram: EngramConfig) -> None:
-    one = -(-serve.capacity // serve.page)  # 0 if the checkpoint decides the capacity
-    room = f"0, or at least the {one} of one sequence (serve.capacity / serve.page)"
-    require(serve.pages == 0 or serve.pages >= one, "serve.pages", serve.pages, room)
-    several = serve.prefill_sequences <= serve.sequences
-    at_most = f"at most serve.sequences = {serve.sequences}"
-    require(several, "serve.prefill_sequences", serve.prefill_sequences, at_most)
-    require(0 <= serve.port < 2**16, "serve.port", serve.port, "from 0 to 65535")
-    for key in ("device_cache", "host_cache"):
-        share = getattr(serve, key)
-        require(share <= 1, f"serve.{key}", share, "a share of the rows, from 0 to 1")
-        off_device = share == 0 or serve.memory != DEVICE
-        require(off_device, f"serve.{key}", share, "0 with serve.memory = 'device'")
-    on_disk = serve.host_cache == 0 or serve.memory == DISK
-    require(on_disk, "serve.host_cache", serve.host_cache, "0 unless serve.memory = 'disk'")
-    needs_file = serve.memory != DISK or serve.memory_file
-    a_file = "what --mode=export-memory wrote, for serve.memory = 'disk'"
-    require(bool(needs_file), "serve.memory_file", "", a_file)
-    read = bool(engram.layers) or not serve.memory_file
-    require(read, "serve.memory_file", serve.memory_file, "'' for a model without Engram layers")
-    counted = serve.device_cache == 0 or serve.frequency_file
-    a_file = "what --mode=count-memory wrote, for serve.device_cache"
-    require(bool(counted), "serve.frequency_file", "", a_file)
-    layers = (*engram.layers, ALL_LAYERS)
-    for layer in serve.off_layers:
-        require(layer in layers, "serve.off_layers", layer, f"among {layers} (-1 = all)")
-    for order in serve.off_orders:
-        allowed = f"among model.engram.orders = {engram.orders}"
-        require(order in engram.orders, "serve.off_orders", order, allowed)
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

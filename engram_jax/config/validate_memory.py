@@ -21,12 +21,8 @@ from engram_jax.config.memory_schema import (
     EngramConfig,
     ProductKeyConfig,
 )
-from engram_jax.config.schema import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ServeConfig,
-)
+from engram_jax.config.schema import Config, DataConfig, ModelConfig
+from engram_jax.config.serving_schema import ServeConfig
 from engram_jax.config.training_schema import (
     DENSE_ADAM,
     FROZEN,

@@ -20,7 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engram_jax.hardware.interrupts import INTERRUPTED, end_within, ends_by_itself
+from engram_jax.hardware.interrupts import (
+    INTERRUPTED,
+    end_within,
+    ends_by_itself,
+    interrupted_line,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -113,7 +118,7 @@ class Preemption:
             end_within(0, self._nothing_to_save())
             raise Preempted(0)
         if again:
-            end_within(INTERRUPTED, "error: interrupted")
+            end_within(INTERRUPTED, f"error: {interrupted_line()}")
             raise KeyboardInterrupt
 
     def _nothing_to_save(self) -> str:

@@ -6,9 +6,10 @@ import importlib.util
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -83,6 +84,19 @@ def warn(line: str) -> None:
     """Print a warning on standard error, on process 0 only."""
     if jax.process_index() == 0:
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def stages(stream: TextIO | None = None) -> Callable[[str], None]:
+    """What prints lines that say what the program is doing, each with the seconds since this call.
+    stream: standard output by default; on process 0 only."""
+    began = time.monotonic()
+
+    def tell(line: str) -> None:
+        if jax.process_index() == 0:
+            passed = time.monotonic() - began
+            print(f"[{passed:5.1f} s] {line}", file=stream or sys.stdout, flush=True)
+
+    return tell
 
 
 def _on_tpu() -> bool:

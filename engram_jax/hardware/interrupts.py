@@ -11,12 +11,15 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 INTERRUPTED = 130  # exit status, as a shell's
 _SECONDS = 5.0
 _arrived = threading.Event()  # of the last signal
+_line = "interrupted"
 
 
 def end_at_once() -> None:
@@ -30,6 +33,33 @@ def raise_interrupts() -> None:
     went astray. Main thread only."""
     print_no_dropped_signal()
     signal.signal(signal.SIGINT, _raise)
+
+
+def tell_when_interrupted(what: str) -> None:
+    """From here on the line of Ctrl-C says this, too: what is kept, and how to go on."""
+    global _line
+    _line = f"interrupted; {what}"
+
+
+def interrupted_line() -> str:
+    """The line that tells of Ctrl-C, without "error: "."""
+    return _line
+
+
+@contextmanager
+def ending_on_sigterm(line: str) -> Iterator[None]:
+    """Inside, SIGTERM ends the process at once with a line and status 0: there is nothing to clean
+    up. Main thread only."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        os.write(2, f"SIGTERM: {line}\n".encode())
+        os._exit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def print_no_dropped_signal() -> None:
@@ -68,5 +98,5 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    end_within(INTERRUPTED, "error: interrupted")
+    end_within(INTERRUPTED, f"error: {_line}")
     raise KeyboardInterrupt

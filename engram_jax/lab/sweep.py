@@ -18,6 +18,11 @@ from engram_jax.lab.report import write_report
 from engram_jax.lab.runner import Sweep
 from engram_jax.lab.status import Screen, all_of, rates, summary
 
+KEPT = (
+    "the runs that are finished are kept, the one under way goes on from its last checkpoint: the"
+    " same command goes on"
+)
+
 # Keys that a sweep sets for each of its runs, and what does so.
 _SET = {
     "name": "which names its runs",
@@ -68,6 +73,8 @@ def run_sweep(
         return _report(plan.whole())
     done = sweep.run()
     print(f"{rates(sweep)}; {summary(sweep)}")
+    if sweep.stopping:
+        print(f"stopped; {KEPT}")
     _report(plan.whole())
     return done
 

@@ -21,9 +21,11 @@ from ml_collections.config_flags import tuple_parser
 
 from engram_jax import config as config_lib
 from engram_jax.checkpoint.workdir import RUN
-from engram_jax.config.errors import UserError, shown
+from engram_jax.config.errors import UserError, did_you_mean, shown
 from engram_jax.config.given_files import local_path
-from engram_jax.hardware.interrupts import ends_by_itself
+from engram_jax.config.keys import nearest, nearest_keys, types_of_keys
+from engram_jax.config.parse import told
+from engram_jax.hardware.interrupts import INTERRUPTED, ends_by_itself, interrupted_line
 from engram_jax.hardware.platforms import without_tpu
 from kernels_pallas.dispatch import UnsupportedError
 
@@ -34,6 +36,12 @@ _OF_THE_MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE),
     *(errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE),
 )
+
+# Where config_flags looks for overrides (its `sys_argv`): sys.argv, when it is read. Looking there
+# itself, it opens flag files while modules are imported, and their faults are tracebacks.
+ARGV: list[str] = []
+
+_LONGEST_FLAG = 100  # characters; none of ours is half as long
 
 _READERS: dict[type, Callable[[str], Any]] = {
     bool: flags.BooleanParser().parse,
@@ -52,24 +60,42 @@ def parse_command_line(
     config_flag: names a config_flags file flag; where only the --workdir of a run is given, the
       run's own configuration takes its place (run_record.get_config).
     """
+    try:
+        argv = flag_values.read_flags_from_files(argv, force_gnu=False)
+    except (flags.Error, OSError) as error:
+        raise UserError(f"--flagfile: {one_line(error).removeprefix('ERROR:: ')}") from None
     argv = _with_config_of_run(list(argv), config_flag)
+    argv = _with_lists(argv, config_flag)
+    sys.argv = ARGV[:] = argv
     for name, value in _arguments(argv):
         if name == config_flag:
             config_file(config_flag, value or "")
         section, _, key = name.partition(".")
         if key and section in (config_flag, f"no{config_flag}"):
             _check_override(config_flag, key, value, negated=section != config_flag)
+        elif len(name) > _LONGEST_FLAG:  # absl's own search for a similar one recurses into it
+            raise _unknown_flag(name, flag_values, config_flag)
     try:
         rest = flag_values(argv)
     except flags.UnrecognizedFlagError as error:
-        known = flag_values.get_flags_for_module(flag_values.find_module_defining_flag(config_flag))
-        names = sorted(f"--{flag.name}" for flag in known if "." not in flag.name)
-        allowed = ", ".join([f"--{config_flag}.KEY", *names])
-        raise UserError(f"--{error.flagname}: unknown flag; allowed: {allowed}") from None
+        raise _unknown_flag(error.flagname, flag_values, config_flag) from None
     except (flags.Error, ValueError, TypeError) as error:
         raise UserError(one_line(error)) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: must be of the form --flag=value")
+
+
+def _unknown_flag(name: str, flag_values: flags.FlagValues, config_flag: str) -> UserError:
+    """Says what a wrong flag may mean: keys of that name, else the most similar flag, else key."""
+    known = flag_values.get_flags_for_module(flag_values.find_module_defining_flag(config_flag))
+    names = sorted(flag.name for flag in known if "." not in flag.name)
+    keys = [f"--{config_flag}.{key}" for key in nearest_keys(name)]
+    same = [key for key in keys if key.endswith(f".{name.replace('-', '_')}")]
+    similar = nearest(name.replace("-", "_"), names)
+    allowed = ", ".join([f"--{config_flag}.KEY", *(f"--{known}" for known in names)])
+    hint = did_you_mean(same or ([f"--{similar}"] if similar else keys))
+    hint = hint or f"allowed: {allowed}; --help lists them, and the keys"
+    return UserError(f"--{shown(name)}: unknown flag; {hint}")
 
 
 def config_of(value: Any, config_flag: str) -> config_lib.Config:
@@ -125,7 +151,7 @@ def reported(function: Callable[..., T]) -> Callable[..., T]:
             _stop(f"config.model.kernels = 'pallas': {one_line(error)}")
         except KeyboardInterrupt:
             ends_by_itself()
-            _stop("interrupted; the same command goes on from the last checkpoint", status=130)
+            _stop(interrupted_line(), status=INTERRUPTED)
         except BrokenPipeError:  # `| head`: the reader is gone, and would not see a message
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -195,8 +221,27 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
         return argv
     file = Path(__file__).parent.parent / "checkpoint" / "run_record.py"
     own = f"--{config_flag}={file}:{given.get('step') or 'latest'}:{workdir}"
-    sys.argv = [argv[0], own, *argv[1:]]  # config_flags looks there for overrides
-    return sys.argv
+    return [argv[0], own, *argv[1:]]
+
+
+def _with_lists(argv: list[str], config_flag: str) -> list[str]:
+    """The command line with each list of texts as config_flags reads it: --config.KEY=a,b is a
+    tuple of two texts, which it takes for one text or refuses. A Python literal is left alone, and
+    what has spaces: a comma may be part of the text."""
+    texts = [key for key, hint in types_of_keys().items() if hint == tuple[str, ...]]
+    names = {f"{config_flag}.{key}" for key in texts}
+    out = list(argv)
+    for i, argument in enumerate(argv[1:], 1):
+        if argument == "--":
+            break
+        name, given, value = argument.partition("=")
+        if not argument.startswith("-") or name.lstrip("-") not in names:
+            continue
+        at = i if given else i + 1
+        value = value if given else "".join(argv[at : at + 1])
+        if value and value[0] not in "([\"'" and not any(map(str.isspace, value)):
+            out[at] = f"{name}={value.split(',')!r}" if given else repr(value.split(","))
+    return out
 
 
 def config_file(config_flag: str, value: str) -> ConfigDict:
@@ -241,8 +286,10 @@ def _check_override(config_flag: str, key: str, value: str | None, *, negated: b
         section = config_lib.section_types(hint)
         if name not in section:
             there = ".".join([config_flag, *names[:i]])
+            near = [f"--{config_flag}.{other}" for other in nearest_keys(key)] if section else []
             allowed = f"{there} has {', '.join(section)}" if section else f"{there} is a value"
-            raise UserError(f"{config_flag}.{key}: unknown key {name!r}; {allowed}")
+            hint = did_you_mean(near) or allowed
+            raise UserError(f"{config_flag}.{shown(key)}: unknown key {name!r}; {hint}")
         hint = section[name]
     if section := config_lib.section_types(hint):
         raise UserError(
@@ -256,4 +303,4 @@ def _check_override(config_flag: str, key: str, value: str | None, *, negated: b
     try:
         _READERS[tuple if hint not in _READERS else hint](value)
     except (ValueError, TypeError):
-        raise UserError(f"{config_flag}.{key} = {value!r}: must be {wanted}") from None
+        raise UserError(f"{told(f'{config_flag}.{key}', value)}: must be {wanted}") from None

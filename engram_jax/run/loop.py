@@ -190,6 +190,7 @@ class Run:
     ):
         self.config, self.workdir, self.log = launch.config, launch.workdir, launch.log
         self.preemption = preemption or Preemption(self.log)  # not entered: handles no signal
+        self.started = launch.started or time.monotonic()
         self.program, self.checkpointer = program, checkpointer
         self.iterator = data.train_iterator(program.mesh)
         self.state, origin = self._start(ancestor)
@@ -237,12 +238,17 @@ class Run:
             return start_from(self.program, ancestor, self.log)
         if latest is None:
             return create_state(self.program), None
+        self._stage(f"reading checkpoint {latest}")
         restored = table_order.restore(
             self.program, self.checkpointer, latest, abstract_state(self.program)
         )
         self.iterator.set_state(cast(dict[str, Any], restored.iterator))
         self.log(f"resumed from step {latest} in {self.workdir}")
         return restored.state, None
+
+    def _stage(self, line: str) -> None:
+        """Log what takes a while before the first step, with the seconds since the start."""
+        self.log(f"[{time.monotonic() - self.started:5.1f} s] {line}")
 
     def loop(self) -> TrainState:
         """Train to the last step, or until SIGTERM; returns the state, saved as a checkpoint."""
@@ -260,6 +266,8 @@ class Run:
             if self.preemption.agreed():
                 self._preempted(step, pending, progress)
                 return
+            if step == self.first_step:
+                self._stage("compiling the training step")
             self.monitors.begin(step)
             before = copy.deepcopy(self.iterator.get_state())
             host_batch = next(self.iterator)

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from engram_jax.serve.row_fetch import LayerMemory
 from engram_jax.serve.scheduler import Schedule
 from engram_jax.serve.scheduler import Sequence as Running
 from engram_jax.serve.text_stream import TextStream
+from engram_jax.serve.warm_up import ROUNDS, Announced
 from engram_jax.sharding.rules import P
 
 
@@ -197,15 +198,17 @@ class Engine:
         finally:
             self.cancel(number)
 
-    def warm_up(self) -> None:
-        """Compile what ordinary requests need, so that the first one does not have to wait."""
-        for logprobs in (None, 0):
-            params = SamplingParams(max_tokens=2, logprobs=logprobs, ignore_eos=True)
-            self.generate([[0]], params)
-        drawn = SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True)
-        ruled = SamplingParams(max_tokens=2, presence_penalty=1.0, ignore_eos=True)
-        self.generate([[0], [0]], [drawn, ruled])
-        if self._steps.units:
+    def warm_up(self, tell: Callable[[str], None] = lambda line: None) -> None:
+        """Compile what ordinary requests need, so that the first one does not have to wait. tell:
+        is given a line for each program."""
+        steps = self._steps
+        self._steps = cast(EngineSteps, Announced(steps, tell))
+        try:
+            for params in ROUNDS:
+                self.generate([[0]] * len(params), params)
+        finally:
+            self._steps = steps
+        if steps.units:
             self._state.keep_tails([])
             self._state.restore_tails([])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,15 +30,25 @@ if TYPE_CHECKING:  # of the extra `serve`
     from engram_jax.memory.store.memory_file import MemoryFile
 
 
-def open_engine(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> Engine:
+Tell = Callable[[str], None]
+
+
+def _nothing(line: str) -> None:
+    pass
+
+
+def open_engine(
+    config: Config, workdir: Path, step: str, accept: Sequence[str] = (), tell: Tell = _nothing
+) -> Engine:
     """The engine of a run's checkpoint; config.serve says where its tables are stored.
 
-    accept: keys or sections of `config` that may differ from what the run was trained with.
+    accept: keys or sections of `config` that may differ from what the run was trained with. tell:
+    is given a line for each part that may take long.
 
     Raises UserError without a checkpoint, or for another model's memory file.
     """
     check_memory(config, config.serve.capacity or config.data.seq_len)
-    return make_engine(load_for(config, workdir, step, accept), config.serve)
+    return make_engine(load_for(config, workdir, step, accept, tell), config.serve, tell=tell)
 
 
 def check_memory(config: Config, capacity: int) -> None:
@@ -46,7 +57,9 @@ def check_memory(config: Config, capacity: int) -> None:
     agree(lambda: check_serving(config, capacity, device_bytes(), machine_bytes()))
 
 
-def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> LoadedModel:
+def load_for(
+    config: Config, workdir: Path, step: str, accept: Sequence[str] = (), tell: Tell = _nothing
+) -> LoadedModel:
     """The weights, and the tables where config.serve wants them, unless they come from a memory
     file or are all off.
 
@@ -64,19 +77,23 @@ def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = (
     rows: str | None = DEVICE if serve.memory == DEVICE else HOST
     if serve.memory_file or all(map(serve.is_off, config.model.engram.layers)):
         rows = None
-    return load_model(config, workdir, step, rows=rows, accept=accept)
+    return load_model(config, workdir, step, rows=rows, accept=accept, tell=tell)
 
 
-def make_engine(trained: LoadedModel, serve: ServeConfig, warn: Warn = processes.warn) -> Engine:
+def make_engine(
+    trained: LoadedModel, serve: ServeConfig, warn: Warn = processes.warn, tell: Tell = _nothing
+) -> Engine:
     """An engine over weights and tables from `load_for`. warn: called with lines for the user.
 
     Raises UserError for rows, weights and lengths that do not match (serve/compatibility.py).
     """
-    return _engine(trained, with_capacity(trained, serve, warn), warn)
+    return _engine(trained, with_capacity(trained, serve, warn), warn, tell)
 
 
-def _engine(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Engine:
+def _engine(trained: LoadedModel, serve: ServeConfig, warn: Warn, tell: Tell) -> Engine:
     program, weights = trained.program, trained.weights
+    if key := _stored(serve):
+        tell(f"opening the tables: {key}")
     memory = _memories(trained, serve, warn)
     steps = EngineSteps(program, serve)
     return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
@@ -110,12 +127,14 @@ def print_continuation(
     """Stream a prompt's continuation to standard output. accept: as in `open_engine`."""
     one = dataclasses.replace(config.serve, sequences=1, prefill_sequences=1, pages=0)
     check_memory(dataclasses.replace(config, serve=one), config.generate.max_tokens)
-    trained = load_for(config, workdir, step, accept)
+    tell = processes.stages(sys.stderr)  # standard output is the text
+    trained = load_for(config, workdir, step, accept, tell)
     ids = trained.tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise UserError("prompt: must have at least one token")
     warn, most = processes.warn, config.generate.max_tokens
-    engine = _engine(trained, for_one(trained, config.serve, len(ids), most, warn), warn)
+    engine = _engine(trained, for_one(trained, config.serve, len(ids), most, warn), warn, tell)
+    tell("compiling, then generating")
     deltas = engine.stream(ids, SamplingParams.of(config.generate))
     for piece in itertools.chain([prompt], map(_text, deltas), ["\n"]):
         if jax.process_index() == 0:  # every process decodes, one prints

@@ -7,7 +7,6 @@ when the device had run out of work.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,7 +139,6 @@ class Prefetch:
         if errors:
             self._waits["read_errors"] += len(errors)
             self.error = next(iter(errors.values()))
-            logging.error("rows of the memory could not be read: %s", self.error)
         read = next(iter(parts.values()), None)
         shape = (*addresses.shape[1:], self._dim)
         nothing = jnp.zeros(shape) if read is None else jnp.zeros_like(read)

@@ -201,8 +201,9 @@ IMPOSSIBLE = [
     ("generate.top_k=-1", "-1", "in [0, 300]"),
     ("generate.top_k=301", "301", "in [0, 300]"),
     # Keys that are none.
-    ("trian.steps=5", "unknown key 'trian'", "train"),
-    ("train.step=5", "unknown key 'step'", "config.train has steps"),
+    ("trian.steps=5", "unknown key 'trian'", "did you mean --config.train.steps?"),
+    ("train.step=5", "unknown key 'step'", "did you mean --config.train.steps?"),
+    ("train.x=5", "unknown key 'x'", "config.train has steps"),
     ("train.steps.many=5", "unknown key 'many'", "config.train.steps is a value"),
     ("serve.sequences=0", "0", "positive"),
     ("serve.capacity=-1", "-1", "0 or more"),
@@ -221,6 +222,9 @@ IMPOSSIBLE = [
     ("serve.host=", "''", "not empty"),
     ("serve.port=65536", "65536", "from 0 to 65535"),
     ("serve.port=-1", "-1", "from 0 to 65535"),
+    ("serve.api_key=x", "only for --mode=serve"),
+    ("serve.cors_origins=example.org", "'example.org'", "'*', or origins such as"),
+    ("serve.log_level=loud", "'loud'", "'info', 'warning', 'error'"),
     ("serve.max_body=0", "0", "positive"),
     ("serve.max_answer=0", "0", "positive"),
     ("serve.drain_seconds=-1", "-1", "0 or more"),
@@ -412,6 +416,7 @@ def test_the_table_knows_every_key():
     any_value = {"model.tie_embeddings", "model.hyper.transpose", "model.hyper.norm_gain"}
     any_value |= {"model.hyper.scale_init", "model.ffn.normalise_top_k", "train.count_models"}
     any_value |= {"serve.memory_file", "serve.frequency_file"}
+    any_value |= {"serve.access_log", "serve.api_key_file"}
     any_value |= {"serve.accept_other_memory", "serve.accept_longer", "serve.parse_special"}
     any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "train.hang_exit"}
     refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}

@@ -105,9 +105,13 @@ CASES = [
     ("train.loggers=('wandb','wandb')", "('wandb', 'wandb')", "different ones of"),
     ("train.loggers=(True,)", "True", "text"),
     # Keys that are not there.
-    ("train.init=/none", "unknown key 'init'", "config.train has steps, init_from"),
-    ("optimizer.lr_schedule=cosine", "unknown key 'lr_schedule'", "config.optimizer has"),
-    ("train.ema=0.9", "unknown key 'ema'", "config.train has"),
+    ("train.init=/none", "unknown key 'init'", "did you mean --config.train.init_from or"),
+    (
+        "optimizer.lr_schedule=cosine",
+        "unknown key 'lr_schedule'",
+        "did you mean --config.optimizer.schedule?",
+    ),
+    ("train.ema=0.9", "unknown key 'ema'", "did you mean --config.train.ema_decay or"),
 ]
 
 

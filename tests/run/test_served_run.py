@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from engram_jax.checkpoint.integrity import seal
 from engram_jax.checkpoint.load_model import load_model
 from engram_jax.memory.store.memory_file import open_memory, write_memory
 from engram_jax.memory.store.read_counts import load_frequency, save_frequency
-from tests.runs import environment, launched, refused, small_config, small_run
+from tests.runs import environment, launched, refused, small_config, small_run, without_stages
 
 PROMPT = "document 3\nabcd"
 
@@ -41,13 +42,14 @@ def generated(corpus, workdir, step="best", **serve):
     arguments = small_run(corpus, workdir, generate__max_tokens=24, generate__temperature=0.9)
     arguments.append("--config.serve.accept_longer=True")  # trained on 16 tokens
     arguments += [f"--config.serve.{key}={value}" for key, value in serve.items()]
-    return launched(*arguments, "--mode=generate", f"--step={step}", f"--prompt={PROMPT}")
+    done = launched(*arguments, "--mode=generate", f"--step={step}", f"--prompt={PROMPT}")
+    return dataclasses.replace(done, err=without_stages(done.err))
 
 
 def refused_at_last(outcome, *words):
     """As `refused`, after the warning that the text is longer than was trained on."""
-    assert outcome.code == 2 and outcome.out == ""
-    *warnings, line = outcome.err.splitlines()
+    assert outcome.code == 2 and without_stages(outcome.out) == ""
+    *warnings, line = without_stages(outcome.err).splitlines()
     assert line.startswith("error: ") and all(w.startswith("warning: ") for w in warnings)
     for word in words:
         assert word in line
@@ -201,7 +203,7 @@ def test_files_of_others_are_refused(corpus, undisturbed, made, tmp_path):
     other += ["--config.serve.memory=disk", f"--config.serve.memory_file={made[0]}"]
     other += ["--accept_changes=model.engram.seed"]
     outcome = launched(*other, "--mode=generate", "--prompt=a")
-    warning, line = outcome.err.splitlines()
+    warning, line = without_stages(outcome.err).splitlines()
     assert outcome.code == 2 and outcome.out == ""
     assert warning == (
         "warning: other settings than the run's: config.model.engram.seed is 0 there and 9 here"

@@ -95,8 +95,9 @@ def test_a_damaged_file_is_no_answer(tmp_path):
         assert "memory.safetensors" in answer.error and "\n" not in answer.error
 
 
-def test_a_file_that_is_copied_over_is_no_answer_either(tmp_path):
-    """The server goes on, says so, and is well again with the file that it opened."""
+def test_a_file_that_is_copied_over_is_no_answer_either(tmp_path, caplog):
+    """The server goes on, says so, and is well again with the file that it opened. Which file it is
+    stands in its log, under the request's id, and in nothing that a client is sent."""
     program, weights = model()
     file = memory_file(tmp_path)
     path = tmp_path / "memory.safetensors"
@@ -110,12 +111,21 @@ def test_a_file_that_is_copied_over_is_no_answer_either(tmp_path):
         path.write_bytes((tmp_path / "other").read_bytes())
         answer = web.complete([1, 2, 3], temperature=0)
         assert answer.status == 500 and answer.error["type"] == "server_error"
-        assert str(path) in answer.error["message"] and "was changed" in answer.error["message"]
-        (event,) = web.complete([1, 2, 3], stream=True).events
-        assert str(path) in event["error"]["message"]
+        told = "rows of the memory could not be read; the server's log says which"
+        assert answer.error["message"] == told
+        stream = web.complete([1, 2, 3], stream=True)
+        (event,) = stream.events
+        assert event["error"]["message"] == told
+        ids = [answer.json["request_id"], event["request_id"]]
+        assert ids == [a.headers["x-request-id"] for a in (answer, stream)]
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == len(ids)
+        for line, number in zip(lines, ids, strict=True):
+            assert line.startswith(f"request {number}: {path}: layer 1, tensor")
+            assert "was changed" in line
         health = web.get("/health")
-        assert (health.status, health.json["status"]) == (200, "degraded")
-        assert str(path) in health.json["memory"]
+        assert (health.status, health.json) == (200, {"status": "degraded", "memory": told})
+        assert str(tmp_path).encode() not in answer.body + stream.body
         assert web.stats()["engram_read_errors"] == 2
         path.write_bytes(first)
         again = web.complete([1, 2, 3], temperature=0, return_token_ids=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,11 @@ def test_a_signal_lets_what_runs_finish(processes, name, number):
     assert got.startswith("HTTP/1.1 200") and "data: [DONE]" in got and '"error"' not in got
     assert got.count('"finish_reason":"length"') == SEQUENCES
     out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (0, "ended\n", "")
+    assert (process.returncode, err) == (0, "")
+    first, *_, last, end = out.splitlines()
+    assert first == f"{number.name}: 1 request left, at most 30 s; a second signal ends at once"
+    assert re.fullmatch(rf"{number.name}: all are answered, after \d+\.\d s", last)
+    assert end == "ended"
 
 
 def test_what_takes_too_long_is_cancelled(processes):
@@ -90,7 +95,11 @@ def test_what_takes_too_long_is_cancelled(processes):
     error = next(line for line in got.splitlines() if line.startswith('data: {"error"'))
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
     out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (0, "ended\n", "")
+    assert (process.returncode, err) == (0, "")
+    first, *_, last, end = out.splitlines()
+    assert first.startswith("SIGTERM: 1 request left, at most 0.1 s; ")
+    assert re.fullmatch(r"SIGTERM: 1 request cut off, after \d+\.\d s", last)
+    assert end == "ended"
 
 
 def test_a_second_signal_ends_it_at_once(processes):

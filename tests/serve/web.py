@@ -13,6 +13,7 @@ import string
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engram_jax.serve.http import server
 from engram_jax.serve.http.engine_thread import EngineThread
-from engram_jax.serve.http.responses import Limits
+from engram_jax.serve.http.responses import Limits, Rules
 from engram_jax.serve.http.routes import App
 from tests.tiny import VOCAB
 
@@ -79,13 +80,18 @@ class Answer:
 
 
 class Client:
+    """headers: of every request that is not given others."""
+
+    headers: Mapping[str, str] = {}
+
     def __init__(self, port: int):
         self.port = port
 
     def send(self, method: str, path: str, body: Any = None, headers: Any = None) -> Answer:
+        headers = self.headers if headers is None else headers
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, headers)
             answer = connection.getresponse()
             lowered = {k.lower(): v for k, v in answer.getheaders()}
             return Answer(answer.status, lowered, answer.read())
@@ -139,8 +145,11 @@ def read_all(connection: socket.socket) -> bytes:
 class Running(Client):
     """A server in a thread; ends with the block."""
 
-    def __init__(self, engine: Any, limits: Limits | None = None):
+    def __init__(self, engine: Any, limits: Limits | None = None, rules: Rules | None = None):
         self.engine, self.limits = engine, limits or Limits(seconds=1.0, sequences=QUEUE)
+        self.rules = rules
+        if rules is not None and rules.api_keys:
+            self.headers = {"Authorization": f"Bearer {rules.api_keys[0]}"}
 
     def __enter__(self) -> Running:
         engine = self.engine
@@ -148,13 +157,14 @@ class Running(Client):
         sock.listen()
         super().__init__(sock.getsockname()[1])
         self.runner = EngineThread(engine)
-        app = App(self.runner, engine, self.limits)
+        app = App(self.runner, engine, self.limits, self.rules)
         ready = threading.Event()
         limits = self.limits
         self._server = server.Server(
             app.asgi,
             limits.seconds,
             ready.set,
+            app.asgi.refused,
             write_seconds=limits.seconds,
             connections=limits.connections,
         )

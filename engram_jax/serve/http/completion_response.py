@@ -184,16 +184,21 @@ class Choice:
 
 
 class Answer:
-    """The whole answer to a request: objects to send."""
+    """The whole answer to a request: objects to send. request_id: where the request has none."""
 
     def __init__(
-        self, request: CompletionRequest, model: str, tokenizer: Any, eos: int | None = None
+        self,
+        request: CompletionRequest,
+        model: str,
+        tokenizer: Any,
+        eos: int | None = None,
+        request_id: str | None = None,
     ):
         texts = TokenTexts(tokenizer, request.tokens_as_ids)
         self._request = request
         self.choices = [Choice(request, i, texts, eos) for i in range(len(request.params))]
         self._head = {
-            "id": f"cmpl-{request.request_id or uuid.uuid4().hex}",
+            "id": f"cmpl-{request.request_id or request_id or uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,

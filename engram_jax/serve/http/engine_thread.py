@@ -21,6 +21,7 @@ Listener = Callable[[int, Delta], None]
 """Told of every delta, with the sequence's place in its group. Called on the engine's thread: it
 must return at once (`asyncio` gets it by `loop.call_soon_threadsafe`)."""
 
+LOG = logging.getLogger(__name__)
 FAILED = "the engine has failed; the server's log says why"
 CLOSED = "the server is shutting down"
 STATS_EVERY = 0.1  # seconds
@@ -75,6 +76,7 @@ class EngineThread:
         self._failed = self._draining = self._closed = False
         self._stats: Mapping[str, float] = dict(engine.stats())
         self._stats_at = 0.0
+        self.cut = 0  # requests that `drain` cancelled
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -88,6 +90,13 @@ class EngineThread:
     def stats(self) -> Mapping[str, float]:
         """The engine's, at most `STATS_EVERY` s and one step old: asking does not wait for it."""
         return self._stats
+
+    @property
+    def left(self) -> int:
+        """Requests that have not ended."""
+        # The engine's thread changes it without the lock; `list` is one step to Python.
+        groups = [*list(self._open.values()), *self._submitted]
+        return len({id(group) for group, _ in groups})
 
     def submit(self, sequences: Sequences, listener: Listener) -> Group:
         """Queue all of `sequences` (prompt, parameters) or none; does not wait for the answer."""
@@ -107,7 +116,8 @@ class EngineThread:
             self._changed.notify_all()
 
     def drain(self, timeout: float) -> bool:
-        """Refuse new requests, let the others finish for `timeout` s, then cancel what is left.
+        """Refuse new requests, let the others finish for `timeout` s, then cancel what is left
+        (`cut` says how many).
 
         Returns whether all finished in time.
         """
@@ -115,7 +125,7 @@ class EngineThread:
             self._draining = True
             done = self._changed.wait_for(lambda: not (self._open or self._submitted), timeout)
             if not done:
-                # The engine's thread changes it without the lock; `list` is one step to Python.
+                self.cut = self.left
                 self._ended += [group for group, _ in list(self._open.values())]
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._open, CANCEL_SECONDS)
@@ -141,7 +151,7 @@ class EngineThread:
                         raise RuntimeError(f"the engine is idle; not ended: {sorted(self._open)}")
                 self._note_stats()
         except BaseException:
-            logging.exception("the engine failed; requests are refused from now on")
+            LOG.exception("the engine failed; requests are refused from now on")
             self._failed, error = True, FAILED
         finally:
             self._end_all(error)
@@ -180,7 +190,7 @@ class EngineThread:
         except Exception as error:
             group.accepted.set_exception(error)
             if not isinstance(error, UserError | QueueFullError):
-                logging.exception("a request could not be submitted")
+                LOG.exception("a request could not be submitted")
             self._cancel(ids)
             return
         group.ids = tuple(ids)
@@ -200,7 +210,7 @@ class EngineThread:
         try:
             group.listener(place, delta)
         except Exception:  # for example, its event loop is closed
-            logging.exception("nobody takes the answer of a request; it is cancelled")
+            LOG.exception("nobody takes the answer of a request; it is cancelled")
             group.cancel()
 
     def _note_stats(self) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+MISTAKE = "internal error; the server's log says more under this request's id"
 SHOWN = 60  # characters of a wrong value in a message
 _IS_ID = re.compile("0|[1-9][0-9]{0,8}")
 
@@ -30,7 +31,14 @@ class ApiError(Exception):
         kind = "server_error" if status >= 500 else "invalid_request_error"
         if status == 429:
             kind = "rate_limit_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, Any] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
+
+    def of_request(self, request_id: str) -> ApiError:
+        """The same, which names the request beside the error: the log says more under that id."""
+        self.body["request_id"] = request_id
+        return self
 
 
 def parse_json(body: bytes) -> Fields:

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from engram_jax.serve.request import Delta, Finish
@@ -29,7 +30,10 @@ ENGINE: Mapping[str, tuple[str, str]] = {
     "generated_tokens": ("counter", "Tokens that were drawn, those that end answers included."),
     "rows_lookups": ("counter", "Rows of the memory that tokens needed."),
     "rows_hits_device": ("counter", "Of these, rows that were on the device."),
-    "rows_hits_host_cache": ("counter", "Rows found in the host's cache in front of the file."),
+    "rows_hits_host_cache": (
+        "counter",
+        "Found in the host's cache before the file, with padding.",
+    ),
     "rows_moved_rows": ("counter", "Rows moved to the device, those of padding included."),
     "rows_moved_bytes": ("counter", "Bytes moved to the device for them."),
     "rows_file_bytes": ("counter", "Bytes of the memory file that were read and verified."),
@@ -108,13 +112,15 @@ class Timing:
     """The times of one request's sequences.
 
     began: `time.monotonic()` of its arrival. accepted: set it when the engine has taken them.
+    sampled: tokens so far. finishes: of the sequences that have ended, by reason.
     """
 
     def __init__(self, metrics: Metrics, began: float, sequences: int):
         self._metrics, self._began = metrics, began
         self._last: dict[int, float] = {}  # place -> its last token's time
         self._open = set(range(sequences))
-        self.accepted = False
+        self.accepted, self.sampled = False, 0
+        self.finishes: Counter[str] = Counter()
 
     def note(self, place: int, delta: Delta) -> None:
         """What a sequence's delta says. Any thread."""
@@ -122,6 +128,7 @@ class Timing:
         with metrics.lock:
             if place not in self._open:
                 return
+            self.sampled += delta.sampled
             if delta.sampled:
                 last = self._last.get(place)
                 into = metrics.first if last is None else metrics.between
@@ -129,12 +136,14 @@ class Timing:
                 self._last[place] = now
             if delta.finish is not None:
                 self._open.discard(place)
+                self.finishes[delta.finish] += 1
                 metrics.finished[delta.finish] += 1
                 metrics.whole.add(now - self._began)
 
     def close(self) -> None:
         """What has not ended is cancelled."""
         with self._metrics.lock:
-            if self.accepted:
+            if self.accepted and self._open:
+                self.finishes[Finish.CANCELLED] += len(self._open)
                 self._metrics.finished[Finish.CANCELLED] += len(self._open)
             self._open.clear()

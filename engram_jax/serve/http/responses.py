@@ -43,6 +43,18 @@ class Limits:
     retry_after: int = 1
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Who may ask, and what is noted of it.
+
+    api_keys: () = everyone. cors_origins: whose pages may ask. access_log: a line per request.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    access_log: bool = True
+
+
 class DisconnectedError(Exception):
     """The client has gone."""
 
@@ -112,6 +124,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)  # what was cut off is noted before its line is logged
 
 
 def dumps(value: Any) -> bytes:

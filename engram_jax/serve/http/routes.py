@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,32 +25,36 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engram_jax import __version__
 from engram_jax.config.errors import UserError
 from engram_jax.serve.http import completion_request
+from engram_jax.serve.http.api_keys import KeyCheck
 from engram_jax.serve.http.arriving import Arriving
 from engram_jax.serve.http.bounds import check_answer_size, check_prompt_sizes
 from engram_jax.serve.http.completion_response import Answer
+from engram_jax.serve.http.cross_origin import cross_origin
 from engram_jax.serve.http.encode import SMALL, Encoder, pieces
 from engram_jax.serve.http.engine_thread import FAILED, ClosedError, EngineThread, Group, Steps
+from engram_jax.serve.http.exchange import Exchange
+from engram_jax.serve.http.front import Front, our_mistake
 from engram_jax.serve.http.json_fields import ApiError, Fields, parse_json, shown
 from engram_jax.serve.http.metrics import Metrics, Timing
 from engram_jax.serve.http.responses import (
     DisconnectedError,
     Limits,
-    check_framing,
+    Rules,
     error_response,
     json_response,
     read_body,
     while_connected,
 )
-from engram_jax.serve.http.streaming import stream, until_all_end
+from engram_jax.serve.http.streaming import UNREADABLE, stream, until_all_end
 from engram_jax.serve.http.tokenize_routes import detokenize, tokenize
 from engram_jax.serve.request import Delta, QueueFullError
 
+LOG = logging.getLogger(__name__)
 ROUTES = (
     "POST /v1/completions, /tokenize and /detokenize, GET /v1/models, /health, /version and"
     " /metrics"
 )
 NO_CHAT = "base models have no chat template; use POST /v1/completions"
-GONE = 499  # nginx's status for a client that went away: counted, not sent
 QUICK = 1 << 14  # bytes of a body that is parsed before larger ones
 JSON = [(b"content-type", b"application/json")]
 
@@ -73,12 +77,14 @@ class Served(Steps, Protocol):
 class App:
     """The routes of one engine. `asgi` is the application."""
 
-    def __init__(self, runner: EngineThread, engine: Served, limits: Limits):
+    def __init__(
+        self, runner: EngineThread, engine: Served, limits: Limits, rules: Rules | None = None
+    ):
+        rules = rules or Rules()
         self._runner, self._limits, self._engine = runner, limits, engine
         self._name, self._capacity = engine.name, engine.capacity
         self._tokenizer, self._eos = engine.tokenizer, engine.eos_id
         self._created = int(time.time())
-        self._responses: Counter[int] = Counter()
         self._times = Metrics()
         self._active = self._numbers = 0  # requests under way; numbers that their answers list
         self._arriving, self._encoder = Arriving(limits.bodies), Encoder()
@@ -96,20 +102,26 @@ class App:
             Route("/metrics", self._metrics),
         ]
         handlers: Any = {ApiError: _refused, HTTPException: _no_route, Exception: _our_mistake}
-        app = Starlette(routes=routes, exception_handlers=handlers)
-        app.router.redirect_slashes = False
-        self.asgi: ASGIApp = self._counted(app)
+        starlette = Starlette(routes=routes, exception_handlers=handlers)
+        starlette.router.redirect_slashes = False
+        app: ASGIApp = starlette
+        if rules.api_keys:
+            app = KeyCheck(app, rules.api_keys)
+        if rules.cors_origins:  # around the check: browsers send no key with a preflight
+            app = cross_origin(app, rules.cors_origins)
+        self.asgi = Front(app, access_log=rules.access_log)
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = await read_body(scope, receive, self._limits, self._arriving)
             with self._under_way():
                 request, numbers = await self._on_thread(body, partial(self._parse, body))
+                scope["exchange"].takes(request)
                 with self._listed(numbers):
                     answer = self._answer(request, numbers, scope, receive, send)
                     await while_connected(receive, answer)
         except DisconnectedError:
-            scope["counted_as"] = GONE
+            scope["exchange"].gone()
 
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[None]:
@@ -161,7 +173,7 @@ class App:
                     response = await self._on_thread(body, partial(made, body))
                     await response(scope, receive, send)
             except DisconnectedError:
-                scope["counted_as"] = GONE
+                scope["exchange"].gone()
 
         return answer
 
@@ -199,22 +211,25 @@ class App:
         """Queue the request and send its answer. However this ends, nothing of it goes on."""
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        timing = Timing(self._times, scope["began"], len(request.params))
+        exchange: Exchange = scope["exchange"]
+        timing, errors = Timing(self._times, exchange.began, len(request.params)), set[str]()
 
         def listen(place: int, delta: Delta) -> None:
             timing.note(place, delta)
+            if delta.error and delta.error not in errors:  # of a damaged row: with the file
+                errors.add(delta.error)
+                LOG.error("request %s: %s", exchange.request_id, delta.error)
             loop.call_soon_threadsafe(deltas.put_nowait, (place, delta))
 
         group = self._runner.submit(request.sequences, listen)
         try:
             await self._accepted(group)
             timing.accepted = True
-            answer = Answer(request, self._name, self._tokenizer, self._eos)
+            request_id = exchange.request_id
+            answer = Answer(request, self._name, self._tokenizer, self._eos, request_id)
             arriving = until_all_end(deltas, len(request.params))
             if request.stream:
-                failed = await stream(answer, arriving, send, self._encoder)
-                if failed is not None:
-                    scope["counted_as"] = failed
+                exchange.ended_as = await stream(answer, arriving, send, self._encoder, request_id)
                 return
             whole: list[list[Delta]] = [[] for _ in request.params]
             async for arrived in arriving:
@@ -230,6 +245,7 @@ class App:
         finally:
             group.cancel()
             timing.close()
+            exchange.completion_tokens, exchange.finishes = timing.sampled, timing.finishes
 
     async def _accepted(self, group: Group) -> None:
         try:
@@ -275,40 +291,16 @@ class App:
     async def _health(self, request: Request) -> Response:
         state = self._runner.state
         found = {"status": state}
-        if error := self._engine.memory_error:  # others are answered: no reason to restart it
-            found = {"status": "degraded" if state == "ok" else state, "memory": error}
+        if self._engine.memory_error:  # others are answered: no reason to restart it
+            found = {"status": "degraded" if state == "ok" else state, "memory": UNREADABLE}
         return json_response(found, 200 if state == "ok" else 503)
 
     async def _version(self, request: Request) -> Response:
         return json_response({"version": __version__})
 
     async def _metrics(self, request: Request) -> Response:
-        text = self._times.text(self._runner.stats(), self._responses, self._active)
+        text = self._times.text(self._runner.stats(), self.asgi.responses, self._active)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    def _counted(self, app: ASGIApp) -> ASGIApp:
-        """`app`, its responses counted by status when they end: `counted_as`, where the status that
-        was sent does not say how."""
-
-        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-            scope["began"], status = time.monotonic(), None
-
-            async def note(message: Any) -> None:
-                nonlocal status
-                if message["type"] == "http.response.start":
-                    status = message["status"]
-                await send(message)
-
-            try:
-                check_framing(scope)
-                await app(scope, receive, note)
-            except ApiError as error:  # of check_framing: the application answers its own
-                await error_response(error)(scope, receive, note)
-            finally:
-                if (ended := scope.get("counted_as", status)) is not None:
-                    self._responses[ended] += 1
-
-        return counted
 
 
 class _Asgi:
@@ -322,6 +314,8 @@ class _Asgi:
 
 
 async def _refused(request: Request, error: ApiError) -> Response:
+    if error.status >= 500:
+        error.of_request(request.scope["exchange"].request_id)
     return error_response(error)
 
 
@@ -339,4 +333,4 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
 
 async def _our_mistake(request: Request, error: Exception) -> Response:
     """The traceback is in the log only."""
-    return error_response(ApiError(500, "internal error; the server's log says more"))
+    return error_response(our_mistake(request.scope))

@@ -6,12 +6,14 @@ uvicorn speaks HTTP (uvicorn_internals.py); an orderly end has status 0.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +22,18 @@ import jax
 
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
+from engram_jax.distributed import processes
+from engram_jax.hardware.interrupts import ending_on_sigterm
+from engram_jax.serve.http.api_keys import api_keys
 from engram_jax.serve.http.engine_thread import EngineThread
-from engram_jax.serve.http.responses import Limits
+from engram_jax.serve.http.responses import Limits, Rules
 from engram_jax.serve.http.routes import App, Served
+from engram_jax.serve.http.server_log import log_to_stderr
 from engram_jax.serve.http.uvicorn_internals import BACKLOG, Server
 from engram_jax.serve.open_engine import open_engine
 
 SPARE = 96  # descriptors for connections that come and go, and for what the engine opens later
+TELL_EVERY = 5.0  # seconds between two lines while requests end
 FEWEST = 8  # connections that are worth serving
 
 
@@ -90,13 +97,15 @@ def serve(
     *,
     bound: socket.socket | None = None,
     limits: Limits | None = None,
+    rules: Rules | None = None,
     drain_seconds: float = 30.0,
-    ready: Callable[[str], None] = tell,
+    tell: Callable[[str], None] = tell,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what runs, for at most `drain_seconds`.
 
-    bound: from `bind(host, port)`. ready: is given one line when requests are answered. A second
-    signal ends the process at once. Main thread only. Raises UserError if the port cannot be had.
+    bound: from `bind(host, port)`. tell: is given a line when requests are answered, and lines
+    while the last ones end. A second signal ends the process at once. Main thread only. Raises
+    UserError if the port cannot be had.
     """
     limits = limits or Limits()
     sock = bind(host, port) if bound is None else bound
@@ -107,7 +116,7 @@ def serve(
         sock.close()
         raise _not_bound(host, port, error) from None
     runner = EngineThread(engine)
-    app = App(runner, engine, limits)
+    app = App(runner, engine, limits, rules)
     line = f"serving {engine.name} at {_url(sock)}/v1"
     # A full collection looks at every object, with Python's lock held: JAX's and the model's, which
     # stay, would stop the event loop and the engine for as long as half a second each time.
@@ -116,12 +125,13 @@ def serve(
     server = Server(
         app.asgi,
         limits.seconds,
-        lambda: ready(line),
+        lambda: tell(line),
+        app.asgi.refused,
         write_seconds=limits.seconds,
         connections=limits.connections,
     )
     try:
-        asyncio.run(_serve(server, runner, sock, drain_seconds))
+        asyncio.run(_serve(server, runner, sock, drain_seconds, tell))
     finally:
         gc.unfreeze()
         runner.close()
@@ -131,12 +141,15 @@ def serve(
 def serve_checkpoint(config: Config, workdir: Path, step: str, accept: Sequence[str] = ()) -> None:
     """Serve a checkpoint over HTTP until SIGTERM. accept: as in `open_engine`."""
     where = config.serve
+    keys = api_keys(where, os.environ)
     bound = bind(where.host, where.port)  # before the model: a port in use is known at once
     try:
         if jax.process_count() > 1:
             raise UserError("--mode=serve: must run as one process; this is one of several")
-        engine = open_engine(config, workdir, step, accept)
-        engine.warm_up()
+        with ending_on_sigterm("ended before a request was answered"):
+            stage = processes.stages()
+            engine = open_engine(config, workdir, step, accept, stage)
+            engine.warm_up(stage)
     except BaseException:
         bound.close()
         raise
@@ -147,19 +160,27 @@ def serve_checkpoint(config: Config, workdir: Path, step: str, accept: Sequence[
         answer=most,
         answers=max(Limits.answers, most),
     )
+    rules = Rules(keys, where.cors_origins, where.access_log)
+    log_to_stderr(where.log_level)
     try:
-        serve(engine, bound=bound, limits=limits, drain_seconds=where.drain_seconds)
+        serve(engine, bound=bound, limits=limits, rules=rules, drain_seconds=where.drain_seconds)
     finally:
         engine.close()
 
 
-async def _serve(server: Server, runner: EngineThread, sock: socket.socket, seconds: float) -> None:
+async def _serve(
+    server: Server,
+    runner: EngineThread,
+    sock: socket.socket,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> None:
     loop = asyncio.get_running_loop()
     drains: list[asyncio.Task[None]] = []
 
-    async def drain() -> None:
+    async def drain(number: int) -> None:
         try:
-            await asyncio.to_thread(runner.drain, seconds)
+            await _drain(runner, seconds, signal.Signals(number).name, tell)
         finally:  # whatever happens, a signal ends the process
             server.should_exit = True
 
@@ -167,11 +188,34 @@ async def _serve(server: Server, runner: EngineThread, sock: socket.socket, seco
         if drains:  # the second one: as if there were no handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        drains.append(loop.create_task(drain()))
+        drains.append(loop.create_task(drain(number)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     await server.serve([sock])
+
+
+async def _drain(
+    runner: EngineThread, seconds: float, name: str, tell: Callable[[str], None]
+) -> None:
+    """Let the requests that run end, and tell now and then how many are left."""
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads the lines: the requests end all the same
+            tell(f"{name}: {line}")
+
+    say(f"{_requests(runner.left)} left, at most {seconds:g} s; a second signal ends at once")
+    ended = asyncio.ensure_future(asyncio.to_thread(runner.drain, seconds))
+    while not (await asyncio.wait([ended], timeout=TELL_EVERY))[0]:
+        passed = time.monotonic() - began
+        say(f"{_requests(runner.left)} left, {max(seconds - passed, 0):.0f} s left")
+    how = "all are answered" if await ended else f"{_requests(runner.cut)} cut off"
+    say(f"{how}, after {time.monotonic() - began:.1f} s")
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'s' * (count != 1)}"
 
 
 def _url(sock: socket.socket) -> str:

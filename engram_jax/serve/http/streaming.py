@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -11,10 +12,13 @@ from starlette.types import Send
 
 from engram_jax.serve.http.completion_response import Answer
 from engram_jax.serve.http.encode import Encoder
-from engram_jax.serve.http.json_fields import ApiError
+from engram_jax.serve.http.engine_thread import CLOSED, FAILED
+from engram_jax.serve.http.json_fields import MISTAKE, ApiError
 from engram_jax.serve.http.responses import dumps
 from engram_jax.serve.request import Delta, Finish
 
+LOG = logging.getLogger(__name__)
+UNREADABLE = "rows of the memory could not be read; the server's log says which"
 LISTED = 64  # log-probabilities of a prompt that the event loop lists itself
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -36,11 +40,16 @@ async def until_all_end(
             arrived.append(deltas.get_nowait())
         for _, delta in arrived:
             if delta.finish == Finish.ERROR:
-                raise ApiError(500, delta.error)
+                raise ApiError(500, told(delta.error))
             if delta.finish == Finish.CANCELLED:
                 raise ApiError(503, "cancelled: the server is shutting down", code="draining")
             sequences -= delta.finish is not None
         yield arrived
+
+
+def told(error: str) -> str:
+    """What a client is told of a sequence's error: nothing of the server's files."""
+    return error if error in (FAILED, CLOSED) else UNREADABLE
 
 
 async def stream(
@@ -48,9 +57,10 @@ async def stream(
     arriving: AsyncIterator[list[tuple[int, Delta]]],
     send: Send,
     encoder: Encoder,
+    request_id: str,
 ) -> int | None:
-    """Server-sent events. What goes wrong after the first one is an event, too; its status is
-    returned."""
+    """Server-sent events. What goes wrong after the first one is an event, too, which names the
+    request; its status is returned."""
     failed = None
     await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
 
@@ -77,7 +87,11 @@ async def stream(
             await events([usage])
     except ApiError as error:
         failed = error.status
-        await events([error.body])
+        await events([error.of_request(request_id).body])
+    except Exception:
+        LOG.exception("request %s failed", request_id)
+        failed = 500
+        await events([ApiError(500, MISTAKE).of_request(request_id).body])
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
     return failed
 

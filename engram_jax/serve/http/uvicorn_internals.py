@@ -33,8 +33,15 @@ BACKLOG = 1024  # connections that the system keeps until they are accepted
 ACCEPTED = 16  # at a time; each holds a descriptor before anything can be closed for it
 PROBE_EVERY = 5.0  # seconds; PROBE_ANSWER: in which a client that has gone answers one
 PROBE_ANSWER = 0.1
+DISCARDED = 1 << 23  # bytes of a body that comes behind its answer (a refusal), and is not used
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+LOG = logging.getLogger(__name__)
 LINE_EVERY = 60.0  # seconds between two lines about connections that cannot be accepted
+
+
+Refused = Callable[[Any, Any, int], tuple[bytes, bytes]]
+"""Told of an answer that a connection gives itself: the scope of the request that it ends, or None;
+the client, the status. Returns a header for it."""
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Bounds:
     """
 
     head_seconds: float
+    refused: Refused
     write_seconds: float = 20.0
     most: int = 2048
     waiting: dict[_Connection, None] = field(default_factory=dict)
@@ -56,19 +64,20 @@ class Bounds:
 class Server(uvicorn.Server):
     """uvicorn's, without its signal handlers: they end the process by the signal's status.
 
-    ready: called when requests are answered. The others: see `Bounds`.
+    ready: called when requests are answered. refused: see `Refused`. The others: see `Bounds`.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         head_seconds: float,
-        ready: Callable[[], None] = lambda: None,
+        ready: Callable[[], None],
+        refused: Refused,
         *,
         write_seconds: float = Bounds.write_seconds,
         connections: int = Bounds.most,
     ):
-        bounds = Bounds(head_seconds, write_seconds, connections)
+        bounds = Bounds(head_seconds, refused, write_seconds, connections)
         config = uvicorn.Config(
             app,
             http=partial(_Connection, bounds=bounds),  # type: ignore[arg-type]
@@ -117,7 +126,7 @@ class _Handler:
             loop.default_exception_handler(context)
         elif time.monotonic() - self._told >= LINE_EVERY:
             self._told = time.monotonic()
-            logging.error(
+            LOG.error(
                 "connections cannot be accepted for now: %s (ulimit -n is the limit of open files)",
                 error.strerror,
             )
@@ -133,6 +142,7 @@ class _Connection(H11Protocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
         self._closing_since: float | None = None
+        self._discarded = 0
         self._only_reads = False  # the client has closed its side, behind a complete request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -146,6 +156,11 @@ class _Connection(H11Protocol):
             oldest._refuse(503, "too many connections; this one waited longest for a request")
 
     def data_received(self, data: bytes) -> None:
+        late = self.conn.our_state is h11.DONE  # the request is answered, and its body still comes
+        self._discarded = self._discarded + len(data) if late else 0
+        if self._discarded > DISCARDED:
+            self.transport.abort()
+            return
         super().data_received(data)
         self._watch()
 
@@ -247,13 +262,16 @@ class _Connection(H11Protocol):
         self._refuse(400, "not an HTTP/1.1 request, or one with a head of more than 64 KiB")
 
     def _refuse(self, status: int, message: str) -> None:
-        body = json.dumps(ApiError(status, message).body).encode()
-        headers = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(body))),
-            ("connection", "close"),
-        ]
-        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
+            scope = self.cycle.scope if self._answering else None
+            header = self._bounds.refused(scope, self.client, status)
+            body = json.dumps(ApiError(status, message).body).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+                header,
+            ]
             events = (
                 h11.Response(status_code=status, headers=headers, reason=""),
                 h11.Data(data=body),

@@ -28,7 +28,9 @@ def neighbour(web: Client, expected: str) -> Iterator[None]:
     """A stream that has begun before the block and ends behind it, with the text `expected`."""
     connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=60)
     try:
-        connection.request("POST", "/v1/completions", json.dumps(FIELDS | STREAM))
+        connection.request(
+            "POST", "/v1/completions", json.dumps(FIELDS | STREAM), dict(web.headers)
+        )
         answer = connection.getresponse()
         assert answer.status == 200
         first = answer.readline()

@@ -1,0 +1,59 @@
+"""What each mode of the program does, the flags that only some of them read, and what Ctrl-C leaves
+of one."""
+
+from __future__ import annotations
+
+MODES = {
+    "train": "trains the model, or goes on with the run in --workdir",
+    "evaluate": "scores a checkpoint on held-out text, on tasks, or with its text beside it",
+    "generate": "continues --prompt",
+    "serve": "answers OpenAI's completions over HTTP (docs/serving.md)",
+    "export-memory": "writes a checkpoint's tables into a file to serve from",
+    "count-memory": "counts which rows the training text reads, for a warm cache",
+    "describe": "counts parameters and FLOPs; allocates nothing",
+    "compile": "compiles a step for a TPU slice that need not be there",
+    "sweep": "runs an experiment of many models (docs/lab.md)",
+}
+OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
+NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: serve/open_engine.py
+# They look at no device and read no data; a sweep's processes do.
+WITHOUT_PROCESSES = ("describe", "compile", "sweep")
+# The flags that only some modes read. The others do not ignore them, they refuse them.
+MODES_OF_FLAGS = {
+    "json": ("describe", "evaluate", "compile"),
+    "base": ("describe",),
+    "prompt": ("generate",),
+    "topology": ("compile",),
+    "program": ("compile",),
+    "dump_hlo": ("compile",),
+    "profile": ("train",),
+    "tasks": ("evaluate",),
+    "step": ("evaluate", "generate", "serve", "export-memory"),
+    "accept_changes": OPENS_A_RUN,
+    "output": ("export-memory", "count-memory"),
+    "format": ("export-memory",),
+    "tokens": ("count-memory",),
+    "points": ("sweep",),
+    "seeds": ("sweep",),
+    "report_only": ("sweep",),
+    "neighbours": ("evaluate",),
+    "neighbours_text": ("evaluate",),
+    "knn_tokens": ("evaluate",),
+    "knn_index": ("evaluate",),
+    "rag_chunk": ("evaluate",),
+    "rag_passage": ("evaluate",),
+}
+# What Ctrl-C leaves of a mode, and how to go on. Training and serving handle the signal themselves
+# while there is something to save or to answer.
+_BEGINS_AGAIN = "the run is as it was, and the same command begins again"
+AFTER_INTERRUPT = {
+    "train": "the same command goes on from the last checkpoint",
+    "evaluate": f"nothing was scored; {_BEGINS_AGAIN}",
+    "generate": f"nothing is kept; {_BEGINS_AGAIN}",
+    "serve": f"no request was being answered; {_BEGINS_AGAIN}",
+    "export-memory": f"the file was not written; {_BEGINS_AGAIN}",
+    "count-memory": f"the file was not written; {_BEGINS_AGAIN}",
+    "describe": "nothing is kept; the same command begins again",
+    "compile": "nothing was reported; the same command begins again",
+    "sweep": "the runs that are finished are kept, and the same command goes on with the others",
+}
