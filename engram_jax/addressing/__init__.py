@@ -11,7 +11,12 @@ from engram_jax.addressing.artifact import Addressing, as_stored, build_addressi
 from engram_jax.addressing.compression import build_compression
 from engram_jax.addressing.hash_batches import BatchAddresser
 from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
-from engram_jax.addressing.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_size
+from engram_jax.addressing.tokenizer import (
+    drawable_ids,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_size,
+)
 
 __all__ = [
     "Addressing",
@@ -21,6 +26,7 @@ __all__ = [
     "build_addressing",
     "build_compression",
     "check_same",
+    "drawable_ids",
     "load_tokenizer",
     "plan_layer",
     "tokenizer_fingerprint",

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from engram_jax.config.errors import UserError, shown
@@ -108,6 +109,16 @@ def unknown_id(tokenizer: Tokenizer) -> int | None:
 def tokenizer_size(tokenizer: Tokenizer) -> int:
     """Number of ids, added tokens included: one more than the highest id."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def drawable_ids(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray | None:
+    """Which of the ids 0 .. `vocab_size` - 1 the tokenizer has a token for, bool [vocab_size]; None
+    = all, or there is no tokenizer. A model's vocabulary may be larger, and a tokenizer's ids may
+    have gaps: such an id has no text."""
+    if tokenizer is None:
+        return None
+    found = np.array([tokenizer.id_to_token(i) is not None for i in range(vocab_size)])
+    return None if found.all() else found
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

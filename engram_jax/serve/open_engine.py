@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from engram_jax.addressing import drawable_ids
 from engram_jax.checkpoint.load_model import LoadedModel, load_model
 from engram_jax.config import DEVICE, HOST, Config, ServeConfig
 from engram_jax.config.errors import UserError
@@ -78,7 +79,8 @@ def make_engine(trained: LoadedModel, serve: ServeConfig, warn: Warn = processes
 def _engine(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Engine:
     program, weights = trained.program, trained.weights
     memory = _memories(trained, serve, warn)
-    steps = EngineSteps(program, serve)
+    drawable = drawable_ids(trained.tokenizer, program.config.tokenizer.vocab_size)
+    steps = EngineSteps(program, serve, drawable)
     return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
 
 
