@@ -306,7 +306,7 @@ def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
 
     base = None
     if _BASE.value is not None:
-        found = command_line.config_file("base", _BASE.value)
+        found = command_line.config_file("--base", _BASE.value)
         base = budgets.budget_of(command_line.config_of(found, "base"))
     description, budget = describe.describe(config), budgets.budget_of(config)
     if _JSON.value:

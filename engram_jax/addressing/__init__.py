@@ -14,6 +14,7 @@ from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
 from engram_jax.addressing.tokenizer import (
     drawable_ids,
     load_tokenizer,
+    same_tokenizer,
     tokenizer_fingerprint,
     tokenizer_size,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "drawable_ids",
     "load_tokenizer",
     "plan_layer",
+    "same_tokenizer",
     "tokenizer_fingerprint",
     "tokenizer_size",
 ]

@@ -48,6 +48,16 @@ def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenize
             raise
         reason = shown(str(error).splitlines()[0], quoted=False)
         raise UserError(f"tokenizer {shown(file)}: not a tokenizer.json ({reason})") from error
+    return _as_trained_with(tokenizer, parse_special)
+
+
+def same_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer that is in memory, as `load_tokenizer` gives that of a file."""
+    return _as_trained_with(Tokenizer.from_str(tokenizer.to_str()), parse_special=False)
+
+
+def _as_trained_with(tokenizer: Tokenizer, parse_special: bool) -> Tokenizer:
+    """See `load_tokenizer`; changes the tokenizer in place."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None

@@ -32,6 +32,7 @@ from engram_jax.config.parse import (
     section_types,
     to_dict,
     type_name,
+    with_changes,
 )
 from engram_jax.config.schema import (
     ALL_LAYERS,
@@ -128,4 +129,5 @@ __all__ = [
     "section_types",
     "to_dict",
     "type_name",
+    "with_changes",
 ]

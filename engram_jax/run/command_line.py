@@ -55,7 +55,7 @@ def parse_command_line(
     argv = _with_config_of_run(list(argv), config_flag)
     for name, value in _arguments(argv):
         if name == config_flag:
-            config_file(config_flag, value or "")
+            config_file(f"--{config_flag}", value or "")
         section, _, key = name.partition(".")
         if key and section in (config_flag, f"no{config_flag}"):
             _check_override(config_flag, key, value, negated=section != config_flag)
@@ -199,18 +199,16 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
     return sys.argv
 
 
-def config_file(config_flag: str, value: str) -> ConfigDict:
-    """What the configuration file FILE or FILE:ARGUMENT, a flag's value, returns.
+def config_file(flag: str, value: str) -> ConfigDict:
+    """What the configuration file FILE or FILE:ARGUMENT returns, the value of `flag` ("--config").
 
     It must exist, run, and return a configuration. config_flags runs it again; its own messages
     lack the line number or span several lines. Raises UserError.
     """
     path, colon, argument = value.partition(":")
-    where = f"--{config_flag}={path}"
+    where = f"{flag}={path}"
     if not Path(path).is_file():
-        raise UserError(
-            f"--{config_flag}={shown(path)}: no such file; for example configs/engram_tiny.py"
-        )
+        raise UserError(f"{flag}={shown(path)}: no such file; for example configs/engram_tiny.py")
     try:
         get_config = runpy.run_path(path).get("get_config")
         found = get_config(*[argument] if colon else []) if get_config else None

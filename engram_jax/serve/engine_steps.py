@@ -25,6 +25,7 @@ from engram_jax.model.sampling import (
     log_probabilities,
     sample_rows,
 )
+from engram_jax.model.switches import of_orders
 from engram_jax.model.transformer import Transformer, spans
 from engram_jax.serve.logit_rules import Adjustments, entries
 from engram_jax.serve.request import MAX_LOGPROBS
@@ -265,7 +266,7 @@ class EngineSteps:
         if rows is not None:
             mask = self.program.memory_mask(flow.tokens)
             beside = self.program.beside_in_layer(layer, flow.tokens, signs)
-            rows = self._switched(rows)
+            rows = of_orders(self.program.config.model.engram, self.serve, rows)
             kept = tails[layer]
             if kept is not None:
                 tail = kept.at[batch.slot].get(mode="clip")
@@ -286,15 +287,6 @@ class EngineSteps:
             tails[layer] = kept.at[batch.slot].set(tail, mode="drop")
         return Flow(flow.tokens, x), Cache(pool, tails, cache.tokens)
 
-    def _switched(self, rows: jax.Array) -> jax.Array:
-        """The rows, zero for the orders that are switched off."""
-        engram = self.program.config.model.engram
-        if not self.serve.off_orders:
-            return rows
-        on = [o not in self.serve.off_orders for o in engram.orders]
-        heads = jnp.repeat(jnp.array(on), engram.heads_per_order)
-        return jnp.where(heads[:, None], rows, 0)
-
     def _run_sample(
         self,
         weights: Weights,
@@ -314,7 +306,7 @@ class EngineSteps:
         if prompt:
             all_logits = model.logits(model.finish(flow.x))
             fed = self._logprobs(all_logits, targets)
-        tokens = self._draw(logits, batch)
+        tokens = self._choose(logits, batch)
         own = None
         if logprobs:
             own = self._logprobs(logits, tokens)
@@ -331,7 +323,7 @@ class EngineSteps:
         rules: Adjustments,
     ) -> tuple[jax.Array, Logprobs, jax.Array]:
         other = adjust_logits(logits, rules.ids, rules.bias, rules.factor, rules.less, rules.only)
-        tokens = jnp.where(rules.used, self._draw(other, batch, rules.min_p), tokens)
+        tokens = jnp.where(rules.used, self._choose(other, batch, rules.min_p), tokens)
         # Of the model's own distribution, not of the one that was drawn from.
         again = self._logprobs(logits, tokens)
 
@@ -344,7 +336,7 @@ class EngineSteps:
     def _logprobs(self, logits: jax.Array, tokens: jax.Array) -> Logprobs:
         return Logprobs(*log_probabilities(logits, tokens, self.alternatives, self.drawable))
 
-    def _draw(
+    def _choose(
         self, logits: jax.Array, batch: StepBatch, min_p: jax.Array | None = None
     ) -> jax.Array:
         return sample_rows(

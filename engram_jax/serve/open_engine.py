@@ -56,7 +56,7 @@ def load_for(config: Config, workdir: Path, step: str, accept: Sequence[str] = (
     """
     check_decodes(config)
     serve = config.serve
-    if key := _stored(serve):
+    if key := stored_rows(serve):
         require("serve", key)
     if serve.memory != DEVICE and jax.process_count() > 1:
         raise UserError(
@@ -73,20 +73,26 @@ def make_engine(trained: LoadedModel, serve: ServeConfig, warn: Warn = processes
 
     Raises UserError for rows, weights and lengths that do not match (serve/compatibility.py).
     """
-    return _engine(trained, with_capacity(trained, serve, warn), warn)
+    return engine_of(trained, compile_for(trained, with_capacity(trained, serve, warn)), warn)
 
 
-def _engine(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Engine:
+def compile_for(trained: LoadedModel, serve: ServeConfig) -> EngineSteps:
+    """The compiled steps of a model's engines with the configuration `serve`; they hold no
+    weights."""
+    vocab = trained.program.config.tokenizer.vocab_size
+    return EngineSteps(trained.program, serve, drawable_ids(trained.tokenizer, vocab))
+
+
+def engine_of(trained: LoadedModel, steps: EngineSteps, warn: Warn) -> Engine:
+    """An engine with steps of `compile_for`. Errors as of `make_engine`."""
     program, weights = trained.program, trained.weights
-    memory = _memories(trained, serve, warn)
-    drawable = drawable_ids(trained.tokenizer, program.config.tokenizer.vocab_size)
-    steps = EngineSteps(program, serve, drawable)
+    memory = _memories(trained, steps.serve, warn)
     return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
 
 
 def _memories(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Mapping[str, LayerMemory]:
     program, rows = trained.program, trained.weights.rows
-    if not _stored(serve):
+    if not stored_rows(serve):
         on = [layer for layer in program.table_rows if not serve.is_off(layer)]
         return {layer: DeviceMemory(program, rows[layer]) for layer in on}
     from engram_jax.serve.open_memories import open_memories
@@ -97,7 +103,7 @@ def _memories(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Mapping[s
     return open_memories(program, serve, rows, check)
 
 
-def _stored(serve: ServeConfig) -> str:
+def stored_rows(serve: ServeConfig) -> str:
     """The key by which stored rows are asked for, with its value; "" = none, tables of a checkpoint
     on the device. The extra `serve` reads them."""
     keys = {"memory": serve.memory, "memory_file": serve.memory_file}
@@ -117,7 +123,8 @@ def print_continuation(
     if not ids:
         raise UserError("prompt: must have at least one token")
     warn, most = processes.warn, config.generate.max_tokens
-    engine = _engine(trained, for_one(trained, config.serve, len(ids), most, warn), warn)
+    serve = for_one(trained, config.serve, len(ids), most, warn)
+    engine = engine_of(trained, compile_for(trained, serve), warn)
     deltas = engine.stream(ids, SamplingParams.of(config.generate))
     for piece in itertools.chain([prompt], map(_text, deltas), ["\n"]):
         if jax.process_index() == 0:  # every process decodes, one prints
