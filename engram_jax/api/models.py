@@ -105,26 +105,25 @@ class Model:
 def configure(source: Source | None = None, changes: Mapping[str, Any] | None = None) -> Config:
     """A validated configuration.
 
-    source: a file with `get_config` ("configs/engram_tiny.py"), an ml_collections.ConfigDict or a
-      mapping of sections (what they lack has its default), a Config; None = the defaults.
-    changes: values in place of its own, by key: {"train.steps": 60}, or nested.
+    source: a file with `get_config` ("configs/engram_tiny.py"), an ml_collections.ConfigDict, a
+      mapping, a Config; what it lacks has its default. None = the defaults.
+    changes: values in place of its own, by key: {"train.steps": 60}, or nested, as in a mapping.
 
     Raises UserError naming the key, its value and what is allowed (docs/configuration.md).
 
     Example: `configure("configs/engram_tiny.py", {"data.seq_len": 128})`.
     """
-    if source is None:
-        source = Config()
     if isinstance(source, str | os.PathLike):
-        source = config_file("configuration ", os.fspath(source))
+        source = config_file("configuration", os.fspath(source))
     if isinstance(source, Config):
         source = to_dict(source)
     if isinstance(source, ConfigDict):
         source = source.to_dict()
-    if not isinstance(source, Mapping):
+    if source is not None and not isinstance(source, Mapping):
         what = type(source).__name__
         raise UserError(f"configuration: is {what}, must be a file, a ConfigDict or a mapping")
-    return parse_config(with_changes(source, changes or {}))
+    values = with_changes(to_dict(Config()), source or {})
+    return parse_config(with_changes(values, changes or {}))
 
 
 def build(config: Source, tokenizer: Tokenizer | str | os.PathLike[str] | None = None) -> Model:

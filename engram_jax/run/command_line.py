@@ -52,7 +52,7 @@ def parse_command_line(
     config_flag: names a config_flags file flag; where only the --workdir of a run is given, the
       run's own configuration takes its place (run_record.get_config).
     """
-    argv = _with_config_of_run(list(argv), config_flag)
+    argv = _last_given(_with_config_of_run(list(argv), config_flag), config_flag)
     for name, value in _arguments(argv):
         if name == config_flag:
             config_file(f"--{config_flag}", value or "")
@@ -197,6 +197,31 @@ def _with_config_of_run(argv: list[str], config_flag: str) -> list[str]:
     own = f"--{config_flag}={file}:{given.get('step') or 'latest'}:{workdir}"
     sys.argv = [argv[0], own, *argv[1:]]  # config_flags looks there for overrides
     return sys.argv
+
+
+def _last_given(argv: list[str], config_flag: str) -> list[str]:
+    """The command line without the configurations and lists that a later argument for the same
+    replaces, as it does with every other value: config_flags would join lists, and leave an empty
+    one out."""
+    last: dict[str, int] = {}
+    places: list[tuple[str, int, int]] = []  # key, first argument, one past the last
+    for i, argument in enumerate(argv[1:], 1):
+        if argument == "--":
+            break
+        name, given, _ = argument.lstrip("-").partition("=")
+        section, _, key = name.partition(".")
+        if argument.startswith("-") and section == config_flag and (not key or _is_list(key)):
+            places.append((key, i, i + (1 if given else 2)))
+            last[key] = i
+    dropped = {n for key, i, end in places if i != last[key] for n in range(i, end)}
+    return [argument for n, argument in enumerate(argv) if n not in dropped]
+
+
+def _is_list(key: str) -> bool:
+    hint: Any = config_lib.Config
+    for name in key.split("."):
+        hint = config_lib.section_types(hint).get(name)
+    return hint is not None and hint not in _READERS and not config_lib.section_types(hint)
 
 
 def config_file(flag: str, value: str) -> ConfigDict:
