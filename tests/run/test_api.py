@@ -22,7 +22,7 @@ from engram_jax.run.ancestry import find_ancestor
 from tests.oracle import engram as oracle
 from tests.oracle import transformer
 from tests.run.test_resume import copy_of
-from tests.runs import ROOT, SMALL, launched, refused, small_config, small_run
+from tests.runs import ROOT, SMALL, launched, small_config, small_run
 
 PROMPT = "abcd"
 KEYS = {"generate__max_tokens": 10, "generate__temperature": 0.9}
@@ -206,8 +206,15 @@ def test_what_is_saved_is_a_run(corpus, undisturbed, run, held_out, tmp_path):
         *small_run(corpus, undisturbed, **KEYS), "--mode=generate", f"--prompt={PROMPT}"
     )
     assert told.code == 0 and told.out == theirs.out
-    refused(launched(*small_run(corpus, workdir), "--mode=evaluate"), "add --accept_changes=data")
-    refused(launched(*small_run(corpus, workdir, train__steps=30)), "trained on another text")
+    for arguments, words in (
+        (["--mode=evaluate"], "add --accept_changes=data"),
+        (
+            ["--config.train.steps=30"],
+            "the run there was trained on another text: arrays of tokens",
+        ),
+    ):
+        outcome = launched(*small_run(corpus, workdir), *arguments)
+        assert outcome.code == 2 and words in outcome.err.splitlines()[-1]
     child = small_config(corpus, train__init_from=str(workdir))
     assert find_ancestor(child, tmp_path / "child").step == 24
     with pytest.raises(api.UserError, match="has a checkpoint of step 24; the state's is 24"):
