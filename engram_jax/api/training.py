@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def train(
         if not found["finite"]:
             norm = float(found["grad_norm"])
             line = f"step {number}: loss {losses[number - first]}, gradient norm {norm}: not finite"
-            raise NotFiniteError(line, state)
+            going = jax.device_put(np.zeros((), bool), state.halted.sharding)
+            raise NotFiniteError(line, dataclasses.replace(state, halted=going))
         if on_step is not None:
             on_step(number + 1, found)
 

@@ -68,6 +68,17 @@ def test_training_is_that_of_a_run(corpus, undisturbed, run):
     state, metrics = api.train_step(model, state, batch)
     seventh = [r for r in read_metrics(undisturbed) if "loss" in r][6]
     assert np.float32(seventh["loss"]) == metrics["loss"] and int(state.step) == 7
+    # A step that is not finite changes nothing, and ends the loop with the state before it.
+    good = np.asarray(state.params["embedding"])
+    broken = {**state.params, "embedding": state.params["embedding"] * np.nan}
+    with pytest.raises(api.UserError, match=r"step 7: loss nan, .* not finite") as error:
+        api.train(model, dataclasses.replace(state, params=broken), documents, 3)
+    kept = error.value.state
+    assert int(kept.step) == 7 and not kept.halted
+    mended = dataclasses.replace(kept, params={**kept.params, "embedding": jax.numpy.asarray(good)})
+    mended, (loss,) = api.train(model, mended, documents, 1)
+    eighth = [r for r in read_metrics(undisturbed) if "loss" in r][7]
+    assert np.float32(eighth["loss"]) == np.float32(loss)
 
 
 def test_a_text_is_that_of_generate(corpus, undisturbed, run):
