@@ -220,7 +220,7 @@ def test_what_is_saved_is_a_run(corpus, undisturbed, run, held_out, tmp_path):
     for arguments, words in (
         (["--mode=evaluate"], "add --accept_changes=data"),
         (
-            ["--config.train.steps=30"],
+            ["--config.train.steps=30", "--accept_changes=train.steps"],
             "the run there was trained on another text: arrays of tokens",
         ),
     ):
