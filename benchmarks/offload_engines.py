@@ -61,9 +61,9 @@ class Replay:
         from engram_jax.serve.engine_steps import EngineSteps, StepBatch
 
         class Replayed(EngineSteps):
-            def _choose(self, logits: Any, batch: StepBatch) -> Any:
+            def _choose(self, logits: Any, batch: StepBatch, min_p: Any = None) -> Any:
                 # The real choice is made, too: 0 times it keeps it in the program.
-                drawn = super()._choose(logits, batch)
+                drawn = super()._choose(logits, batch, min_p)
                 step = jnp.minimum(batch.numbers[:, 3], script.shape[1] - 1)
                 told = jnp.asarray(script)[batch.seed, step]
                 return jnp.where(drawn < 0, drawn, told)

@@ -7,7 +7,6 @@ import functools
 import json
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from engram_jax.checkpoint.workdir import check_writable, parse_step
 from engram_jax.config import ROW_FORMATS, SECRETS, Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
-from engram_jax.config.given_files import local_path
+from engram_jax.config.given_files import check_folder, local_path
 from engram_jax.hardware.interrupts import raise_interrupts, tell_when_interrupted
 from engram_jax.run import command_line
 from engram_jax.run.help_text import asked_for, help_text
@@ -294,7 +293,7 @@ def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
 
     base = None
     if _BASE.value is not None:
-        found = command_line.config_file("base", _BASE.value)
+        found = command_line.config_file("--base", _BASE.value)
         base = budgets.budget_of(command_line.config_of(found, "base"))
     description, budget = describe.describe(config), budgets.budget_of(config)
     if _JSON.value:
@@ -318,14 +317,13 @@ def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
 
 
 def _writable_folder(flag: str, value: str) -> Path:
-    """The folder that a flag names, made if need be: told before minutes of work, not after."""
+    """The folder that a flag names, there or to be made: told before minutes of work, not after."""
     if not value:
         raise UserError(f"--{flag}=: has no value, a folder")
     try:
         folder = local_path(f"--{flag}", value)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        check_folder(folder)
+        return folder
     except OSError as error:
         raise UserError(f"--{flag}={value}: cannot be written to: {error.strerror}") from error
 

@@ -9,6 +9,7 @@ import ast
 import functools
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,32 @@ def test_commands_name_files_and_flags_that_exist(page):
         for key in section_types(section)
     }
     assert {f".{key}" if "." not in key else key for key in keys} <= known
+
+
+def commands(page: str) -> list[list[str]]:
+    """The arguments of every `python launch.py` in a page's indented blocks, in order."""
+    text = text_of(page).replace("\\\n", " ")
+    lines = re.findall(r"^    .*?\bpython launch\.py (.*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_own_text_commands_can_be_run_one_after_another():
+    """In one folder, page after page: no two runs share a workdir, and what a command reads is
+    there before it. tests/run/test_documented_commands.py runs them."""
+    trained: set[str] = set()
+    read = 0
+    for page in ("README.md", "docs/tutorial.md", "docs/training.md"):
+        for arguments in commands(page):
+            given = dict(a.removeprefix("--").partition("=")[::2] for a in arguments)
+            if "config.name" in given and "mode" not in given:
+                place = given.get("workdir", f"runs/{given['config.name']}")
+                assert place not in trained, f"{page}: {place} is another run's already"
+                trained.add(place)
+            for key in ("workdir", "config.train.init_from"):
+                if given.get(key, "").startswith("runs/"):
+                    assert given[key].partition("@")[0] in trained, f"{page}: {arguments}"
+                    read += 1
+    assert trained == {"runs/my_text", "runs/mine", "runs/tuned"} and read >= 9
 
 
 def test_paths_in_the_code_exist():

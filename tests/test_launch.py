@@ -6,6 +6,7 @@ left behind.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,10 @@ FLAGS = [
     ([TINY, "--topology=v5p:2x2x1"], "--topology: only for --mode=compile"),
     ([TINY, "--step=best"], "--step: only for --mode=evaluate, generate, serve, export-memory"),
     ([TINY, "--mode=serve", "--json"], "--json: only for --mode=describe, evaluate, compile"),
-    ([*COMPILE, "--dump_hlo=launch.py"], "--dump_hlo=launch.py: cannot be written to: File exists"),
+    (
+        [*COMPILE, "--dump_hlo=launch.py"],
+        "--dump_hlo=launch.py: cannot be written to: is not a folder",
+    ),
     ([*COMPILE, "--dump_hlo=/proc"], "--dump_hlo=/proc: cannot be written to"),
     ([*COMPILE, "--dump_hlo="], "--dump_hlo=: has no value, a folder"),
     ([TINY, "--mode=evaluate", "--step=last"], "--step=last", "latest, best or a step number"),
@@ -140,10 +144,41 @@ def run(corpus, tmp_path):
 
 
 def test_missing_data(run, tmp_path):
-    refused(run(data__path="/none/such"), "config.data.path = '/none/such'", "no such folder")
+    """Nothing is left behind: no workdir, no cache, no file in a cache that was there."""
     (tmp_path / "empty").mkdir()
-    refused(run(data__path=tmp_path / "empty"), "no text to train on", out="data: reading")
-    assert not (tmp_path / "run").exists()
+    (tmp_path / "cache").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for cache in ("new/cache", "cache"):
+        place = {"data__cache_dir": tmp_path / cache}
+        line = refused(run(data__path="/none/such", **place), "config.data.path = '/none/such'")
+        assert "no such folder" in line
+        empty = run(data__path=tmp_path / "empty", **place)
+        refused(empty, "no text to train on", out="data: reading")
+        evaluated = run("--mode=evaluate", data__path="/none/such", **place)
+        refused(evaluated, "no trained model there")
+        refused(run(train__init_from="/no/run", **place), "/no/run")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refused_slice_leaves_no_folder(tmp_path):
+    arguments = [*COMPILE, "--topology=v5p:0x0x0", f"--dump_hlo={tmp_path / 'dump' / 'hlo'}"]
+    refused(launched(*arguments), "topology 'v5p:0x0x0': a v5p slice is")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_given_twice():
+    """The last one counts, also of lists, which config_flags would join."""
+
+    def layers(*values: str) -> list[int]:
+        given = [f"--config.model.engram.layers={value}" for value in values]
+        done = launched(TINY, "--mode=describe", "--json", *given)
+        assert done.code == 0, done.err
+        return list(map(int, json.loads(done.out).get("engram") or {}))
+
+    assert layers("(1,)", "()") == [] and layers("(1,)", "(2,)") == [2]
+    assert layers("()", "(0,)", "(1,)") == [1]
+    again = launched("--config=launch.py", TINY, "--config.train.steps=9", "--mode=describe")
+    assert again.code == 0 and again.out.startswith("engram_tiny\n")
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "generate"])

@@ -11,7 +11,13 @@ from engram_jax.addressing.artifact import Addressing, as_stored, build_addressi
 from engram_jax.addressing.compression import build_compression
 from engram_jax.addressing.hash_batches import BatchAddresser
 from engram_jax.addressing.hash_plan import LayerAddressing, plan_layer
-from engram_jax.addressing.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_size
+from engram_jax.addressing.tokenizer import (
+    drawable_ids,
+    load_tokenizer,
+    same_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_size,
+)
 
 __all__ = [
     "Addressing",
@@ -21,8 +27,10 @@ __all__ = [
     "build_addressing",
     "build_compression",
     "check_same",
+    "drawable_ids",
     "load_tokenizer",
     "plan_layer",
+    "same_tokenizer",
     "tokenizer_fingerprint",
     "tokenizer_size",
 ]

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from engram_jax.config.errors import UserError, shown
@@ -47,6 +48,16 @@ def load_tokenizer(path: str | Path, *, parse_special: bool = False) -> Tokenize
             raise
         reason = shown(str(error).splitlines()[0], quoted=False)
         raise UserError(f"tokenizer {shown(file)}: not a tokenizer.json ({reason})") from error
+    return _as_trained_with(tokenizer, parse_special)
+
+
+def same_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer that is in memory, as `load_tokenizer` gives that of a file."""
+    return _as_trained_with(Tokenizer.from_str(tokenizer.to_str()), parse_special=False)
+
+
+def _as_trained_with(tokenizer: Tokenizer, parse_special: bool) -> Tokenizer:
+    """See `load_tokenizer`; changes the tokenizer in place."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None
@@ -108,6 +119,16 @@ def unknown_id(tokenizer: Tokenizer) -> int | None:
 def tokenizer_size(tokenizer: Tokenizer) -> int:
     """Number of ids, added tokens included: one more than the highest id."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def drawable_ids(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray | None:
+    """Which of the ids 0 .. `vocab_size` - 1 the tokenizer has a token for, bool [vocab_size]; None
+    = all, or there is no tokenizer. A model's vocabulary may be larger, and a tokenizer's ids may
+    have gaps: such an id has no text."""
+    if tokenizer is None:
+        return None
+    found = np.array([tokenizer.id_to_token(i) is not None for i in range(vocab_size)])
+    return None if found.all() else found
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

@@ -12,10 +12,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing.detokenizer import text_of
-from engram_jax.memory.table import lookup
+from engram_jax.analysis.memory_reading import run_document
 from engram_jax.model.program import Program, Weights
 from engram_jax.sharding.rules import P
-from engram_jax.training.step import batch_addresses
 
 
 def gates_of_document(
@@ -32,11 +31,5 @@ def gates_of_document(
 
 
 def _gates(program: Program, weights: Weights, tokens: jax.Array) -> dict[str, jax.Array]:
-    segments = jnp.ones_like(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    addresses = batch_addresses(program, {"tokens": tokens, "segments": segments})
-    rows = {layer: lookup(weights.rows[layer], ids) for layer, ids in addresses.items()}
-    model = program.model(weights.params, weights.router_bias)
-    mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
-    output = model(tokens, rows, positions, segments, mask, beside=beside)
+    output = run_document(program, weights, tokens)[2]
     return {layer: jnp.mean(gate[0], axis=-1) for layer, gate in output.gates.items()}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -25,6 +25,7 @@ from typing import TextIO
 import jax
 
 from engram_jax.config.errors import UserError, shown
+from engram_jax.config.given_files import check_folder
 from engram_jax.distributed.consensus import agree
 
 RUN, TOKENIZER, CHECKPOINTS = "run.json", "tokenizer.json", "checkpoints"
@@ -48,15 +49,13 @@ def check_writable(workdir: Path) -> None:
 
     Makes nothing, so that what is refused later leaves no empty folder behind.
     """
-    folder = workdir.absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"--workdir={shown(workdir)}: {shown(folder)} is not a folder")
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_folder(workdir)
+    except NotADirectoryError as error:
+        where = shown(error.filename)
+        raise UserError(f"--workdir={shown(workdir)}: {where} is not a folder") from error
     except OSError as error:
+        folder = next(f for f in (workdir, *workdir.absolute().parents) if os.path.lexists(f))
         reason = f"{shown(folder)} cannot be written to ({error.strerror})"
         raise UserError(f"--workdir={shown(workdir)}: {reason}") from error
     for name in FILES:
@@ -101,11 +100,36 @@ def locked(workdir: Path) -> Iterator[None]:
     """Make `workdir` and keep other launches from training in it meanwhile.
 
     The lock goes with the process, however that ends. One process of a run holds it; on a file
-    system without locks none does. Raises UserError if another launch has it.
+    system without locks none does. Raises UserError if another launch has it. What fails before the
+    run's record (run.json) is written leaves nothing of a folder that was not there.
     """
+    made = None if jax.process_count() > 1 else _first_missing(workdir)
     with contextlib.ExitStack() as stack:
         agree(lambda: _lock(workdir, stack))
-        yield
+        try:
+            yield
+        except BaseException:
+            if made is not None and not (workdir / RUN).exists():
+                _remove(workdir, made)
+            raise
+
+
+def _first_missing(folder: Path) -> Path | None:
+    """The outermost folder that has to be made for `folder`; None if it is there."""
+    path, missing = folder.absolute(), None
+    while not os.path.lexists(path):
+        path, missing = path.parent, path
+    return missing
+
+
+def _remove(workdir: Path, made: Path) -> None:
+    """Remove a folder that this launch has made, and those around it up to `made`, if empty."""
+    folder = workdir.absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        while folder != made:
+            folder = folder.parent
+            folder.rmdir()
 
 
 def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:

@@ -31,6 +31,7 @@ from engram_jax.config.parse import (
     default_config_dict,
     parse_config,
     to_dict,
+    with_changes,
 )
 from engram_jax.config.schema import (
     DIFFICULTIES,
@@ -131,4 +132,5 @@ __all__ = [
     "section_types",
     "to_dict",
     "type_name",
+    "with_changes",
 ]

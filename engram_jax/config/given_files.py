@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import secrets
 import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from io import FileIO
@@ -173,6 +175,18 @@ def check_output(flag: str, value: str | Path) -> None:
         raise UserError(f"{where}: cannot be written: {reason_of(error)}") from error
     except ValueError as error:
         raise UserError(f"{where}: no possible name of a file") from error
+
+
+def check_folder(path: Path) -> None:
+    """Raises OSError unless `path` is, or can become, a folder to write to. Nothing is made, so
+    that what is refused later leaves no empty folder behind."""
+    folder = path.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(folder))
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def reason_of(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -32,6 +33,25 @@ def parse_config(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     parsed = config_from_dict(values)
     validate(parsed)
     return parsed
+
+
+def with_changes(
+    values: Mapping[str, Any], changes: Mapping[str, Any], where: str = "config"
+) -> dict[str, Any]:
+    """A configuration's nested values with others in place of some. changes: by dotted key
+    ("train.steps"), or nested. Raises UserError for a key in what is a value, not a section."""
+    found = dict(values)
+    for key, value in changes.items():
+        name, dot, rest = str(key).partition(".")
+        inner = {rest: value} if dot else value
+        if not isinstance(inner, Mapping):
+            found[name] = inner
+            continue
+        section = found.get(name, {})
+        if not isinstance(section, Mapping):
+            raise UserError(f"{where}.{key}: {where}.{name} is a value, not a section")
+        found[name] = with_changes(section, inner, f"{where}.{name}")
+    return found
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

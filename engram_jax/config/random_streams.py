@@ -21,8 +21,9 @@ ROUNDING = "rounding"  # rows in bfloat16: one number per Engram layer id
 
 
 def stream(seed: ArrayLike, name: str) -> jax.Array:
-    """The key for the use `name`. seed: from 0 to 2**32 - 1, traced or not."""
-    return fold_name(jax.random.key(seed), name)
+    """The key for the use `name`, whatever generator is JAX's default. seed: from 0 to 2**32 - 1,
+    traced or not."""
+    return fold_name(jax.random.key(seed, impl="threefry2x32"), name)
 
 
 def fold_name(key: jax.Array, name: str) -> jax.Array:

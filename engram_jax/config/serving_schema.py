@@ -34,8 +34,9 @@ class ServeConfig:
     host_cache: share of the rows kept in DRAM in front of the file.
     ema: use the moving average of the parameters (train.ema_decay); for --mode=evaluate and
       generate, too.
-    off_layers: Engram layers that add nothing, for analysis; (-1,) = all.
-    off_orders: n-gram orders whose rows are taken as zero, for analysis.
+    off_layers: Engram layers that add nothing, for analysis, in --mode=evaluate and generate, too;
+      (-1,) = all.
+    off_orders: n-gram orders whose rows are taken as zero, likewise.
     parse_special: whether special tokens spelled in a prompt become their ids; otherwise they are
       text, as in training.
     host: the address of the HTTP server.

@@ -15,28 +15,25 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from engram_jax.config import DataConfig
 from engram_jax.config.errors import UserError
-from engram_jax.config.given_files import local_path
+from engram_jax.config.given_files import check_folder, local_path
 from engram_jax.hardware.storage import cache_folder, replacing, sync_folder, sync_tree
 
 
 def cache_root(config: DataConfig) -> Path:
-    """config.data.cache_dir, else $ENGRAM_CACHE, else ~/.cache/engram_jax; created if missing.
-    Raises UserError if it cannot be written."""
+    """config.data.cache_dir, else $ENGRAM_CACHE, else ~/.cache/engram_jax; made by what is first
+    written there. Raises UserError if it cannot be written."""
     key = "config.data.cache_dir" if config.cache_dir else "$ENGRAM_CACHE"
     local_path(key, config.cache_dir or os.environ.get("ENGRAM_CACHE", ""))
     root = cache_folder(config.cache_dir)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
+        check_folder(root)
     except OSError as error:
         raise UserError(
             f"cache folder {root}: cannot be written ({error.strerror}); "
@@ -55,10 +52,10 @@ def build_once(
     entry: Path, make: Callable[[Path], None], valid: Callable[[Path], bool] = Path.is_dir
 ) -> Path:
     """The folder `entry`, filled by `make(temporary folder)` unless it exists and is `valid`.
-    Raises UserError if the disk is full."""
+    Raises UserError if the disk is full. If `make` fails, nothing is left, also of folders around
+    the entry that were made for it."""
     if valid(entry):
         return entry
-    entry.parent.mkdir(parents=True, exist_ok=True)
     with _lock(entry.with_name(entry.name + ".lock")) as locked:
         if valid(entry):
             return entry
@@ -110,11 +107,44 @@ def _rename(partial: Path, entry: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold `path` exclusively; yields False where the file system has no locks."""
-    with open(path, "w") as file:
+    """Hold `path` exclusively; yields False where the file system has no locks. What fails inside
+    takes the file along, and the folders that were made for it, if they are empty."""
+    made: list[Path] = []
+    file, locked = _open_locked(path, made)
+    with file:  # closing it, or the process's death, frees the lock
+        try:
+            yield locked
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for folder in made:
+                    folder.rmdir()
+            raise
+
+
+def _open_locked(path: Path, made: list[Path]) -> tuple[TextIO, bool]:
+    """The open file, and whether it is locked. made: gets the folders that are made, the innermost
+    first."""
+    while True:
+        made += [folder for folder in path.parents if not folder.exists() and folder not in made]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("w")
+        except FileNotFoundError:  # another process has failed, and removed the folder again
+            if path.parent.is_dir():
+                raise
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
         except OSError:
-            locked = False
-        yield locked  # closing the file, or the process's death, frees the lock
+            return file, False
+        if _is_at(path, file):  # else a process that failed has removed it meanwhile
+            return file, True
+        file.close()
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -14,13 +14,13 @@ import numpy as np
 from engram_jax.addressing import Addressing
 from engram_jax.addressing.fgrams import FgramAddressing
 from engram_jax.config.errors import UserError
-from engram_jax.data.token_store import TokenStore
+from engram_jax.data.array_store import Store
 
 PART = 1 << 22  # tokens
 
 
 def with_fgrams(
-    addressing: Addressing, store: TokenStore, vocab_size: int, log: Callable[[str], None] = print
+    addressing: Addressing, store: Store, vocab_size: int, log: Callable[[str], None] = print
 ) -> Addressing:
     """The addressing with the f-grams of the training text in `store`, which is read whole.
 

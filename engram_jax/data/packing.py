@@ -14,19 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engram_jax.data.token_store import TokenStore
+from engram_jax.data.array_store import Store
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """The sequences of a token store.
+    """The sequences of a token store, or of arrays in its form (array_store.py).
 
     pad_tail: the last, shorter sequence is kept and padded with `pad_id`, instead of dropped.
     """
 
-    store: TokenStore
+    store: Store
     seq_len: int
     pad_id: int
     pad_tail: bool = False

@@ -13,12 +13,15 @@ from tokenizers import Tokenizer
 from engram_jax.addressing.tokenizer import tokenizer_fingerprint
 from engram_jax.config import Config, DataConfig
 from engram_jax.config.errors import UserError
+from engram_jax.data.array_store import ArrayStore, Store
 from engram_jax.data.cache import build_once, cache_root, key_of
 from engram_jax.data.corpus import open_corpus
 from engram_jax.data.mixed_tasks import MixedTasks, mix, mixture_of
 from engram_jax.data.source_report import SourceReport
 from engram_jax.data.token_store import TokenStore, write_store
 from engram_jax.data.train_bpe import find_eos, open_tokenizer
+
+ARRAYS = "arrays of tokens"
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class PreparedData:
     tokenizer: Tokenizer
     tokenizer_path: Path
     eos_id: int
-    store_train: TokenStore
-    store_valid: TokenStore
+    store_train: Store
+    store_valid: Store
     report: SourceReport
     fingerprint: str
     tasks: MixedTasks | None = None
@@ -115,3 +118,22 @@ def check_targets(what: str, store: TokenStore, config: DataConfig) -> None:
             f" {len(store):,} tokens; give more text, or another config.data.validation_fraction"
             f" (now {config.validation_fraction}; not used where the source has a split of its own)"
         )
+
+
+def of_arrays(
+    store: ArrayStore, tokenizer: Any, eos_id: int | None, held_out: ArrayStore | None = None
+) -> PreparedData:
+    """Documents that are arrays of tokens as `prepare` gives those of a text, without a text.
+
+    tokenizer: None where there is none. held_out: None = the same documents.
+    """
+    report = SourceReport(source=ARRAYS, digest=store.digest, train_documents=store.documents)
+    return PreparedData(
+        tokenizer=tokenizer,
+        tokenizer_path=Path(),
+        eos_id=-1 if eos_id is None else eos_id,
+        store_train=store,
+        store_valid=store if held_out is None else held_out,
+        report=report,
+        fingerprint=store.digest,
+    )

@@ -93,6 +93,11 @@ def find_eos(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
             f"config.tokenizer.eos_id = {config.eos_id}: the tokenizer {config.path or config.name}"
             f" has {size} ids; must be below {size}"
         )
+    if config.eos_id >= 0 and tokenizer.id_to_token(config.eos_id) is None:
+        raise UserError(
+            f"config.tokenizer.eos_id = {config.eos_id}: the tokenizer {config.path or config.name}"
+            " has no token there; must be an id that it has"
+        )
     if config.eos_id >= 0:
         return config.eos_id
     for name in EOS_NAMES:

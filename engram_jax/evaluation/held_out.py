@@ -9,6 +9,7 @@ mean of the losses of all targets, each of which is kept (evaluation/target_loss
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import sys
@@ -24,7 +25,7 @@ from jax.sharding import NamedSharding
 
 from engram_jax.addressing import as_stored, load_tokenizer, tokenizer_fingerprint
 from engram_jax.checkpoint import table_order
-from engram_jax.checkpoint.manager import Checkpointer
+from engram_jax.checkpoint.manager import Checkpointer, Restored
 from engram_jax.checkpoint.run_settings import DATA, Changes, check_opened, check_text, covers
 from engram_jax.checkpoint.workdir import (
     HELD_OUT_DOCUMENTS,
@@ -32,7 +33,7 @@ from engram_jax.checkpoint.workdir import (
     file_of_step,
     parse_step,
 )
-from engram_jax.config import Config
+from engram_jax.config import Config, ServeConfig
 from engram_jax.config.errors import UserError
 from engram_jax.data.packing import Batch
 from engram_jax.data.placement import place_batch
@@ -49,7 +50,12 @@ from engram_jax.evaluation.target_losses import (
 )
 from engram_jax.model.program import Program
 from engram_jax.sharding.rules import P
-from engram_jax.training.state import TrainState, abstract_state, build_training
+from engram_jax.training.state import (
+    TrainingProgram,
+    TrainState,
+    abstract_state,
+    build_training,
+)
 from engram_jax.training.step import eval_step, score_step
 
 BY_CONTEXT = "by_context_ngram"
@@ -68,20 +74,29 @@ class Score:
 
 
 class Evaluator:
-    """Losses over held-out batches; each step is compiled once."""
+    """Losses over held-out batches; each step is compiled once.
 
-    def __init__(self, program: Program, data: RunData):
-        self.program, self.data = program, data
+    off: says which layers and orders are switched off in `target_nats`; None = none.
+    """
+
+    def __init__(self, program: Program, data: RunData, off: ServeConfig | None = None):
+        self.program, self.data, self.off = program, data, off
         self._step = program.jit(
             partial(eval_step, program), out_shardings=NamedSharding(program.mesh, P())
         )
 
     @cached_property
     def _nats_step(self) -> jax.stages.Wrapped:
-        def nats(*inputs: Any) -> jax.Array:
-            return score_step(self.program, *inputs)[0]
+        def nats(params: Any, bias: Any, memory: Any, batch: Any) -> jax.Array:
+            return score_step(self.program, params, bias, memory, batch, self.off)[0]
 
         return self.program.jit(nats, out_shardings=NamedSharding(self.program.mesh, P()))
+
+    def over(self, data: RunData) -> Evaluator:
+        """This evaluator, with its compiled steps, over other data of the same configuration."""
+        other = copy.copy(self)
+        other._nats_step, other.data = self._nats_step, data
+        return other
 
     def target_nats(self, state: TrainState) -> np.ndarray:
         """The loss of every held-out target in order, float64 [n]; the same on all processes.
@@ -196,16 +211,31 @@ def open_checkpoint(
     addressing = None if mine is None else agree(lambda: as_stored(mine, workdir))
     data = dataclasses.replace(data, addressing=addressing)  # host addresses are the run's, too
     program = build_training(config, addressing)
+    restored = restore_state(program, workdir, step)
+    trained_on, fingerprint = text_of(restored), data.prepared.fingerprint
+    same_text = agree(lambda: check_text(workdir, trained_on, fingerprint, accept))
+    return Checkpoint(workdir, data, program, restored.state, restored.step, changes, same_text)
+
+
+def restore_state(program: TrainingProgram, workdir: Path, step: str) -> Restored:
+    """A checkpoint's whole state; with config.serve.ema its parameters are their moving average.
+
+    Raises UserError if there is no such checkpoint, or if it is of another model or damaged.
+    """
+    addressing = program.addressing
     with Checkpointer(workdir, addressing=addressing, read_only=True) as checkpointer:
-        restored = table_order.restore(
+        found = table_order.restore(
             program, checkpointer, parse_step(step), abstract_state(program)
         )
+    if not program.config.serve.ema:
+        return found
+    return dataclasses.replace(found, state=program.averaged(found.state))
+
+
+def text_of(restored: Restored) -> str | None:
+    """The fingerprint of the data that a checkpoint was trained on; None if it does not say."""
     position = restored.iterator
-    trained_on = position.get("data") if isinstance(position, dict) else None
-    fingerprint = data.prepared.fingerprint
-    same_text = agree(lambda: check_text(workdir, trained_on, fingerprint, accept))
-    state = program.averaged(restored.state) if config.serve.ema else restored.state
-    return Checkpoint(workdir, data, program, state, restored.step, changes, same_text)
+    return position.get("data") if isinstance(position, dict) else None
 
 
 def evaluate(
@@ -215,11 +245,11 @@ def evaluate(
     `open_checkpoint`.
 
     With "data" in `accept` it is scored on another text. The result lists the differences. Without
-    any, and without config.serve.ema, process 0 writes the documents' losses to `workdir` (see
-    `file_of_step`), and the result says by what n-grams of context, too.
+    any, and without config.serve.ema and off_layers or off_orders, process 0 writes the documents'
+    losses to `workdir` (see `file_of_step`), and the result says by what n-grams of context, too.
     """
     found = open_checkpoint(config, workdir, step, accept)
-    evaluator = Evaluator(found.program, found.data)
+    evaluator = Evaluator(found.program, found.data, config.serve)
     nats = evaluator.target_nats(found.state)
     score = evaluator.whole(nats)
     result = {
@@ -233,6 +263,8 @@ def evaluate(
     }
     if config.serve.ema:
         result["ema_decay"] = config.train.ema_decay
+    off = {k: list(getattr(config.serve, k)) for k in ("off_layers", "off_orders")}
+    result |= {key: values for key, values in off.items() if values}
     if found.changes:
         result["changed_settings"] = {key: list(both) for key, both in found.changes.items()}
     if not found.same_text:
@@ -240,7 +272,7 @@ def evaluate(
     if not any(covers([DATA], key) for key in found.changes):  # the run's own batches
         contexts = seen_contexts(found.data, found.step)
         result[BY_CONTEXT] = losses_by_context(contexts, {config.name: nats})
-        own = not found.changes and not config.serve.ema
+        own = not found.changes and not config.serve.ema and not any(off.values())
         if own and jax.process_index() == 0:
             file = file_of_step(workdir, HELD_OUT_DOCUMENTS, found.step)
             store = found.data.prepared.store_valid

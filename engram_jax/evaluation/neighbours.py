@@ -63,6 +63,8 @@ def open_neighbours(config: Config, workdir: Path, step: str, what: str) -> Chec
         raise UserError(f"{what}: runs in one process, not in {jax.process_count()}")
     if config.serve.ema:
         raise UserError(f"config.serve.ema = True: not for {what}; leave it out")
+    if config.serve.off_layers or config.serve.off_orders:
+        raise UserError(f"config.serve.off_layers and off_orders: not for {what}; leave them out")
     require("lab", what)
     check_writable(workdir)
     found = open_checkpoint(config, workdir, step)

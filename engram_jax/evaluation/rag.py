@@ -36,8 +36,8 @@ import numpy as np
 
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
+from engram_jax.data.array_store import Store
 from engram_jax.data.packing import Batch, PackedSequences
-from engram_jax.data.token_store import TokenStore
 from engram_jax.evaluation.held_out import Checkpoint, Evaluator
 from engram_jax.evaluation.neighbours import (
     Measured,
@@ -77,7 +77,7 @@ class Chunk:
         return self.end - self.start - (self.start == self.document)
 
 
-def chunks(store: TokenStore, size: int) -> list[Chunk]:
+def chunks(store: Store, size: int) -> list[Chunk]:
     """Every document cut into chunks of `size` tokens; the last may be shorter."""
     return [
         Chunk(int(first), start, min(start + size, int(last)))
@@ -130,7 +130,7 @@ class PassageIndex:
 
 
 def batches(
-    store: TokenStore,
+    store: Store,
     pieces: Sequence[Chunk],
     before: Sequence[np.ndarray],
     context: int,

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from engram_jax.data.array_store import Store
 from engram_jax.data.packing import PackedSequences
 from engram_jax.data.pipeline import trained_sequences
 from engram_jax.data.run_data import RunData
-from engram_jax.data.token_store import TokenStore
 from engram_jax.evaluation.seen_ngrams import seen
 from engram_jax.hardware.storage import replacing
 
@@ -36,14 +36,14 @@ def held_out_sequences(data: RunData) -> PackedSequences:
     return PackedSequences(store, config.data.seq_len, config.tokenizer.pad_id, pad_tail=True)
 
 
-def target_positions(store: TokenStore) -> np.ndarray:
+def target_positions(store: Store) -> np.ndarray:
     """Where a store's targets stand in it: int64 [n], ascending."""
     target = np.ones(len(store), bool)
     target[store.starts[:-1]] = False
     return np.flatnonzero(target)
 
 
-def documents_of(store: TokenStore, positions: np.ndarray) -> np.ndarray:
+def documents_of(store: Store, positions: np.ndarray) -> np.ndarray:
     """The number of the document that every position of a store lies in: int32 [n]."""
     return np.searchsorted(store.starts, positions, side="right").astype(np.int32) - 1
 
@@ -95,7 +95,7 @@ def seen_contexts(data: RunData, batches: int) -> SeenContexts:
 
 
 def write_documents(
-    path: Path, store: TokenStore, nats: np.ndarray, contexts: SeenContexts, step: int
+    path: Path, store: Store, nats: np.ndarray, contexts: SeenContexts, step: int
 ) -> None:
     """Write the losses of the held-out documents, a row each, as an .npz archive.
 

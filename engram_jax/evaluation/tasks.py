@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from engram_jax.addressing import drawable_ids
 from engram_jax.checkpoint.load_model import load_model
 from engram_jax.checkpoint.workdir import TASK_ITEMS, TASK_SCORES, file_of_step
 from engram_jax.config import OVER_ENCODING, Config
@@ -30,6 +31,7 @@ from engram_jax.distributed.consensus import agree
 from engram_jax.hardware.storage import write_text
 from engram_jax.memory.table import lookup
 from engram_jax.model.program import Program, Weights
+from engram_jax.model.sampling import drawable_logits
 from engram_jax.sharding.rules import P
 from engram_jax.tasks.drawing import Item
 from engram_jax.training.step import batch_addresses
@@ -105,8 +107,9 @@ def score_tasks(
         if max(len(ids) for ids, _ in candidates) <= config.data.seq_len:
             items.append(item)
             encoded.append(candidates)
-    on_scores = score(program, weights, encoded)
-    off_scores = score(program, weights, encoded, off) if off else None
+    drawable = drawable_ids(tokenizer, config.tokenizer.vocab_size)
+    on_scores = score(program, weights, encoded, drawable=drawable)
+    off_scores = score(program, weights, encoded, off, drawable=drawable) if off else None
     tokens = step * config.data.batch_size * config.data.seq_len
     result = {
         "name": config.name,
@@ -142,8 +145,11 @@ def score(
     weights: Weights,
     encoded: Sequence[Sequence[tuple[list[int], int]]],
     off: Sequence[str] = (),
+    *,
+    drawable: np.ndarray | None = None,
 ) -> list[ItemScore]:
     """Score items, each a list of candidates of `encode`. off: layers whose memory adds nothing.
+    drawable: bool [V], the ids that decoding may draw (`addressing.drawable_ids`), None = all.
 
     In form "over_encoding" the input is the mean of a token's embedding and one embedding per
     order. There the rows, with the classes of case, are taken as zero. That leaves
@@ -154,7 +160,7 @@ def score(
     if not rows:
         return []
     run = program.jit(
-        partial(_score_batch, program, off=tuple(off)),
+        partial(_score_batch, program, off=tuple(off), drawable=drawable),
         out_shardings=NamedSharding(program.mesh, P()),
     )
     size = program.config.data.batch_size
@@ -196,7 +202,11 @@ def _batch(rows: Sequence[tuple[list[int], int]], size: int, length: int, answer
 
 
 def _score_batch(
-    program: Program, weights: Weights, batch: Mapping[str, jax.Array], off: tuple[str, ...]
+    program: Program,
+    weights: Weights,
+    batch: Mapping[str, jax.Array],
+    off: tuple[str, ...],
+    drawable: np.ndarray | None,
 ) -> tuple[jax.Array, jax.Array]:
     """(sums of log probabilities [B], whether every token was the likeliest bool [B])."""
     tokens, segments = batch["tokens"], batch["segments"]
@@ -221,7 +231,7 @@ def _score_batch(
     logits = model.logits(hidden)
     chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     log_probabilities = chosen - jax.nn.logsumexp(logits, axis=-1)
-    likeliest = jnp.argmax(logits, axis=-1) == batch["targets"]
+    likeliest = jnp.argmax(drawable_logits(logits, drawable), axis=-1) == batch["targets"]
     counts = batch["counts"]
     sums = jnp.sum(jnp.where(counts, log_probabilities, 0), axis=1)
     return sums, jnp.all(likeliest | ~counts, axis=1)

@@ -27,7 +27,7 @@ from engram_jax.config.errors import UserError
 from engram_jax.memory.table import lookup
 from engram_jax.model.decode_state import DecodeState
 from engram_jax.model.program import Program, Weights, check_decodes
-from engram_jax.model.sampling import key_of_token, sample
+from engram_jax.model.sampling import drawable_logits, key_of_token, sample
 from engram_jax.sharding.rules import BATCH, P, names
 
 PREFILL_MULTIPLE = 32  # prompts are padded to a multiple of this, to compile few shapes
@@ -107,14 +107,17 @@ def jit_extend(program: Program, session: Session) -> jax.stages.Wrapped:
 
 
 class Generator:
-    """Compiled prefill and decode for one model."""
+    """Compiled prefill and decode for one model. drawable: bool [V], the ids that the tokenizer has
+    (`addressing.drawable_ids`), the only ones that are drawn; None = all."""
 
-    def __init__(self, program: Program, weights: Weights):
+    def __init__(self, program: Program, weights: Weights, drawable: np.ndarray | None = None):
         self.program, self.weights = program, weights
         self._compiled: dict[bool, tuple[Any, Any]] = {}
         replicated = NamedSharding(program.mesh, P())
         self._sample = jax.jit(
-            sample, static_argnames=("temperature", "top_p", "top_k"), out_shardings=replicated
+            lambda logits, key, **how: sample(drawable_logits(logits, drawable), key, **how),
+            static_argnames=("temperature", "top_p", "top_k"),
+            out_shardings=replicated,
         )
 
     def _functions(self, batch: int) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from engram_jax.config.random_streams import SAMPLING, stream
@@ -103,15 +104,26 @@ def adjust_logits(
     return others.at[rows, ids].set(found, mode="drop")
 
 
+def drawable_logits(logits: jax.Array, drawable: np.ndarray | None) -> jax.Array:
+    """Logits [..., V] with -inf for the ids that are not to be drawn, the others as they are.
+
+    drawable: bool [V], a constant of the program; None = all.
+    """
+    return logits if drawable is None else jnp.where(drawable, logits, -jnp.inf)
+
+
 def log_probabilities(
-    logits: jax.Array, chosen: jax.Array, alternatives: int
+    logits: jax.Array, chosen: jax.Array, alternatives: int, drawable: np.ndarray | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities (nats) under logits [..., V]: chosen tokens int32 [...], and the likeliest.
+
+    drawable: as in `drawable_logits`; the others are not among the likeliest. They have their share
+    of the distribution nevertheless, as in the loss.
 
     Returns (float32 [...], float32 [..., alternatives], their ids int32), best first.
     """
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    top, ids = jax.lax.top_k(logits, alternatives)
+    top, ids = jax.lax.top_k(drawable_logits(logits, drawable), alternatives)
     own = jnp.take_along_axis(logits, chosen[..., None], axis=-1)
     return (own - total)[..., 0], top - total, ids.astype(jnp.int32)

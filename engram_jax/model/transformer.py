@@ -26,7 +26,7 @@ from engram_jax.model.decode_state import DecodeState
 from engram_jax.model.memory_module import memory_module
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
-Rows = Mapping[str, jax.Array]
+Rows = Mapping[str, Any]  # layer id -> [B, T, H, dim]; None = the layer is off (switches.py)
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,14 @@ def spans(config: ModelConfig) -> tuple[tuple[Stage, ...], ...]:
 class Output:
     """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M] ([B, T, 1] of one branch),
     of the layers that have gates; loads [MoE layers, E]; moments, where they are measured:
-    "stack/LAYER" [layers, B, T, 2] of a stack's layers, "memory/LAYER" [B, T, 2] (`moments`)."""
+    "stack/LAYER" [layers, B, T, 2] of a stack's layers, "memory/LAYER" [B, T, 2] (`moments`).
+    added, where it is kept: layer id -> [B, T, M, d], what Engram layers add to the streams."""
 
     hidden: jax.Array
     gates: dict[str, jax.Array]
     loads: jax.Array
     moments: dict[str, jax.Array] = field(default_factory=dict)
+    added: dict[str, jax.Array] = field(default_factory=dict)
 
 
 class Transformer(nnx.Module):
@@ -196,30 +198,33 @@ class Transformer(nnx.Module):
         shard: ShardView = UNSHARDED,
         beside: Beside | None = None,
         measure: bool = False,
+        keep: bool = False,
     ) -> Output:
         """The differentiated part of a training step.
 
         Args:
           tokens, positions, segments: int32 [B, T] (see data/packing.py).
-          rows: Engram layer id -> [B, T, H, dim] from the memory.
+          rows: Engram layer id -> [B, T, H, dim] from the memory; None = the layer adds nothing.
           mask: bool [B, T] or None; False = a token that gets no memory.
           shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
             this device's shards, all others whole.
           beside: what tokens read beside their rows (`Program.beside`), None where nothing is.
-          measure: whether moments of activations are measured.
+          measure: whether moments of activations are measured. keep: whether `Output.added` is.
 
         Returns:
           The hidden states, gates and loads (`Output`).
         """
         x = self.embed(tokens)
-        gates, loads, measured = {}, [], {}
+        gates, loads, measured, added = {}, [], {}, {}
         for stage in self.stage_list:
-            if stage.name in self.engrams:
+            if stage.name in self.engrams and rows[stage.name] is not None:
                 read = self._read(stage.name, rows[stage.name], beside)
                 out, gate = self.engrams[stage.name](read, x, segments, mask)
                 x = x + out
                 if gate is not None:
                     gates[stage.name] = gate
+                if keep:
+                    added[stage.name] = out
                 if measure:
                     measured[f"memory/{stage.name}"] = moments(out)
             x = self._learned(stage, x)
@@ -230,7 +235,7 @@ class Transformer(nnx.Module):
                 loads.append(load)
         hidden = self.finish(x)
         of_experts = jnp.concatenate(loads) if loads else jnp.zeros((0, 0))
-        return Output(hidden, gates, of_experts, measured)
+        return Output(hidden, gates, of_experts, measured, added)
 
     def init_decode(self, batch: int, capacity: int) -> DecodeState:
         """An empty state for `batch` sequences of at most `capacity` tokens."""

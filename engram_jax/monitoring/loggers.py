@@ -14,9 +14,8 @@ numbers: TensorBoard forgets it, W&B keeps the first, MLflow has both.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from engram_jax.config import MLFLOW, TENSORBOARD, WANDB
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
 from engram_jax.hardware.storage import write_text
+from engram_jax.monitoring.tensorboardx_internals import survive_a_full_disk
 
 _WANDB_ID, _MLFLOW_ID = "wandb_run_id.txt", "mlflow_run_id.txt"
 
@@ -86,7 +86,7 @@ class TensorBoard:
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10
         )
-        _survives_a_full_disk(self._board)
+        survive_a_full_disk(self._board)
 
     def log(self, found: Measured) -> None:
         for name, value in found.scalars.items():
@@ -96,22 +96,6 @@ class TensorBoard:
 
     def close(self) -> None:
         self._board.close()
-
-
-def _survives_a_full_disk(board: Any) -> None:
-    """Let TensorBoard's file end where the disk does: an error would end the writer's thread, and
-    with it, for ever, who waits for its queue. metrics.jsonl has the same numbers, and raises."""
-    events = board._get_file_writer().event_writer._ev_writer
-    for name in ("write_event", "flush", "close"):
-        setattr(events, name, _without_os_errors(getattr(events, name)))
-
-
-def _without_os_errors(function: Callable[..., Any]) -> Callable[..., None]:
-    def quiet(*args: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: closed already
-            function(*args)
-
-    return quiet
 
 
 class Wandb:

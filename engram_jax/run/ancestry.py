@@ -92,16 +92,19 @@ def parse_source(text: str) -> tuple[Path, str]:
     return Path(folder).expanduser(), step
 
 
-def find_ancestor(config: Config, workdir: Path, accept: Sequence[str] = ()) -> Ancestor | None:
+def find_ancestor(
+    config: Config, workdir: Path | None, accept: Sequence[str] = ()
+) -> Ancestor | None:
     """The checkpoint that this launch starts from: None without `train.init_from`, and where
     `workdir` has checkpoints of its own. Nothing but small files is read.
 
-    accept: keys or sections in which the model may differ from the other run's.
+    workdir: None = the run has no folder. accept: keys or sections in which the model may differ
+    from the other run's.
 
     Raises UserError if there is no such checkpoint, or if it is of another model or tokenizer.
     """
     text = config.train.init_from
-    if not text or checkpoint_steps(workdir):
+    if not text or (workdir is not None and checkpoint_steps(workdir)):
         return None
     source, wanted = parse_source(text)
     steps = checkpoint_steps(source)
@@ -143,14 +146,15 @@ def _changes(stored: Config, config: Config) -> Changes:
     }
 
 
-def with_tokenizer(config: Config, workdir: Path) -> Config:
+def with_tokenizer(config: Config, workdir: Path | None) -> Config:
     """The configuration with the tokenizer of the run that it starts from, or that `workdir` has
     kept of it, where none is configured: one trained on this run's text would be another."""
     train, tokens = config.train, config.tokenizer
     if not train.init_from or tokens.path:
         return config
-    begun = checkpoint_steps(workdir) and (workdir / TOKENIZER).is_file()
-    folder = workdir if begun else parse_source(train.init_from)[0]
+    folder = parse_source(train.init_from)[0]
+    if workdir is not None and checkpoint_steps(workdir) and (workdir / TOKENIZER).is_file():
+        folder = workdir
     path = str((folder / TOKENIZER).absolute())
     return dataclasses.replace(config, tokenizer=dataclasses.replace(tokens, path=path))
 

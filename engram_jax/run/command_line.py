@@ -64,12 +64,12 @@ def parse_command_line(
         argv = flag_values.read_flags_from_files(argv, force_gnu=False)
     except (flags.Error, OSError) as error:
         raise UserError(f"--flagfile: {one_line(error).removeprefix('ERROR:: ')}") from None
-    argv = _with_config_of_run(list(argv), config_flag)
+    argv = _last_given(_with_config_of_run(list(argv), config_flag), config_flag)
     argv = _with_lists(argv, config_flag)
     sys.argv = ARGV[:] = argv
     for name, value in _arguments(argv):
         if name == config_flag:
-            config_file(config_flag, value or "")
+            config_file(f"--{config_flag}", value or "")
         section, _, key = name.partition(".")
         if key and section in (config_flag, f"no{config_flag}"):
             _check_override(config_flag, key, value, negated=section != config_flag)
@@ -244,18 +244,41 @@ def _with_lists(argv: list[str], config_flag: str) -> list[str]:
     return out
 
 
-def config_file(config_flag: str, value: str) -> ConfigDict:
-    """What the configuration file FILE or FILE:ARGUMENT, a flag's value, returns.
+def _last_given(argv: list[str], config_flag: str) -> list[str]:
+    """The command line without the configurations and lists that a later argument for the same
+    replaces, as it does with every other value: config_flags would join lists, and leave an empty
+    one out."""
+    last: dict[str, int] = {}
+    places: list[tuple[str, int, int]] = []  # key, first argument, one past the last
+    for i, argument in enumerate(argv[1:], 1):
+        if argument == "--":
+            break
+        name, given, _ = argument.lstrip("-").partition("=")
+        section, _, key = name.partition(".")
+        if argument.startswith("-") and section == config_flag and (not key or _is_list(key)):
+            places.append((key, i, i + (1 if given else 2)))
+            last[key] = i
+    dropped = {n for key, i, end in places if i != last[key] for n in range(i, end)}
+    return [argument for n, argument in enumerate(argv) if n not in dropped]
+
+
+def _is_list(key: str) -> bool:
+    hint: Any = config_lib.Config
+    for name in key.split("."):
+        hint = config_lib.section_types(hint).get(name)
+    return hint is not None and hint not in _READERS and not config_lib.section_types(hint)
+
+
+def config_file(flag: str, value: str) -> ConfigDict:
+    """What the configuration file FILE or FILE:ARGUMENT returns, the value of `flag` ("--config").
 
     It must exist, run, and return a configuration. config_flags runs it again; its own messages
     lack the line number or span several lines. Raises UserError.
     """
     path, colon, argument = value.partition(":")
-    where = f"--{config_flag}={path}"
+    where = f"{flag}={path}"
     if not Path(path).is_file():
-        raise UserError(
-            f"--{config_flag}={shown(path)}: no such file; for example configs/engram_tiny.py"
-        )
+        raise UserError(f"{flag}={shown(path)}: no such file; for example configs/engram_tiny.py")
     try:
         get_config = runpy.run_path(path).get("get_config")
         found = get_config(*[argument] if colon else []) if get_config else None

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from engram_jax.addressing import drawable_ids
 from engram_jax.analysis.gates import gates_of_document
 from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS, LOSSES
 from engram_jax.config import SHUFFLED, Config
@@ -233,8 +234,9 @@ def continuations(
     prompts = config.train.samples
     if not prompts:
         return []
-    generator = Generator(evaluator.program, weights)
     tokenizer = data.prepared.tokenizer
+    drawable = drawable_ids(tokenizer, config.tokenizer.vocab_size)
+    generator = Generator(evaluator.program, weights, drawable)
     ids = [tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
     found = generator.complete(
         ids, config.generate, data.prepared.eos_id, max_tokens=config.train.sample_tokens

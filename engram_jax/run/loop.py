@@ -54,7 +54,12 @@ from engram_jax.run.ancestry import (
 from engram_jax.run.end_of_run import check_samples, end_run
 from engram_jax.run.exchange_capacity import with_planned_exchange
 from engram_jax.run.monitors import Monitors
-from engram_jax.run.resume import check_resumed, check_resumed_text, forget_unsaved
+from engram_jax.run.resume import (
+    check_resumed,
+    check_resumed_text,
+    check_resumed_tokenizer,
+    forget_unsaved,
+)
 from engram_jax.training.state import (
     TrainingProgram,
     TrainState,
@@ -129,6 +134,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
     data = open_on_all_processes(config, log, count_fgrams=not config.train.init_from)
     data = agree(lambda: with_ancestors_addresses(data, config, workdir))
     agree(lambda: check_resumed_text(workdir, data.prepared.summary()))
+    agree(lambda: check_resumed_tokenizer(config, workdir, data.prepared.tokenizer))
     if ancestor is not None and (warning := other_text(ancestor, data.prepared.summary())):
         processes.warn(warning)
     agree(lambda: check_samples(config, data.prepared.tokenizer))

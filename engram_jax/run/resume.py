@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from engram_jax.addressing import load_tokenizer, tokenizer_fingerprint
 from engram_jax.checkpoint.run_record import launch_of, recorded
 from engram_jax.checkpoint.run_settings import (
     DATA,
@@ -25,7 +26,7 @@ from engram_jax.checkpoint.run_settings import (
     refuse,
     stored_config,
 )
-from engram_jax.checkpoint.workdir import LOGS, LOSSES, checkpoint_steps
+from engram_jax.checkpoint.workdir import LOGS, LOSSES, TOKENIZER, checkpoint_steps
 from engram_jax.config import CONSTANT, FROZEN, STEP, Config
 from engram_jax.config.errors import UserError
 from engram_jax.training.optim.schedule import decay_start, falls, learning_rate
@@ -124,6 +125,27 @@ def check_resumed_text(workdir: Path, text: Mapping[str, Any]) -> None:
             f"--workdir={workdir}: the run there was trained on another text: {what}; or give"
             " another --workdir (or --config.name, which names it)"
         )
+
+
+def check_resumed_tokenizer(config: Config, workdir: Path, tokenizer: Any) -> None:
+    """Raises UserError if the run in `workdir` was trained with another tokenizer than this one."""
+    file, steps = workdir / TOKENIZER, checkpoint_steps(workdir)
+    if not steps or not file.is_file():
+        return
+    if tokenizer_fingerprint(load_tokenizer(file)) == tokenizer_fingerprint(tokenizer):
+        return
+    stored = recorded(workdir, max(steps))
+    theirs = config.tokenizer.path if stored is None else stored.tokenizer.path
+    ours = config.tokenizer.path
+    what = f"config.tokenizer.path is {theirs!r} there and {ours!r} here"
+    if theirs == ours:
+        what = f"config.tokenizer.path = {ours!r} gives another one now"
+        if not ours:
+            what = "the one that is trained on the text is another one now"
+    raise UserError(
+        f"--workdir={workdir}: the run there was trained with another tokenizer: {what}; to go on"
+        f" there, set config.tokenizer.path={file}, or give another --workdir (or --config.name)"
+    )
 
 
 def _size(text: Mapping[str, Any]) -> str:

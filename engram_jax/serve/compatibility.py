@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,22 @@ def for_one(
     what = f"config.generate.max_tokens = {answer}, with a prompt of {prompt} tokens"
     _check_length(what, prompt + answer, trained, serve, warn)
     return replace(serve, sequences=1, prefill_sequences=1, pages=0, capacity=prompt + answer)
+
+
+def for_prompts(
+    trained: LoadedModel, serve: ServeConfig, lengths: Sequence[int], warn: Warn
+) -> ServeConfig:
+    """`serve` for sequences of known lengths, prompt and answer in tokens; of a single one what
+    `for_one` gives. Errors: as `with_capacity`."""
+    most = max(lengths)
+    _check_length(f"a prompt and max_tokens of {most} tokens together", most, trained, serve, warn)
+    return replace(
+        serve,
+        sequences=min(len(lengths), serve.sequences),
+        prefill_sequences=min(len(lengths), serve.prefill_sequences),
+        pages=0,
+        capacity=most,
+    )
 
 
 def _check_length(

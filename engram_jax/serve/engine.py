@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from engram_jax.addressing import drawable_ids
 from engram_jax.config.errors import UserError
 from engram_jax.model.program import Program, Weights
 from engram_jax.serve.device_state import DeviceState
@@ -70,7 +71,10 @@ class Engine:
         tokenizer: Any = None,
         eos_id: int | None = None,
     ):
-        self._steps = EngineSteps(program, program.config.serve) if steps is None else steps
+        if steps is None:
+            drawable = drawable_ids(tokenizer, program.config.tokenizer.vocab_size)
+            steps = EngineSteps(program, program.config.serve, drawable)
+        self._steps = steps
         self.serve = self._steps.serve
         self.program, self.tokenizer, self.eos_id = program, tokenizer, eos_id
         self.name, self.capacity = program.config.name, self.serve.capacity
@@ -135,7 +139,7 @@ class Engine:
             raise UserError(f"top_k = {params.top_k}: must be at most {vocab}, 0 = all")
         if params.stop and self.tokenizer is None:
             raise UserError("stop: must be empty where there is no tokenizer; use stop_ids")
-        check_rules(params, self.eos_id, vocab)
+        check_rules(params, self.eos_id, vocab, self._steps.drawable)
 
     def cancel(self, request: int) -> None:
         """End a request now; one that is unknown or has ended is left alone."""

@@ -14,11 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax.config import ServeConfig
 from engram_jax.model.program import Program, Weights, check_decodes
-from engram_jax.model.sampling import adjust_logits, log_probabilities, sample_rows
+from engram_jax.model.sampling import (
+    adjust_logits,
+    drawable_logits,
+    log_probabilities,
+    sample_rows,
+)
+from engram_jax.model.switches import of_orders
 from engram_jax.model.transformer import Transformer, spans
 from engram_jax.serve.logit_rules import Adjustments, entries
 from engram_jax.serve.prefixes import most_units
@@ -110,10 +117,15 @@ class Sampled:
 
 class EngineSteps:
     """The compiled functions of one program. Raises UserError for one that cannot decode
-    (`check_decodes`)."""
+    (`check_decodes`).
 
-    def __init__(self, program: Program, serve: ServeConfig):
+    drawable: bool [V], the ids that the tokenizer has (`addressing.drawable_ids`), None = all; no
+    other is drawn, nor listed among the likeliest.
+    """
+
+    def __init__(self, program: Program, serve: ServeConfig, drawable: np.ndarray | None = None):
         check_decodes(program.config)
+        self.drawable = drawable
         capacity = serve.capacity or program.config.data.seq_len
         self.program, self.serve = program, replace(serve, capacity=capacity)
         self.spans = spans(program.config.model)
@@ -164,7 +176,9 @@ class EngineSteps:
 
     @property
     def alternatives(self) -> int:
-        return min(MAX_LOGPROBS, self.program.config.tokenizer.vocab_size)
+        """How many of the likeliest tokens are listed at most."""
+        vocab = self.program.config.tokenizer.vocab_size
+        return min(MAX_LOGPROBS, vocab if self.drawable is None else int(self.drawable.sum()))
 
     @property
     def entries(self) -> int:
@@ -266,7 +280,7 @@ class EngineSteps:
         if rows is not None:
             mask = self.program.memory_mask(flow.tokens)
             beside = self.program.beside_in_layer(layer, flow.tokens, signs)
-            rows = self._switched(rows)
+            rows = of_orders(self.program.config.model.engram, self.serve, rows)
             kept = tails[layer]
             if kept is not None:
                 tail = kept.at[batch.slot].get(mode="clip")
@@ -287,15 +301,6 @@ class EngineSteps:
             tails[layer] = kept.at[batch.slot].set(tail, mode="drop")
         return Flow(flow.tokens, x), Cache(pool, tails, cache.tokens)
 
-    def _switched(self, rows: jax.Array) -> jax.Array:
-        """The rows, zero for the orders that are switched off."""
-        engram = self.program.config.model.engram
-        if not self.serve.off_orders:
-            return rows
-        on = [o not in self.serve.off_orders for o in engram.orders]
-        heads = jnp.repeat(jnp.array(on), engram.heads_per_order)
-        return jnp.where(heads[:, None], rows, 0)
-
     def _run_sample(
         self,
         weights: Weights,
@@ -314,11 +319,11 @@ class EngineSteps:
         fed = None
         if prompt:
             all_logits = model.logits(model.finish(flow.x))
-            fed = Logprobs(*log_probabilities(all_logits, targets, self.alternatives))
+            fed = self._logprobs(all_logits, targets)
         tokens = self._choose(logits, batch)
         own = None
         if logprobs:
-            own = Logprobs(*log_probabilities(logits, tokens, self.alternatives))
+            own = self._logprobs(logits, tokens)
         kept = cache.tokens.at[batch.slot].set(tokens, mode="drop")
         return Sampled(tokens, logits, own, fed), Cache(cache.pool, cache.tails, kept)
 
@@ -332,9 +337,9 @@ class EngineSteps:
         rules: Adjustments,
     ) -> tuple[jax.Array, Logprobs, jax.Array]:
         other = adjust_logits(logits, rules.ids, rules.bias, rules.factor, rules.less, rules.only)
-        tokens = jnp.where(rules.used, _draw(other, batch, rules.min_p), tokens)
+        tokens = jnp.where(rules.used, self._choose(other, batch, rules.min_p), tokens)
         # Of the model's own distribution, not of the one that was drawn from.
-        again = Logprobs(*log_probabilities(logits, tokens, self.alternatives))
+        again = self._logprobs(logits, tokens)
 
         def pick(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(rules.used.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -342,8 +347,21 @@ class EngineSteps:
         own = jax.tree.map(pick, again, own)
         return tokens, own, kept.at[batch.slot].set(tokens, mode="drop")
 
-    def _choose(self, logits: jax.Array, batch: StepBatch) -> jax.Array:
-        return _draw(logits, batch)
+    def _logprobs(self, logits: jax.Array, tokens: jax.Array) -> Logprobs:
+        return Logprobs(*log_probabilities(logits, tokens, self.alternatives, self.drawable))
+
+    def _choose(
+        self, logits: jax.Array, batch: StepBatch, min_p: jax.Array | None = None
+    ) -> jax.Array:
+        return sample_rows(
+            drawable_logits(logits, self.drawable),
+            batch.seed,
+            step=batch.numbers[:, 3],
+            temperature=batch.levels[:, 0],
+            top_p=batch.levels[:, 1],
+            top_k=batch.numbers[:, 4],
+            min_p=min_p,
+        )
 
     def _swap_out(self, cache: Cache, slot: jax.Array, pages: jax.Array) -> Any:
         """A sequence's state: (pages [layers, n, page, r + p], tails). pages int32 [n]: entries
@@ -383,15 +401,3 @@ class EngineSteps:
             jax.tree.map(lambda all_, one: all_.at[slot].set(one), cache.tails, tails),
             cache.tokens.at[slot].set(token),
         )
-
-
-def _draw(logits: jax.Array, batch: StepBatch, min_p: jax.Array | None = None) -> jax.Array:
-    return sample_rows(
-        logits,
-        batch.seed,
-        step=batch.numbers[:, 3],
-        temperature=batch.levels[:, 0],
-        top_p=batch.levels[:, 1],
-        top_k=batch.numbers[:, 4],
-        min_p=min_p,
-    )

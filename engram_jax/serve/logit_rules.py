@@ -8,7 +8,7 @@ tokens that a rule touches are listed here and only they are changed on the devi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,22 +45,32 @@ def ends_of(params: SamplingParams, eos_id: int | None) -> set[int]:
     return eos | set(params.stop_ids)
 
 
-def check_rules(params: SamplingParams, eos_id: int | None, vocab: int) -> None:
-    """Raises UserError for ids that do not exist, and for rules that may leave no token."""
-    named: dict[str, Iterable[int]] = {
+def check_rules(
+    params: SamplingParams, eos_id: int | None, vocab: int, drawable: np.ndarray | None = None
+) -> None:
+    """Raises UserError for ids that do not exist, and for rules that may leave no token.
+
+    drawable: bool [vocab], the ids that the tokenizer has; None = all.
+    """
+    named: dict[str, Collection[int]] = {
         "allowed_token_ids": params.allowed_ids or (),
-        "bad_words": (token for row in params.bad_words for token in row),
-        "logit_bias": (token for token, _ in params.logit_bias),
+        "bad_words": [token for row in params.bad_words for token in row],
+        "logit_bias": [token for token, _ in params.logit_bias],
         "stop_token_ids": params.stop_ids,
     }
     for name, ids in named.items():
         if bad := [token for token in ids if not 0 <= token < vocab]:
             raise UserError(f"{name}: token id {bad[0]}: must be from 0 to {vocab - 1}")
+        if drawable is not None and (bad := [token for token in ids if not drawable[token]]):
+            raise UserError(
+                f"{name}: token id {bad[0]}: must be an id of the tokenizer, which has none there"
+            )
+    there = vocab if drawable is None else int(drawable.sum())
     for before in {(), *(row[:-1] for row in params.bad_words)}:
         never = _completing(params, before)
         never |= ends_of(params, eos_id) if params.min_tokens else set()
         allowed = params.allowed_ids
-        if len(never) >= vocab if allowed is None else never.issuperset(allowed):
+        if len(never) >= there if allowed is None else never.issuperset(allowed):
             raise UserError(
                 "allowed_token_ids: must have a token that bad_words and min_tokens always allow"
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from engram_jax.addressing import drawable_ids
 from engram_jax.checkpoint.load_model import LoadedModel, load_model
 from engram_jax.config import DEVICE, HOST, Config, ServeConfig
 from engram_jax.config.errors import UserError
@@ -68,7 +69,7 @@ def load_for(
     """
     check_decodes(config)
     serve = config.serve
-    if key := _stored(serve):
+    if key := stored_rows(serve):
         require("serve", key)
     if serve.memory != DEVICE and jax.process_count() > 1:
         raise UserError(
@@ -87,21 +88,31 @@ def make_engine(
 
     Raises UserError for rows, weights and lengths that do not match (serve/compatibility.py).
     """
-    return _engine(trained, with_capacity(trained, serve, warn), warn, tell)
+    steps = compile_for(trained, with_capacity(trained, serve, warn))
+    return engine_of(trained, steps, warn, tell)
 
 
-def _engine(trained: LoadedModel, serve: ServeConfig, warn: Warn, tell: Tell) -> Engine:
+def compile_for(trained: LoadedModel, serve: ServeConfig) -> EngineSteps:
+    """The compiled steps of a model's engines with the configuration `serve`; they hold no
+    weights."""
+    vocab = trained.program.config.tokenizer.vocab_size
+    return EngineSteps(trained.program, serve, drawable_ids(trained.tokenizer, vocab))
+
+
+def engine_of(
+    trained: LoadedModel, steps: EngineSteps, warn: Warn, tell: Tell = _nothing
+) -> Engine:
+    """An engine with steps of `compile_for`. Errors as of `make_engine`."""
     program, weights = trained.program, trained.weights
-    if key := _stored(serve):
+    if key := stored_rows(steps.serve):
         tell(f"opening the tables: {key}")
-    memory = _memories(trained, serve, warn)
-    steps = EngineSteps(program, serve)
+    memory = _memories(trained, steps.serve, warn)
     return Engine(program, weights, memory, steps, trained.tokenizer, trained.eos_id)
 
 
 def _memories(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Mapping[str, LayerMemory]:
     program, rows = trained.program, trained.weights.rows
-    if not _stored(serve):
+    if not stored_rows(serve):
         on = [layer for layer in program.table_rows if not serve.is_off(layer)]
         return {layer: DeviceMemory(program, rows[layer]) for layer in on}
     from engram_jax.serve.open_memories import open_memories
@@ -112,7 +123,7 @@ def _memories(trained: LoadedModel, serve: ServeConfig, warn: Warn) -> Mapping[s
     return open_memories(program, serve, rows, check)
 
 
-def _stored(serve: ServeConfig) -> str:
+def stored_rows(serve: ServeConfig) -> str:
     """The key by which stored rows are asked for, with its value; "" = none, tables of a checkpoint
     on the device. The extra `serve` reads them."""
     keys = {"memory": serve.memory, "memory_file": serve.memory_file}
@@ -133,7 +144,8 @@ def print_continuation(
     if not ids:
         raise UserError("prompt: must have at least one token")
     warn, most = processes.warn, config.generate.max_tokens
-    engine = _engine(trained, for_one(trained, config.serve, len(ids), most, warn), warn, tell)
+    serve = for_one(trained, config.serve, len(ids), most, warn)
+    engine = engine_of(trained, compile_for(trained, serve), warn, tell)
     tell("compiling, then generating")
     deltas = engine.stream(ids, SamplingParams.of(config.generate))
     for piece in itertools.chain([prompt], map(_text, deltas), ["\n"]):

@@ -18,10 +18,11 @@ import optax
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import hash_jax
-from engram_jax.config import FROZEN, SHUFFLED
+from engram_jax.config import FROZEN, SHUFFLED, ServeConfig
 from engram_jax.memory.exchange import ExchangePlan
 from engram_jax.memory.table import Tables
 from engram_jax.model.program import Params, Program
+from engram_jax.model.switches import switched
 from engram_jax.model.trained import join_trained, split_trained
 from engram_jax.model.transformer import Output, Transformer
 from engram_jax.sharding.rules import BATCH, P, specs
@@ -324,11 +325,18 @@ def eval_step(
 
 
 def score_step(
-    program: Program, params: Params, bias: Params, memory: Tables, batch: Batch
+    program: Program,
+    params: Params,
+    bias: Params,
+    memory: Tables,
+    batch: Batch,
+    off: ServeConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(nats of every target [B, T], 0 where there is none; hidden states after the last norm
-    [B, T, d]) of one batch."""
-    rows, _ = fetch_rows(program, memory, batch_addresses(program, batch))
+    [B, T, d]) of one batch. off: says which layers and orders are switched off; None = none."""
+    rows: Any = fetch_rows(program, memory, batch_addresses(program, batch))[0]
+    if off is not None:
+        rows = switched(program.config.model.engram, off, rows)
 
     def result(model: Transformer, output: Output, batch: Batch) -> tuple[jax.Array, jax.Array]:
         nats = target_nats(output.hidden, model.unembedding(), batch["targets"])

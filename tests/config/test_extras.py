@@ -42,6 +42,7 @@ INTERNALS = {
     "orbax-checkpoint": "checkpoint/orbax_internals.py",
     "uvicorn": "serve/http/uvicorn_internals.py",
     "jax": "distributed/jax_internals.py",
+    "tensorboardX": "monitoring/tensorboardx_internals.py",
 }
 FILES = set(INTERNALS.values())
 PRIVATE = re.compile(

@@ -151,6 +151,9 @@ def test_tokenizers_that_do_not_fit(tmp_path, make_config, helpers):
         prepare(make_config(tmp_path / "t", {**given, "eos_id": 52}), lambda line: None)
     with pytest.raises(UserError, match=r"9\d% of the tokens are its unknown token"):
         prepare(make_config(tmp_path / "t", {**given, "eos_id": 7}), lambda line: None)
+    gaps = Tokenizer(models.WordLevel({"a": 0, "b": 2}, unk_token="a"))
+    with pytest.raises(UserError, match=r"eos_id = 1: .* has no token there; must be an id that"):
+        find_eos(gaps, TokenizerConfig(eos_id=1))
     known = TokenizerConfig(path=given["path"], vocab_size=60, eos_id=7)
     assert find_eos(load_tokenizer(given["path"]), known) == 7
 

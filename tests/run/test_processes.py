@@ -144,3 +144,20 @@ def test_eight_devices_then_four_then_one(corpus, alone, tmp_path):
     one = rewound(four, tmp_path / "one")
     run_among(1, *arguments(corpus, one))
     assert_same_run(one, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [pytest.param(False, marks=pytest.mark.proof), True])
+def test_two_processes_start_from_another_run(corpus, alone, tmp_path, kept):
+    """As one does (train.init_from), with a fresh optimizer or the other run's moments."""
+    keys = FLOAT64 | {"train__init_from": f"{alone}@{MIDDLE}", "train__init_optimizer": kept}
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_among(1, *small_run(corpus, one, **keys))
+    out = run_among(2, *small_run(corpus, two, **keys))
+    assert f"initialised from step {MIDDLE} of {alone}" in out[0] and "initialised" not in out[1]
+    assert_same_run(two, one)
+    origins = [
+        json.loads((folder / "run.json").read_text())["launches"][0]["initialised_from"]
+        for folder in (one, two)
+    ]
+    assert origins[0] == origins[1] and origins[0]["step"] == MIDDLE

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from engram_jax.data.run_data import open_data
+from engram_jax.data.train_bpe import train_bpe
 from tests.kills import (
     assert_same_run,
     complete,
@@ -88,8 +89,10 @@ def test_other_addresses_are_refused_with_both_fingerprints(corpus, undisturbed,
     change = change | {"train__steps": STEPS + 1}  # a finished run takes none
     for mode in ("--mode=train", "--mode=evaluate"):
         line = refused(launched(*small_run(corpus, undisturbed, **change), mode, accept))
-        if "tokenizer__vocab_size" in change and mode == "--mode=evaluate":
-            continue  # its tokenizer was refused before
+        if "tokenizer__vocab_size" in change:  # the tokenizer is refused before
+            wanted = "set config.tokenizer.path=", f"{undisturbed / 'tokenizer.json'}"
+            assert all(words in line for words in wanted)
+            continue
         found = re.findall(r"\b[0-9a-f]{64}\b", line)
         assert len(set(found)) == 2
         assert stored["fingerprint"] in found
@@ -119,6 +122,17 @@ def test_another_tokenizer_is_not_scored(corpus, undisturbed, tmp_path):
     file.write_text(json.dumps(tokenizer))
     line = refused(launched(*small_run(corpus, workdir), "--mode=evaluate"), "tokenizer")
     assert f"config.tokenizer.path={file}" in line
+
+
+def test_another_tokenizer_is_told_by_the_key(corpus, undisturbed, tmp_path):
+    """Not by two hashes, nor after the network is built."""
+    other = tmp_path / "other.json"
+    train_bpe(iter(["one two three two three " * 9]), 290).save(str(other))
+    arguments = small_run(corpus, undisturbed, train__steps=STEPS + 1, tokenizer__path=other)
+    line = refused(launched(*arguments, "--accept_changes=train.steps"))
+    assert f"--workdir={undisturbed}: the run there was trained with another tokenizer" in line
+    assert f"config.tokenizer.path is '' there and '{other}' here" in line
+    assert not re.search(r"\b[0-9a-f]{64}\b", line)
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_serves(corpus, undisturbed, tmp_path):

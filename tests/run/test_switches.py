@@ -77,6 +77,8 @@ def test_it_is_evaluated_and_read_with_its_average(corpus, run):
     assert finished(launched(f"--workdir={run}", *generate, "--config.serve.ema=true")).out
     for mode in (("--tasks",), ("--neighbours=knn",)):
         refused(launched(f"--workdir={run}", "--mode=evaluate", *mode, "--config.serve.ema=true"))
+    off = ("--neighbours=knn", "--config.serve.off_layers=(1,)")
+    refused(launched(f"--workdir={run}", "--mode=evaluate", *off), "off_layers and off_orders: not")
 
 
 @pytest.mark.slow

@@ -32,11 +32,13 @@ def detokenize(fields: Fields, tokenizer: Any, capacity: int) -> dict[str, Any]:
     """The text of ids, special tokens included. Raises ApiError."""
     only(fields, "model", "tokens")
     _need(tokenizer)
-    ids, size = fields.get("tokens"), tokenizer_size(tokenizer)
+    ids, most = fields.get("tokens"), tokenizer_size(tokenizer) - 1
     if not isinstance(ids, list) or not all(map(is_id, ids)):
         fields.wrong("tokens", "a list of token ids")
-    if bad := next((token for token in ids if token >= size), None):
-        raise ApiError(400, f"tokens: token id {bad}: must be from 0 to {size - 1}", "tokens")
+    for token in ids:
+        if token > most or tokenizer.id_to_token(token) is None:  # ids may have gaps
+            allowed = f"an id of the tokenizer, 0 to {most}"
+            raise ApiError(400, f"tokens: token id {token}: must be {allowed}", "tokens")
     return {"prompt": tokenizer.decode(ids, skip_special_tokens=False)}
 
 
