@@ -46,7 +46,7 @@ def test_they_run_in_one_folder(tmp_path, monkeypatch):
     # A third text in the folder of the second: told which text is there, and what to give.
     (first,) = [a for a in commands("docs/tutorial.md") if "--config.name=mine" in a]
     other = [a.replace("=engram_jax", f"={ROOT / 'docs'}") for a in first]
-    outcome = launched(*other, *flags_of(TINY | {"train.steps": 4}))
+    outcome = launched(*other, *flags_of(TINY))
     assert outcome.code == 2
     line = outcome.err.splitlines()[-1]
     assert "the run there was trained on another text: engram_jax (" in line
