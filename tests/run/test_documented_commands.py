@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.runs import ROOT, flags_of, launched
+from tests.runs import ROOT, SMALL, flags_of, launched
 from tests.test_docs import commands
 
-# A model of seconds; sequences that hold the documented prompts and answers.
-TINY = {
-    "model.d_model": 16,
-    "model.layers": 4,
-    "model.attention.heads": 2,
-    "model.hyper.streams": 2,
-    "model.ffn.routed_experts": 4,
-    "model.ffn.top_k": 2,
-    "model.ffn.expert_dim": 12,
-    "model.engram.rows_per_head": (101,),
+# Sequences that hold the documented prompts and answers; the text is what the command names.
+TINY = {key: value for key, value in SMALL.items() if not key.startswith("data.")} | {
     "data.seq_len": 64,
     "data.batch_size": 4,
     "data.max_megabytes": 1,
     "generate.max_tokens": 8,
     "train.steps": 3,
-    "train.eval_batches": 2,
-    "train.samples": (),
-    "optimizer.warmup_steps": 2,
+    "train.eval_every": 3,
+    "train.count_models": False,
 }
 
 
@@ -45,6 +36,8 @@ def test_they_run_in_one_folder(tmp_path, monkeypatch):
             if "--mode" not in given:
                 places = [a.replace("/path/to/text", str(ROOT / "docs")) for a in arguments]
                 arguments = [*places, *flags_of(TINY)]
+            if "--mode=count-memory" in given:
+                arguments = [*arguments, "--tokens=2000"]
             outcome = launched(*arguments)
             assert outcome.code == 0, (page, arguments, outcome.err)
             ran.append(given)
@@ -53,7 +46,7 @@ def test_they_run_in_one_folder(tmp_path, monkeypatch):
     # A third text in the folder of the second: told which text is there, and what to give.
     (first,) = [a for a in commands("docs/tutorial.md") if "--config.name=mine" in a]
     other = [a.replace("=engram_jax", f"={ROOT / 'docs'}") for a in first]
-    outcome = launched(*other, *flags_of(TINY | {"train.steps": 4}))
+    outcome = launched(*other, *flags_of(TINY))
     assert outcome.code == 2
     line = outcome.err.splitlines()[-1]
     assert "the run there was trained on another text: engram_jax (" in line
