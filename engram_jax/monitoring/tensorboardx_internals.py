@@ -17,7 +17,9 @@ METHODS = ("write_event", "flush", "close")  # what the thread of the file calls
 def survive_a_full_disk(board: Any) -> None:
     """Let TensorBoard's file end where the disk does: an error would end the writer's thread, and
     with it, for ever, who waits for its queue. metrics.jsonl has the same numbers, and raises."""
-    events = board._get_file_writer().event_writer._ev_writer
+    import tensorboardX
+
+    events = tensorboardX.SummaryWriter._get_file_writer(board).event_writer._ev_writer
     for name in METHODS:
         setattr(events, name, _without_os_errors(getattr(events, name)))
 

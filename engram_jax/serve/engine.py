@@ -75,7 +75,7 @@ class Engine:
             drawable = drawable_ids(tokenizer, program.config.tokenizer.vocab_size)
             steps = EngineSteps(program, program.config.serve, drawable)
         self._steps = steps
-        self.serve = self._steps.serve
+        self.serve, self._drawable = self._steps.serve, self._steps.drawable
         self.program, self.tokenizer, self.eos_id = program, tokenizer, eos_id
         self.name, self.capacity = program.config.name, self.serve.capacity
         self._weights = dataclasses.replace(weights, rows={})
@@ -139,7 +139,7 @@ class Engine:
             raise UserError(f"top_k = {params.top_k}: must be at most {vocab}, 0 = all")
         if params.stop and self.tokenizer is None:
             raise UserError("stop: must be empty where there is no tokenizer; use stop_ids")
-        check_rules(params, self.eos_id, vocab, self._steps.drawable)
+        check_rules(params, self.eos_id, vocab, self._drawable)
 
     def cancel(self, request: int) -> None:
         """End a request now; one that is unknown or has ended is left alone."""

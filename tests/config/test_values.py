@@ -416,7 +416,7 @@ def test_the_table_knows_every_key():
     any_value = {"model.tie_embeddings", "model.hyper.transpose", "model.hyper.norm_gain"}
     any_value |= {"model.hyper.scale_init", "model.ffn.normalise_top_k", "train.count_models"}
     any_value |= {"serve.memory_file", "serve.frequency_file"}
-    any_value |= {"serve.access_log", "serve.api_key_file"}
+    any_value |= {"serve.access_log", "serve.api_key_file", "serve.share_prefixes"}
     any_value |= {"serve.accept_other_memory", "serve.accept_longer", "serve.parse_special"}
     any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "train.hang_exit"}
     refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}

@@ -384,7 +384,7 @@ OTHER = [  # route, body, status, words or the answer
     ("/detokenize", {"tokens": []}, 200, ""),
     ("/detokenize", {"tokens": [EOS]}, 200, "<eos>"),
     ("/detokenize", {"tokens": [53]}, 200, "\N{REPLACEMENT CHARACTER}"),
-    ("/detokenize", {"tokens": [VOCAB]}, 400, f"token id {VOCAB}: must be from 0 to {VOCAB - 1}"),
+    ("/detokenize", {"tokens": [VOCAB]}, 400, f"token id {VOCAB}: must be an id of the tokenizer"),
     ("/detokenize", {"tokens": [-1]}, 400, "a list of token ids"),
     ("/detokenize", {"tokens": [True]}, 400, "a list of token ids"),
     ("/detokenize", {"tokens": "ab"}, 400, "a list of token ids"),
