@@ -123,6 +123,7 @@ def test_the_engine_s_step(program, tmp_path):
     assert report["global_batch_tokens"] == {"decode": 8, "prefill": 2 * 128}[program]
 
 
+@pytest.mark.slow  # several compilations
 def test_what_does_not_fit_is_named_with_the_slice_that_holds_it():
     huge = {"model.engram.rows_per_head": (60_000_000,), "data.batch_size": 64}
     code, report, err = compiled("engram_tiny", "v5e:2x2", **TINY | huge)

@@ -29,7 +29,7 @@ def loss_and_gradients(program, state, batch):
     return run(state, batch)
 
 
-@pytest.mark.parametrize("precision", ["model", "fp8"])
+@pytest.mark.parametrize("precision", ["model", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_a_training_step_is_the_same(precision):
     """Documents packed, some tokens without memory; FP8 rounds alike in both."""
     keys = {**WIDE, "model.engram.precision": precision}
