@@ -136,11 +136,11 @@ def test_accumulation_trains_as_the_whole_batch():
     whole, state, step_one = stepping(**{"train.accumulation": 1, **CLIPPED})
     _, _, step_many = stepping(**{"train.accumulation": 2, **CLIPPED})
     one, many = copy(state), copy(state)
-    for i in range(5):
+    for i in range(3):  # not until the roundings differ enough to decide a tie of experts
         batch = random_batch(whole.config, seed=i)
         one, a = step_one(one, batch)
         many, b = step_many(many, batch)
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-6)
         np.testing.assert_allclose(a["load"], b["load"])
         assert int(a["rows_touched/1"]) == int(b["rows_touched/1"])
 
