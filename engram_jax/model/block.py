@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -139,16 +140,16 @@ class Stack(nnx.Module):
         positions: jax.Array,
         segments: jax.Array,
         shard: ShardView = UNSHARDED,
-        measure: bool = False,
+        observe: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, M, d] -> (x, loads [count, E]); measure: (x, (loads, `moments` of the streams
-        after each layer [count, B, T, 2]))."""
+        """x [B, T, M, d] -> (x, loads [count, E]); observe: (x, (loads, what it makes of the
+        streams after each layer, stacked on axis 0))."""
         graphdef, state = self._split()
 
         def body(x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
             block = nnx.merge(graphdef, shard.all_gather(state, layer=True))
             x, load = block(x, positions, segments, shard)
-            return x, (load, moments(x)) if measure else load
+            return x, load if observe is None else (load, observe(x))
 
         if self.remat == "block":
             body = jax.checkpoint(body)

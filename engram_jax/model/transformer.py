@@ -82,13 +82,16 @@ class Output:
     """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M] ([B, T, 1] of one branch),
     of the layers that have gates; loads [MoE layers, E]; moments, where they are measured:
     "stack/LAYER" [layers, B, T, 2] of a stack's layers, "memory/LAYER" [B, T, 2] (`moments`).
-    added, where it is kept: layer id -> [B, T, M, d], what Engram layers add to the streams."""
+    Where they are kept, added: layer id -> [B, T, M, d], what Engram layers add to the streams;
+    layers [layers, B, T, d]: the streams after each layer as `finish` takes them, before its norm.
+    """
 
     hidden: jax.Array
     gates: dict[str, jax.Array]
     loads: jax.Array
     moments: dict[str, jax.Array] = field(default_factory=dict)
     added: dict[str, jax.Array] = field(default_factory=dict)
+    layers: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -209,13 +212,15 @@ class Transformer(nnx.Module):
           shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
             this device's shards, all others whole.
           beside: what tokens read beside their rows (`Program.beside`), None where nothing is.
-          measure: whether moments of activations are measured. keep: whether `Output.added` is.
+          measure: whether moments of activations are measured. keep: whether `Output.added` and
+            `layers` are; not both.
 
         Returns:
           The hidden states, gates and loads (`Output`).
         """
         x = self.embed(tokens)
-        gates, loads, measured, added = {}, [], {}, {}
+        gates, loads, measured, added, layers = {}, [], {}, {}, []
+        observe = moments if measure else collapse if keep else None
         for stage in self.stage_list:
             if stage.name in self.engrams and rows[stage.name] is not None:
                 read = self._read(stage.name, rows[stage.name], beside)
@@ -228,14 +233,19 @@ class Transformer(nnx.Module):
                 if measure:
                     measured[f"memory/{stage.name}"] = moments(out)
             x = self._learned(stage, x)
-            x, load = self.blocks[stage.name](x, positions, segments, shard, measure)
-            if measure:
-                load, measured[f"stack/{stage.name}"] = load
+            x, load = self.blocks[stage.name](x, positions, segments, shard, observe)
+            if observe is not None:
+                load, seen = load
+                if measure:
+                    measured[f"stack/{stage.name}"] = seen
+                else:
+                    layers.append(seen)
             if stage.kind == MOE:
                 loads.append(load)
         hidden = self.finish(x)
         of_experts = jnp.concatenate(loads) if loads else jnp.zeros((0, 0))
-        return Output(hidden, gates, of_experts, measured, added)
+        every = jnp.concatenate(layers) if layers else None
+        return Output(hidden, gates, of_experts, measured, added, every)
 
     def init_decode(self, batch: int, capacity: int) -> DecodeState:
         """An empty state for `batch` sequences of at most `capacity` tokens."""

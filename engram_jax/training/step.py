@@ -8,7 +8,7 @@ gradients after it. With the state donated both happen in place, so a step costs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,6 +119,8 @@ def run_network(
     out_specs: Any,
     *,
     measure: bool = False,
+    keep: bool = False,
+    extra: Sequence[str] = (),
 ) -> Any:
     """`result(model, output, batch)` of the network on a batch.
 
@@ -127,6 +129,8 @@ def run_network(
     gradients. One device runs the same function as it is.
 
     out_specs: how the result is sharded, P() for what `result` has summed over the devices.
+    measure, keep: see `Transformer.__call__`. extra: arrays [B, ...] of the batch that only
+    `result` reads.
     """
     shard = program.shard_view
 
@@ -137,10 +141,11 @@ def run_network(
         tokens, segments = batch["tokens"], batch["segments"]
         mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
         positions = batch["positions"]
-        output = model(tokens, rows, positions, segments, mask, shard, beside, measure=measure)
+        how = {"measure": measure, "keep": keep}
+        output = model(tokens, rows, positions, segments, mask, shard, beside, **how)
         return result(model, output, batch)
 
-    inputs = {k: batch[k] for k in INPUTS}
+    inputs = {k: batch[k] for k in (*INPUTS, *extra)}
     if program.mesh.size == 1:  # shard_map's gradient would be all-reduced over one device
         with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):  # kernels look there
             return on_device(params, dict(rows), bias, inputs)
