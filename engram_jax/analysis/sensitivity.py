@@ -128,7 +128,7 @@ def sensitivity(
     nats, effects = jit_nats(program), [Effect(part) for part in parts]
     size = program.config.data.batch_size
 
-    def loss(batch: Any, off: Mapping[str, Any]) -> np.ndarray:
+    def loss(batch: Any, off: dict[str, Any]) -> np.ndarray:
         given = place_batch(program.mesh, batch, size), place_batch(program.mesh, off, size)
         found = nats(state.params, state.router_bias, state.memory, *given)
         return np.asarray(jax.device_get(found), np.float64)
