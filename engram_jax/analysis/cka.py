@@ -1,7 +1,7 @@
 """Centred kernel alignment of two models' layers: which layer of one is like which of the other.
 
-Linear kernel, unbiased estimator of HSIC (Song et al. 2012, equation 4) averaged over minibatches
-(Nguyen, Raghu and Kornblith 2021, equation 3), as in section 6.1 of the paper. Memory does not
+Linear kernel, the unbiased estimator of HSIC (Song et al., JMLR 2012) averaged over minibatches
+(Nguyen, Raghu and Kornblith, ICLR 2021), as in the paper's section on depth. Memory does not
 depend on the number of batches.
 """
 

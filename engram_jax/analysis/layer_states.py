@@ -24,7 +24,7 @@ MOST = 1 << 23  # logits computed at a time, on a device
 
 def jit_lens(program: Program) -> jax.stages.Wrapped:
     """(params, router bias, memory, batch) -> float32 [layers, B, T]: at every token the divergence
-    KL(softmax of layer l's logits || the model's), nats (section 6.1 of the paper), compiled."""
+    KL(softmax of layer l's logits || the model's), nats (the paper's LogitLens), compiled."""
 
     def result(model: Transformer, output: Output, batch: Any) -> jax.Array:
         assert output.layers is not None

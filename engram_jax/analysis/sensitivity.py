@@ -1,8 +1,8 @@
 """What the loss owes to which part of the memory: parts are switched off, one at a time.
 
 A layer that is off adds nothing (as config.serve.off_layers); a head, an order or a band of
-frequencies that is off has its rows read as zero. Nothing is trained again: as in section 6.3 of
-the paper, a model that never had the part would have learnt to do without.
+frequencies that is off has its rows read as zero. Nothing is trained again, as in the paper's
+sensitivity analysis: a model that never had the part would have learnt to do without.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from engram_jax.analysis.usage import NgramCounts
 from engram_jax.data.packing import Batch
 from engram_jax.data.placement import place_batch
 from engram_jax.model.program import Program
-from engram_jax.sharding.rules import BATCH, P
-from engram_jax.training.loss import target_nats
 from engram_jax.training.state import TrainState
-from engram_jax.training.step import batch_addresses, fetch_rows, run_network
+from engram_jax.training.step import batch_addresses, fetch_rows, score_rows
 
 BANDS = (0, 1, 2, 4, 16, 64, 256)  # lowest counts in training of the bands of n-grams
 
@@ -101,15 +99,11 @@ def jit_nats(program: Program) -> jax.stages.Wrapped:
     where there is none, compiled. off: layer id -> bool [B, T, H], rows that are read as zero, or
     None, a layer that adds nothing; layers that are not in it read everything."""
 
-    def result(model: Any, output: Any, batch: Any) -> jax.Array:
-        nats = target_nats(output.hidden, model.unembedding(), batch["targets"])
-        return jnp.where(batch["loss_mask"] > 0, nats, 0)
-
     def run(params: Any, bias: Any, memory: Any, batch: Any, off: Any) -> jax.Array:
         rows: Any = fetch_rows(program, memory, batch_addresses(program, batch))[0]
         for layer, mask in off.items():
             rows[layer] = None if mask is None else jnp.where(mask[..., None], 0, rows[layer])
-        return run_network(program, params, rows, bias, batch, result, P(BATCH))
+        return score_rows(program, params, rows, bias, batch)[0]
 
     return program.jit(run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 DEVICE, HOST, DISK = "device", "host", "disk"
@@ -82,6 +83,13 @@ class ServeConfig:
     max_body: int = 1 << 20
     max_answer: int = 1 << 20
     drain_seconds: float = 30.0
+
+    def kept_prefixes(self, pages: int) -> int:
+        """How many beginnings of prompts can be kept in so many pages (serve/prefixes.py): one for
+        every unit, the fewest chunks that fill whole pages."""
+        if not self.share_prefixes:
+            return 0
+        return pages * self.page // math.lcm(self.prefill_chunk, self.page)
 
     def is_off(self, layer: str | int) -> bool:
         """Whether an Engram layer adds nothing."""

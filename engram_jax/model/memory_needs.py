@@ -8,7 +8,6 @@ it. A configuration that passes can still run out; one that is refused cannot ru
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -91,10 +90,10 @@ def _of_engine(config: Config, serve: ServeConfig, capacity: int, item: int) -> 
     each = -(-capacity // serve.page)
     pages = serve.pages or serve.sequences * each
     pool = float(pages) * serve.page * latent * item * model.layers + 40.0 * pages
-    if serve.share_prefixes:  # the convolutions' last inputs behind every unit
-        taps = max(model.engram.conv_kernel - 1, 0) * max(model.engram.orders)
-        tail = taps * model.hyper.streams * model.d_model * item * len(model.engram.layers)
-        pool += float(tail) * (pages * serve.page // math.lcm(serve.prefill_chunk, serve.page))
+    # Behind every kept beginning of a prompt, the convolutions' last inputs.
+    taps = max(model.engram.conv_kernel - 1, 0) * max(model.engram.orders)
+    tail = taps * model.hyper.streams * model.d_model * item * len(model.engram.layers)
+    pool += float(tail) * serve.kept_prefixes(pages)
     # A step's streams, and for every head a token's scores against a page and its mixed latents.
     heads = attention.heads * (serve.page + attention.kv_lora_rank)
     one_token = 4.0 * (model.hyper.streams * model.d_model + heads)

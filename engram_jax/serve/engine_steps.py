@@ -28,7 +28,6 @@ from engram_jax.model.sampling import (
 from engram_jax.model.switches import of_orders
 from engram_jax.model.transformer import Transformer, spans
 from engram_jax.serve.logit_rules import Adjustments, entries
-from engram_jax.serve.prefixes import most_units
 from engram_jax.serve.request import MAX_LOGPROBS
 from engram_jax.sharding.rules import P, row_major
 
@@ -167,7 +166,7 @@ class EngineSteps:
     @property
     def units(self) -> int:
         """The most beginnings of prompts that are kept (serve/prefixes.py)."""
-        return most_units(self.page_count, self.serve.page, self.shared_chunk)
+        return self.serve.kept_prefixes(self.page_count)
 
     @property
     def shared_chunk(self) -> int:

@@ -75,7 +75,8 @@ class Prefixes:
         self._pages = pages
         self.unit = math.lcm(chunk, pages.page)
         self.unit_pages = self.unit // pages.page
-        self._rows = list(range(most_units(pages.total, pages.page, chunk)))[::-1]
+        units = pages.total // self.unit_pages if self.unit else 0  # at most, at a time
+        self._rows = list(range(units))[::-1]
         self._roots: dict[Hashable, Prefix] = {}
         self._idle: OrderedDict[Prefix, None] = OrderedDict()  # without holders; next to go first
         self._count = 0
@@ -185,8 +186,3 @@ class Prefixes:
             self._count -= 1
             if unit.parent.parent is None and not unit.parent.behind:
                 del self._roots[unit.salt]
-
-
-def most_units(pages: int, page: int, chunk: int) -> int:
-    """How many units there can be in so many pages; 0 where nothing is shared."""
-    return pages * page // math.lcm(chunk, page) if chunk else 0

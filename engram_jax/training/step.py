@@ -342,6 +342,14 @@ def score_step(
     rows: Any = fetch_rows(program, memory, batch_addresses(program, batch))[0]
     if off is not None:
         rows = switched(program.config.model.engram, off, rows)
+    return score_rows(program, params, rows, bias, batch)
+
+
+def score_rows(
+    program: Program, params: Params, rows: Mapping[str, Any], bias: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """As `score_step`, of rows that have been fetched: layer id -> [B, T, H, dim], None = the layer
+    adds nothing."""
 
     def result(model: Transformer, output: Output, batch: Batch) -> tuple[jax.Array, jax.Array]:
         nats = target_nats(output.hidden, model.unembedding(), batch["targets"])

@@ -10,7 +10,10 @@ from jax import lax
 from engram_jax.config import MeshConfig
 from engram_jax.hardware.generations import GENERATIONS
 from engram_jax.hardware.xla_flags import OPTIONS, TRAINING, options_for, options_of
+from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.sharding.rules import make_mesh
+from engram_jax.training.step import jit_train_step
+from tests.tiny import tiny
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:1x1x1"}
 
@@ -60,6 +63,19 @@ def test_trained_on_a_cpu_products_are_not_ynnpacks():
 
     assert library(lambda x: x @ x, {}) and not library(lambda x: x @ x, options)
     assert library(lambda x: jnp.sum(x * x, axis=1), options)
+
+
+def test_they_reach_the_training_step_and_nothing_that_is_served(monkeypatch):
+    """Without AVX-512 a row's last bits would depend on where it stands (hardware/xla_flags.py)."""
+    made, given = tiny()[0], []
+    jit = jax.jit
+    monkeypatch.setattr(
+        jax, "jit", lambda f, **how: given.append(how["compiler_options"]) or jit(f, **how)
+    )
+    jit_train_step(made)
+    assert given == [TRAINING["cpu"]]
+    EngineSteps(made, made.config.serve)
+    assert len(given) > 5 and not any(given[1:])
 
 
 def test_nothing_for_other_machines():

@@ -9,7 +9,6 @@ import pytest
 
 from engram_jax.serve.engine_steps import EngineSteps
 from engram_jax.serve.pages import Pages
-from engram_jax.serve.prefixes import most_units
 from engram_jax.serve.request import Finish, SamplingParams
 from engram_jax.serve.scheduler import Schedule, Sequence
 from engram_jax.serve.staged_rows import StagedMemory
@@ -123,7 +122,8 @@ def test_any_load_is_served_with_the_states_of_its_own_tokens(seed):
     assert prefixes.hits or unit > 4  # or the prompts have too little in common
     prefixes.evict(pages.total)
     assert pages.free == pages.total and not prefixes._roots
-    assert len(prefixes._rows) == most_units(pages.total, page, chunk)
+    serve = dataclasses.replace(SERVE, page=page, prefill_chunk=chunk)
+    assert len(prefixes._rows) == serve.kept_prefixes(pages.total)
 
 
 def run(engine, given, params=GREEDY):
