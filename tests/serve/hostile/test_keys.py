@@ -54,6 +54,10 @@ WRONG: list[tuple[list[bytes], str]] = [
     ([authorization(b"sk-first")], 'Bearer error="invalid_token"'),
     ([authorization(b"Bearersk-first")], 'Bearer error="invalid_token"'),
     ([authorization(b"Basic c2stZmlyc3Q6")], 'Bearer error="invalid_token"'),
+    (
+        [authorization(b"Basic sk-first")],
+        'Bearer error="invalid_token"',
+    ),  # right but for its scheme
     ([authorization(b"Bearer \xff\xfe")], 'Bearer error="invalid_token"'),
     ([authorization(b"Bearer " + b"a" * 50_000)], 'Bearer error="invalid_token"'),
     ([authorization(b"Bearer sk-first")] * 2, 'Bearer error="invalid_token"'),
