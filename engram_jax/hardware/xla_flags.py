@@ -26,9 +26,9 @@ _RAGGED_DOT_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": True}
 # Matrix products by Eigen instead of YNNPACK, which keeps the reductions: YNNPACK uses one core for
 # products of less than 1,024 rows or in batches, and its threads wait for one another where other
 # operations run beside it. With both, the demo's step takes up to a fifth longer (2 cores, jax
-# 0.10.2: benchmarks/cpu_step.py). For training alone: on CPUs without AVX-512, Eigen multiplies one
-# or two rows that are left of groups of six in another way than the others, so a row's last bits
-# depend on where it stands, and a served sequence's on what runs beside it.
+# 0.10.2: benchmarks/cpu_step.py). For training alone: on an EPYC that has AVX2 and no more, Eigen
+# multiplies one or two rows that are left of groups of six in another way than the others, so a
+# row's last bits depend on where it stands, and a served sequence's on what runs beside it.
 _EIGEN_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 CPU = "cpu"  # a CPU's device kind

@@ -66,7 +66,7 @@ def test_trained_on_a_cpu_products_are_not_ynnpacks():
 
 
 def test_they_reach_the_training_step_and_nothing_that_is_served(monkeypatch):
-    """Without AVX-512 a row's last bits would depend on where it stands (hardware/xla_flags.py)."""
+    """With AVX2 alone a row's last bits would depend on where it stands (hardware/xla_flags.py)."""
     made, given = tiny()[0], []
     jit = jax.jit
     monkeypatch.setattr(
