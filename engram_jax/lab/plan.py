@@ -181,7 +181,7 @@ def log_file(folder: Path, launch: Launch) -> Path:
 
 def attempts(folder: Path, launch: Launch) -> list[dict[str, Any]]:
     """What the sweeps on this folder noted of a run's processes, oldest first: start, host,
-    seconds, exit status, and the last line of one that failed."""
+    seconds, processor's seconds, exit status, and the last line of one that failed."""
     found = read_json(log_file(folder, launch).with_suffix(".json"))
     return found if isinstance(found, list) else []
 

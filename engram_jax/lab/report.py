@@ -68,14 +68,15 @@ def write_report(plan: Plan) -> Path | None:
 
 
 def _subtitle(rows: Sequence[Row]) -> str:
-    hours = sum(row["seconds"] for row in rows) / 3600
+    hours, processor = (sum(row[key] for row in rows) / 3600 for key in ("seconds", "cpu_seconds"))
     machines = sorted({row["machine"] for row in rows})
     tokens = sorted({f"{row['tokens']:,}" for row in rows})
     days = sorted({row["started"][:10] for row in rows})
     commits = sorted({_short(row["commit"]) for row in rows})
     return (
-        f"{len(rows)} runs of {' or '.join(tokens)} tokens, {hours:.2f} machine hours on"
-        f" {', '.join(machines)}; {days[0]} to {days[-1]}; commit {', '.join(commits)}"
+        f"{len(rows)} runs of {' or '.join(tokens)} tokens, {hours:.2f} hours"
+        f" ({processor:.2f} of processor time) on {', '.join(machines)};"
+        f" {days[0]} to {days[-1]}; commit {', '.join(commits)}"
     )
 
 

@@ -57,7 +57,8 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
     documents = read_documents(workdir)
     by_seen = documents.losses_by_seen() if documents else {}
     account = goodput.read(workdir)
-    noted = sum(attempt["seconds"] for attempt in attempts(plan.folder, launch))
+    tried = attempts(plan.folder, launch)
+    noted = sum(attempt["seconds"] for attempt in tried)
     numeric = isinstance(point.value, int | float)
     return {
         "experiment": plan.experiment.name,
@@ -86,6 +87,7 @@ def _row(plan: Plan, launch: Launch, losses: Mapping[str, Any], base: Budget, us
         "mismatch_flops": off["flops"],
         "training_seconds": sum(x["training_seconds"] for x in account),
         "seconds": max(noted, sum(x["seconds"] for x in account)),
+        "cpu_seconds": sum((attempt.get("cpu_seconds", 0.0) for attempt in tried), 0.0),
         "started": launches[0]["time"],
         "machine": _machine(last),
         "versions": json.dumps({k: v for k, v in last["versions"].items() if v}),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import resource
 import shlex
 import signal
 import socket
@@ -163,6 +164,7 @@ class Sweep:
         mine, command = self.of(launch), [*self.command, *self.arguments(launch)]
         mine.state, mine.steps = State.RUNNING, self.plan.config(launch).train.steps
         started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        processor = _children_seconds()
         log = log_file(self.plan.folder, launch)
         with log.open("ab") as out:
             out.write(f"--- {started:%F %T} UTC: {shlex.join(command)}\n".encode())
@@ -199,6 +201,7 @@ class Sweep:
             "time": started.isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "seconds": mine.seconds,
+            "cpu_seconds": _children_seconds() - processor,
             "status": status,
             "command": shlex.join(command),
             "diverged": diverged,
@@ -227,6 +230,12 @@ class Sweep:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _children_seconds() -> float:
+    """Processor time of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def last_step(workdir: Path) -> int:

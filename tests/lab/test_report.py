@@ -39,6 +39,8 @@ def sweep(tmp_path_factory):
         if loss is not None:
             workdir = finish(plan, launch, loss)
             write_documents(workdir, loss * TARGETS, TARGETS)
+            for spent in (20.0, 30.0):  # stopped once
+                add_attempt(plan.folder, launch, {"seconds": spent, "cpu_seconds": 0.9 * spent})
     failed = plan.runs(rates)[-1]
     add_attempt(plan.folder, failed, {"seconds": 7.0, "status": 2, "why": "exit status 2: oh"})
     assert write_report(plan) == plan.folder / "report.html"
@@ -67,7 +69,7 @@ def test_the_table_has_a_row_for_every_finished_run(sweep):
     assert row["tokens"] == 24 * 4 * 16
     assert row["tokens_per_row"] == pytest.approx(24 * 4 * 16 / 240)
     assert row["lookups_per_row"] == pytest.approx(24 * 4 * 16 * 4 / 240)  # two orders, two heads
-    assert (row["seconds"], row["training_seconds"]) == (100.0, 50.0)
+    assert (row["seconds"], row["training_seconds"], row["cpu_seconds"]) == (100.0, 50.0, 45.0)
     assert (row["learning_rate"], row["variant"], row["axis_value"]) == (0.01, "tables", 50.0)
     # The first half of the targets have half the mean loss, the others three halves of it.
     assert row["seen_loss_2"] == pytest.approx(3.0 / 2)

@@ -34,6 +34,8 @@ if "rows=16" in name and name.endswith("rate=0.01"):
           " this step is checkpoint 3")
     sys.exit(2)
 if "rows=13" in name:
+    while time.process_time() < 0.3:
+        pass
     sys.exit("error: no text")
 if "rows=14" in name:
     sys.exit(0)
@@ -105,6 +107,7 @@ def test_what_fails_is_kept_and_the_rest_is_run(make):
     assert "rows=13,seed=0,rate=0.01: failed: exit status 1: error: no text" in stream.getvalue()
     (kept,) = attempts(sweep.plan.folder, sweep.plan.experiment.parse("rows=13,seed=0,rate=0.01"))
     assert (kept["status"], kept["why"]) == (1, "exit status 1: error: no text")
+    assert 0.3 <= kept["cpu_seconds"] <= kept["seconds"] + 0.1  # of one thread
     again, *_ = make(["rows=13", "rows=50"])
     assert not again.run()  # it is tried again, once
     launch = sweep.plan.experiment.parse("rows=13,seed=0,rate=0.01")
