@@ -98,9 +98,14 @@ def check_encodes(tokenizer: Tokenizer, path: str | Path) -> None:
         encode_batch(tokenizer, [text], path)
 
 
-def encode_batch(tokenizer: Tokenizer, texts: list[str], path: str | Path = "") -> list[Any]:
-    """The texts' encodings without anything added. Raises UserError where the tokenizer fails."""
+def encode_batch(
+    tokenizer: Tokenizer, texts: list[str], path: str | Path = "", *, offsets: bool = False
+) -> list[Any]:
+    """The texts' encodings without anything added; offsets: with every token's characters, which
+    takes longer. Raises UserError where the tokenizer fails."""
     try:
+        if offsets:
+            return tokenizer.encode_batch(texts, add_special_tokens=False)
         return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # the library raises bare Exception
         reason = shown(str(error).splitlines()[0], quoted=False)

@@ -1,8 +1,8 @@
 """What a model holds after each layer: LogitLens, and the states at chosen tokens.
 
 Layer l's state is the streams after block l as the last norm takes them; the final one's logits are
-the model's. Both run on the model's mesh, a batch of training's form at a time, and neither holds
-the logits of more than `MOST` numbers nor all states of a batch at once.
+the model's. Both run on the model's mesh, a batch of training's form at a time. A batch's states of
+all layers are held, [layers, B, T, d] (texts.py chooses B and T by that), and `MOST` logits.
 """
 
 from __future__ import annotations

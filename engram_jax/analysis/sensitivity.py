@@ -1,7 +1,8 @@
 """What the loss owes to which part of the memory: parts are switched off, one at a time.
 
-A layer that is off adds nothing (as config.serve.off_layers); a head, an order or a band of
-frequencies that is off has its rows read as zero. Nothing is trained again, as in the paper's
+A layer that is off adds nothing (as config.serve.off_layers; in form "over_encoding", where the
+rows are averaged into the input, they are zero); a head, an order or a band of frequencies that is
+off has its rows read as zero. Nothing is trained again, as in the paper's
 sensitivity analysis: a model that never had the part would have learnt to do without.
 """
 
@@ -16,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.addressing.hash_numpy import canonicalise, lookback
-from engram_jax.analysis.usage import NgramCounts
+from engram_jax.analysis.depth import Variables
+from engram_jax.analysis.usage import BANDS, NgramCounts, band_name
+from engram_jax.config import OVER_ENCODING
 from engram_jax.data.packing import Batch
 from engram_jax.data.placement import place_batch
 from engram_jax.model.program import Program
-from engram_jax.training.state import TrainState
 from engram_jax.training.step import batch_addresses, fetch_rows, score_rows
 
-BANDS = (0, 1, 2, 4, 16, 64, 256)  # lowest counts in training of the bands of n-grams
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def parts_of(program: Program) -> list[Part]:
         heads = tuple(range(i * each, (i + 1) * each))
         parts.append(Part(f"{order}-grams", layers, heads))
         for low, high in zip(BANDS, (*BANDS[1:], np.inf), strict=True):
-            name = f"{order}-grams {_band(low, high)} in training"
+            name = f"{order}-grams {band_name(low, high)} in training"
             parts.append(Part(name, layers, heads, (order, low, high)))
     for layer in layers:
         for head in range(engram.heads):
@@ -86,12 +87,6 @@ def parts_of(program: Program) -> list[Part]:
             name = f"layer {layer}, head {head % each} of the {order}-grams"
             parts.append(Part(name, (layer,), (head,)))
     return parts
-
-
-def _band(low: int, high: float) -> str:
-    if high == low + 1:
-        return "never" if low == 0 else "once" if low == 1 else f"{low} times"
-    return f"{low} times and more" if high == np.inf else f"{low} to {int(high) - 1} times"
 
 
 def jit_nats(program: Program) -> jax.stages.Wrapped:
@@ -108,31 +103,40 @@ def jit_nats(program: Program) -> jax.stages.Wrapped:
     return program.jit(run)
 
 
+class _Losses:
+    """The losses of a batch's targets with some rows off, float64 [B, T]."""
+
+    def __init__(self, program: Program, variables: Variables):
+        self._program, self._variables = program, variables
+        self._nats = jit_nats(program)
+
+    def __call__(self, batch: Batch, off: Mapping[str, Any]) -> np.ndarray:
+        mesh, size = self._program.mesh, self._program.config.data.batch_size
+        placed = place_batch(mesh, batch, size), place_batch(mesh, dict(off), size)
+        return np.asarray(jax.device_get(self._nats(*self._variables, *placed)), np.float64)
+
+
 def sensitivity(
     program: Program,
-    state: TrainState,
+    variables: Variables,
     batches: Iterable[Batch],
     parts: Sequence[Part],
     ngrams: Mapping[int, NgramCounts],
 ) -> list[Effect]:
-    """The effect of every part over batches (this process's rows of each).
+    """The effect of every part over batches.
 
-    ngrams: of the training text by order, for the bands.
+    variables: parameters, router bias and tables of a training state. ngrams: of the training text
+    by order, for the bands.
     """
-    nats, effects = jit_nats(program), [Effect(part) for part in parts]
-    size = program.config.data.batch_size
-
-    def loss(batch: Any, off: dict[str, Any]) -> np.ndarray:
-        given = place_batch(program.mesh, batch, size), place_batch(program.mesh, off, size)
-        found = nats(state.params, state.router_bias, state.memory, *given)
-        return np.asarray(jax.device_get(found), np.float64)
-
+    losses, effects = _Losses(program, variables), [Effect(part) for part in parts]
+    nothing = Part("nothing", (), ())
     for batch in batches:
-        base, real = loss(batch, {}), batch["loss_mask"] > 0
         counts = counts_at(program, batch, ngrams)
+        real = batch["loss_mask"] > 0
+        base = losses(batch, rows_off(program, nothing, batch, counts)[0])
         for effect in effects:
-            off, where = _off(program, effect.part, batch, counts)
-            changed = loss(batch, off) if where.any() else base
+            off, where = rows_off(program, effect.part, batch, counts)
+            changed = losses(batch, off) if where.any() else base
             effect.targets += int(real.sum())
             effect.nats += float(changed.sum())
             effect.base += float(base.sum())
@@ -141,6 +145,52 @@ def sensitivity(
             effect.affected_nats += float(changed[hit].sum())
             effect.affected_base += float(base[hit].sum())
     return effects
+
+
+@dataclass
+class BandLoss:
+    """Targets whose token's n-gram of an order was `low` to `high` - 1 times in training, and their
+    nats with the memory on and with all of it off."""
+
+    order: int
+    low: int
+    high: float
+    targets: int = 0
+    nats: float = 0.0
+    off_nats: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return band_name(self.low, self.high)
+
+
+def losses_by_frequency(
+    program: Program,
+    variables: Variables,
+    batches: Iterable[Batch],
+    ngrams: Mapping[int, NgramCounts],
+) -> list[BandLoss]:
+    """The losses of targets by how often the n-gram before them was in training, hot or cold, for
+    every order and band of `BANDS`. The n-gram is the one that ends at the token which predicts the
+    target, in canonical ids: the one whose rows are read there. Arguments as of `sensitivity`."""
+    losses = _Losses(program, variables)
+    layers = program.config.model.engram.layers
+    nothing, everything = Part("nothing", (), ()), Part("all layers", layers)
+    highs = (*BANDS[1:], np.inf)
+    found = [BandLoss(n, a, b) for n in ngrams for a, b in zip(BANDS, highs, strict=True)]
+    for batch in batches:
+        counts = counts_at(program, batch, ngrams)
+        on, off = (
+            losses(batch, rows_off(program, part, batch, counts)[0])
+            for part in (nothing, everything)
+        )
+        for band in found:
+            count = counts[band.order]
+            hit = (batch["loss_mask"] > 0) & (count >= band.low) & (count < band.high)
+            band.targets += int(hit.sum())
+            band.nats += float(on[hit].sum())
+            band.off_nats += float(off[hit].sum())
+    return found
 
 
 def counts_at(
@@ -156,16 +206,21 @@ def counts_at(
     return {n: known.of(np.stack(back[:n][::-1], axis=-1)) for n, known in ngrams.items()}
 
 
-def _off(
-    program: Program, part: Part, batch: Batch, counts: Mapping[int, np.ndarray]
+def rows_off(
+    program: Program, part: Part, batch: Mapping[str, Any], counts: Mapping[int, np.ndarray]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """(what `jit_nats` takes, bool [B, T] the tokens that it changes)."""
-    where = batch["segments"] > 0
-    if part.heads is None:
-        return {str(layer): None for layer in part.layers}, where
+    """(what `jit_nats` takes, of all layers; bool [B, T] the tokens that it changes). counts: of
+    `counts_at`."""
+    engram, where = program.config.model.engram, batch["segments"] > 0
     if part.band is not None:
         order, low, high = part.band
         where = where & (counts[order] >= low) & (counts[order] < high)
-    heads = np.zeros(program.config.model.engram.heads, bool)
-    heads[list(part.heads)] = True
-    return {str(layer): where[..., None] & heads for layer in part.layers}, where
+    heads = np.zeros(engram.heads, bool)
+    heads[slice(None) if part.heads is None else list(part.heads)] = True
+    off: dict[str, Any] = {}
+    # One form for all parts but whole layers: what is compiled depends on which layers are None.
+    for layer in engram.layers:
+        mine = layer in part.layers
+        whole = mine and part.heads is None and engram.form != OVER_ENCODING
+        off[str(layer)] = None if whole else where[..., None] & heads & mine
+    return off, where

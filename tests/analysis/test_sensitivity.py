@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from engram_jax.addressing.hash_numpy import canonicalise
-from engram_jax.analysis.sensitivity import BANDS, counts_at, parts_of, sensitivity
-from engram_jax.analysis.usage import count_ngrams
+from engram_jax.analysis.sensitivity import (
+    counts_at,
+    losses_by_frequency,
+    parts_of,
+    sensitivity,
+)
+from engram_jax.analysis.usage import BANDS, count_ngrams
 from engram_jax.training.step import score_step
 from tests.tiny import random_batch, tiny
 
@@ -26,8 +31,12 @@ def given():
     texts = [(b["tokens"], b["segments"]) for b in (batches[0], batches[1])]
     texts[1] = (texts[1][0][:2], texts[1][1][:2])
     ngrams = count_ngrams(program.addressing, program.addressing.layers[1], texts)
-    effects = sensitivity(program, state, batches, parts_of(program), ngrams)
+    effects = sensitivity(program, variables(state), batches, parts_of(program), ngrams)
     return program, state, batches, texts, ngrams, {e.part.name: e for e in effects}
+
+
+def variables(state):
+    return state.params, state.router_bias, state.memory
 
 
 def nats_of(program, state, batches, rows=None, **off):

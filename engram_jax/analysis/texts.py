@@ -1,0 +1,110 @@
+"""The text that an analysis reads: documents packed as in training, a few sequences at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engram_jax.config import Config
+from engram_jax.data.array_store import Store
+from engram_jax.data.packing import Batch, PackedSequences
+from engram_jax.model.program import Program
+
+ACTIVATIONS = 1 << 28  # bytes of a device that a batch may take beside the weights, about
+
+
+@dataclass(frozen=True)
+class TextBatches:
+    """Sequences of a text, B at a time, as often as they are asked for.
+
+    numbers: which sequences, ascending. size: B; the last batch is filled with padding.
+    """
+
+    sequences: PackedSequences
+    numbers: np.ndarray
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read, padding not counted."""
+        ends = np.minimum((self.numbers + 1) * self.sequences.seq_len, len(self.sequences.store))
+        return int((ends - self.numbers * self.sequences.seq_len).sum())
+
+    def __iter__(self) -> Iterator[Batch]:
+        beyond = len(self.sequences)  # a number that gives padding
+        for start in range(0, len(self.numbers), self.size):
+            chosen = self.numbers[start : start + self.size]
+            yield self.sequences.batch([*chosen, *[beyond] * (self.size - len(chosen))])
+
+    def with_places(self, positions: np.ndarray) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+        """Every batch, and for each of its sequences the places of those of the store's tokens in
+        it. positions: int64 ascending."""
+        length = self.sequences.seq_len
+        for first, batch in zip(range(0, len(self.numbers), self.size), self, strict=True):
+            chosen = self.numbers[first : first + self.size]
+            bounds = np.searchsorted(positions, np.stack([chosen, chosen + 1]) * length).T
+            found = [positions[a:b] - n * length for n, (a, b) in zip(chosen, bounds, strict=True)]
+            none = [np.zeros(0, np.int64)] * (self.size - len(chosen))
+            yield batch, [*found, *none]
+
+
+def batches_of(
+    store: Store,
+    config: Config,
+    *,
+    most: int | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
+) -> TextBatches:
+    """The sequences of a store in batches of config.data's form, the last one padded.
+
+    most: at most about so many tokens, in sequences spread evenly over the text. numbers: these
+      sequences instead.
+    """
+    data = config.data
+    sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id, pad_tail=True)
+    if numbers is None:
+        count = len(sequences)
+        if most is not None:
+            count = min(count, max(1, most // data.seq_len))
+        numbers = spread(len(sequences), count)
+    return TextBatches(sequences, np.asarray(numbers, np.int64), data.batch_size)
+
+
+def spread(there: int, wanted: int) -> np.ndarray:
+    """`wanted` of the numbers 0 .. `there` - 1, evenly spaced, ascending; all, if that is fewer."""
+    if wanted >= there:
+        return np.arange(there)
+    return (np.arange(wanted) * there + there // 2) // wanted
+
+
+def for_analysis(program: Program, seq_len: int | None = None) -> Program:
+    """The program for batches that take no more than about `ACTIVATIONS` bytes of a device: fewer
+    sequences than in training, and shorter ones where one does not fit. seq_len: at most."""
+    config, shards = program.config, program.axes.batch
+    size, length = batch_shape(config, shards, seq_len or config.data.seq_len)
+    data = dataclasses.replace(config.data, batch_size=size, seq_len=length)
+    mesh = dataclasses.replace(config.mesh, distinct=0.0)  # measured on batches of another size
+    return dataclasses.replace(program, config=dataclasses.replace(config, data=data, mesh=mesh))
+
+
+def batch_shape(config: Config, shards: int, seq_len: int) -> tuple[int, int]:
+    """(B, T) for `for_analysis`: B a multiple of `shards`, T at most `seq_len`."""
+    length = seq_len
+    while length > 128 and _bytes(config, length) > ACTIVATIONS:
+        length //= 2
+    each = max(1, ACTIVATIONS // _bytes(config, length))
+    return shards * max(1, min(config.data.batch_size // shards, each)), length
+
+
+def _bytes(config: Config, length: int) -> int:
+    """About what a sequence takes: the states of all layers, several copies of the streams, rows,
+    the widest feed-forward layer, and the scores of a quarter of attention's queries."""
+    model, ffn = config.model, config.model.ffn
+    width = model.d_model * (model.layers + 8 * model.hyper.streams)
+    width += 4 * model.engram.d_mem * max(1, len(model.engram.layers))
+    experts = (ffn.top_k + ffn.shared_experts) * ffn.expert_dim
+    width += 4 * max(ffn.dense_dim, experts if ffn.routed_experts else 0)
+    return 4 * length * (width + 3 * model.attention.heads * max(length // 4, 128))
