@@ -80,18 +80,18 @@ def spread(there: int, wanted: int) -> np.ndarray:
     return (np.arange(wanted) * there + there // 2) // wanted
 
 
-def for_analysis(program: Program, seq_len: int | None = None) -> Program:
-    """The program for batches that take no more than about `ACTIVATIONS` bytes of a device: fewer
-    sequences than in training, and shorter ones where one does not fit. seq_len: at most."""
-    config, shards = program.config, program.axes.batch
-    size, length = batch_shape(config, shards, seq_len or config.data.seq_len)
+def with_batches(program: Program, size: int, length: int) -> Program:
+    """The program for batches of `size` sequences of `length` tokens."""
+    config = program.config
     data = dataclasses.replace(config.data, batch_size=size, seq_len=length)
-    mesh = dataclasses.replace(config.mesh, distinct=0.0)  # measured on batches of another size
+    mesh = dataclasses.replace(config.mesh, distinct=0.0)  # was measured on batches of another size
     return dataclasses.replace(program, config=dataclasses.replace(config, data=data, mesh=mesh))
 
 
 def batch_shape(config: Config, shards: int, seq_len: int) -> tuple[int, int]:
-    """(B, T) for `for_analysis`: B a multiple of `shards`, T at most `seq_len`."""
+    """(B, T) of batches that take about `ACTIVATIONS` bytes of a device at most: fewer sequences
+    than in training, and shorter ones where one does not fit. B is a multiple of `shards`, the
+    mesh's shards of a batch; T is at most `seq_len`."""
     length = seq_len
     while length > 128 and _bytes(config, length) > ACTIVATIONS:
         length //= 2

@@ -15,7 +15,7 @@ from engram_jax.addressing import as_stored, build_addressing, load_tokenizer, t
 from engram_jax.api.models import Model, configure
 from engram_jax.api.training import Documents
 from engram_jax.checkpoint import table_order
-from engram_jax.checkpoint.load_model import check_same_tokenizer, read_eos_id
+from engram_jax.checkpoint.load_model import check_same_tokenizer, read_eos_id, text_of
 from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.checkpoint.run_record import add_launch, get_config
 from engram_jax.checkpoint.run_settings import (
@@ -33,7 +33,7 @@ from engram_jax.config.given_files import local_path
 from engram_jax.data.array_store import array_store
 from engram_jax.data.prepared import ARRAYS, of_arrays
 from engram_jax.data.run_data import open_data
-from engram_jax.evaluation.held_out import check_scored_tokenizer, restore_state, text_of
+from engram_jax.evaluation.held_out import check_scored_tokenizer, restore_state
 from engram_jax.training.state import TrainState, build_training, check_fits
 
 

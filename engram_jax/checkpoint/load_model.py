@@ -33,7 +33,8 @@ class LoadedModel:
     """A restored model: what inference needs.
 
     run: name of its folder. digest: of the checkpoint (checkpoint/integrity.py). seq_len: tokens of
-    the sequences it was last trained on, the longest that it knows.
+    the sequences it was last trained on, the longest that it knows. trained_on: the fingerprint of
+    its data, None if it is not known.
     """
 
     program: Program
@@ -44,6 +45,7 @@ class LoadedModel:
     run: str
     digest: str
     seq_len: int
+    trained_on: str | None = None
 
     @property
     def name(self) -> str:
@@ -87,8 +89,15 @@ def load_model(
     seq_len = agree(lambda: _trained_length(found.metadata, workdir, found.step, config))
     run = workdir.resolve().name
     return LoadedModel(
-        program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len
+        *(program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len),
+        trained_on=text_of(found),
     )
+
+
+def text_of(restored: Restored) -> str | None:
+    """The fingerprint of the data that a checkpoint was trained on; None if it does not say."""
+    position = restored.iterator
+    return position.get("data") if isinstance(position, dict) else None
 
 
 def read_eos_id(workdir: Path, size: int) -> int:

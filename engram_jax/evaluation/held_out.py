@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding
 
 from engram_jax.addressing import as_stored, load_tokenizer, tokenizer_fingerprint
 from engram_jax.checkpoint import table_order
+from engram_jax.checkpoint.load_model import text_of
 from engram_jax.checkpoint.manager import Checkpointer, Restored
 from engram_jax.checkpoint.run_settings import DATA, Changes, check_opened, check_text, covers
 from engram_jax.checkpoint.workdir import (
@@ -230,12 +231,6 @@ def restore_state(program: TrainingProgram, workdir: Path, step: str) -> Restore
     if not program.config.serve.ema:
         return found
     return dataclasses.replace(found, state=program.averaged(found.state))
-
-
-def text_of(restored: Restored) -> str | None:
-    """The fingerprint of the data that a checkpoint was trained on; None if it does not say."""
-    position = restored.iterator
-    return position.get("data") if isinstance(position, dict) else None
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,17 @@ def encode(tokenizer: Any, item: Item) -> list[tuple[list[int], int]]:
     return out
 
 
+def jit_scores(
+    program: Program, off: Sequence[str] = (), drawable: np.ndarray | None = None
+) -> jax.stages.Wrapped:
+    """(weights, batch, masks) -> (sums of log probabilities [B], bool [B]), compiled; arguments as
+    of `score`. masks: layer id -> bool [B, T, H], rows that are read as zero."""
+    return program.jit(
+        partial(_score_batch, program, off=tuple(off), drawable=drawable),
+        out_shardings=NamedSharding(program.mesh, P()),
+    )
+
+
 def score(
     program: Program,
     weights: Weights,
@@ -147,9 +158,13 @@ def score(
     off: Sequence[str] = (),
     *,
     drawable: np.ndarray | None = None,
+    compiled: Any = None,
+    masks: Callable[[Batch], dict[str, Any]] = lambda batch: {},
 ) -> list[ItemScore]:
     """Score items, each a list of candidates of `encode`. off: layers whose memory adds nothing.
     drawable: bool [V], the ids that decoding may draw (`addressing.drawable_ids`), None = all.
+    compiled: `jit_scores` of these, where several calls share it. masks: which rows of a batch
+    (tokens, segments) are read as zero, too.
 
     In form "over_encoding" the input is the mean of a token's embedding and one embedding per
     order. There the rows, with the classes of case, are taken as zero. That leaves
@@ -159,17 +174,14 @@ def score(
     rows = [candidate for item in encoded for candidate in item]
     if not rows:
         return []
-    run = program.jit(
-        partial(_score_batch, program, off=tuple(off), drawable=drawable),
-        out_shardings=NamedSharding(program.mesh, P()),
-    )
+    run = jit_scores(program, off, drawable) if compiled is None else compiled
     size = program.config.data.batch_size
     length = -(-max(len(ids) for ids, _ in rows) // _MULTIPLE) * _MULTIPLE
     answers = max(len(ids) - shared for ids, shared in rows)
     sums, greedy = [], []
     for start in range(0, len(rows), size):
         batch = _batch(rows[start : start + size], size, length, answers)
-        found = jax.device_get(run(weights, batch))
+        found = jax.device_get(run(weights, batch, masks(batch)))
         sums.append(np.asarray(found[0], np.float64))
         greedy.append(found[1])
     flat, all_greedy = np.concatenate(sums), np.concatenate(greedy)
@@ -205,6 +217,7 @@ def _score_batch(
     program: Program,
     weights: Weights,
     batch: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
     off: tuple[str, ...],
     drawable: np.ndarray | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -216,6 +229,8 @@ def _score_batch(
     rows = {
         layer: lookup(weights.rows[layer], ids).astype(dtype) for layer, ids in addresses.items()
     }
+    for layer, mask in masks.items():
+        rows[layer] = jnp.where(mask[..., None], 0, rows[layer])
     model = program.model(weights.params, weights.router_bias)
     for layer in off:  # a model made for this call alone: without the module, nothing is added
         model.product_keys.pop(layer, None)

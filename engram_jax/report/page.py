@@ -15,8 +15,9 @@ Rows = tuple[tuple[str, ...], ...]
 class Section:
     """A part of the report: a picture or a table with its caption, or texts.
 
-    header: of the table's columns, () = none. texts: (prompt, continuation) pairs.
-    folded: shown when the reader asks for it.
+    header: of the table's columns, () = none. texts: (prompt, continuation) pairs. tokens: a text
+    with a number from 0 to 1 and a note for each token, shown as the colour behind it, in HTML
+    alone. folded: the table or the tokens are shown when the reader asks for them.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Section:
     header: tuple[str, ...] = ()
     rows: Rows = ()
     texts: Sequence[tuple[str, str]] = ()
+    tokens: Sequence[tuple[str, float, str]] = ()
     folded: bool = False
 
 
@@ -75,6 +77,8 @@ td + td { font-variant-numeric: tabular-nums }
 summary { cursor: pointer; color: #2166ac } details table { font-size: .88rem; margin-top: .6rem }
 pre { background: #f6f8fa; border-radius: 6px; padding: .9rem 1.1rem; font-size: .86rem;
       white-space: pre-wrap; overflow-wrap: anywhere } pre b { color: #2166ac }
+pre.tokens { line-height: 1.7; background: none; border: 1px solid #e4e8ec }
+pre.tokens span { border-radius: 2px; padding: .12em 0 }
 """
 
 
@@ -98,10 +102,36 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             data = base64.b64encode(section.picture.read_bytes()).decode()
             image = f'<img alt="{text(section.title)}" src="data:image/png;base64,{data}">'
             parts.append(f"<figure>{image}{note}</figure>")
-        if not section.rows and section.picture is None:
+        if section.tokens:
+            spans = "".join(_span(*token) for token in section.tokens)
+            block = f'<pre class="tokens">{spans}</pre>'
+            if section.folded:
+                block = f"<details><summary>show</summary>{block}</details>"
+            parts.append(block + note)
+        if not section.rows and section.picture is None and not section.tokens:
             parts.append(note)
         for prompt, continuation in section.texts:
             parts.append(f"<pre><b>{text(prompt)}</b>{text(continuation)}</pre>")
     head = f"<meta charset='utf-8'><title>{text(title)}</title><style>{_STYLE}</style>"
     body = "\n".join(parts)
     return f"<!doctype html>\n<html lang='en'><head>{head}</head><body>{body}</body></html>\n"
+
+
+# White to red, as the pictures' heat maps (figures.py).
+_HEAT = ((255, 255, 255), (253, 212, 158), (252, 141, 89), (215, 48, 31))
+
+
+def heat(strength: float) -> str:
+    """The colour of a number from 0 to 1, "#rrggbb"; 0 is white."""
+    at = min(max(strength, 0.0), 1.0) * (len(_HEAT) - 1)
+    low = min(int(at), len(_HEAT) - 2)
+    mixed = (a + (at - low) * (b - a) for a, b in zip(_HEAT[low], _HEAT[low + 1], strict=True))
+    return "#" + "".join(f"{round(part):02x}" for part in mixed)
+
+
+def _span(token: str, strength: float, note: str) -> str:
+    dark = ";color:#fff" if strength > 0.85 else ""
+    # A token that is nothing but an end of line has a mark: it could not be seen.
+    shown = token if token.strip("\r\n") else token.replace("\r", "").replace("\n", "↵\n") or "∅"
+    style = f"background:{heat(strength)}{dark}"
+    return f'<span style="{style}" title="{html.escape(note)}">{html.escape(shown)}</span>'
