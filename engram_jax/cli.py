@@ -43,7 +43,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(
-    "json", False, "describe, evaluate, compile: one JSON object on standard output."
+    "json", False, "describe, evaluate, analyse, compile: one JSON object on standard output."
 )
 _BASE = flags.DEFINE_string(
     "base", None, "describe: a configuration file whose budget this one is compared with."
@@ -75,18 +75,50 @@ _JOIN_SECONDS = flags.DEFINE_float(
     "How long several processes wait for each other at the start, in seconds.",
 )
 _STEP = flags.DEFINE_string(
-    "step", "latest", "evaluate, generate, serve, export-memory: latest, best or a step number."
+    "step",
+    "latest",
+    "evaluate, analyse, generate, serve, export-memory: latest, best or a step number.",
 )
 _ACCEPT = flags.DEFINE_list(
     "accept_changes",
     [],
     "Keys or sections of the configuration that may differ from what the run was trained with.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "export-memory, count-memory: the file to write.")
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "export-memory, count-memory: the file to write. analyse: the page, in place of the workdir's.",
+)
 _FORMAT = flags.DEFINE_string(
     "format", "", "export-memory: float32, bfloat16 or fp8; default: as the tables are."
 )
-_TOKENS = flags.DEFINE_integer("tokens", 10_000_000, "count-memory: how many training tokens.")
+_TOKENS = flags.DEFINE_integer(
+    "tokens",
+    None,
+    "How many training tokens are counted; default: count-memory 10,000,000, analyse 4,000,000.",
+)
+_WHAT = flags.DEFINE_list(
+    "what",
+    [],
+    "analyse: some of lens, cka, sensitivity, gates, usage, rows; default: all.",
+)
+_TEXT = flags.DEFINE_string(
+    "text", None, "analyse: a text file for lens, cka and gates, in place of the held-out text."
+)
+_TEXT_TOKENS = flags.DEFINE_integer(
+    "text_tokens",
+    None,
+    "analyse: at most so many tokens of held-out text, or of --text, are read; default: 32,768.",
+)
+_AGAINST = flags.DEFINE_string(
+    "against", None, "analyse: the workdir of a second run, whose layers are compared with these."
+)
+_ENTITIES = flags.DEFINE_string(
+    "entities", None, "analyse: a file that labels entities, for cka (docs/analysis.md)."
+)
+_NGRAM = flags.DEFINE_string(
+    "ngram", None, "analyse: a text; what the rows that its last tokens read answer to."
+)
 _POINTS = flags.DEFINE_list(
     "points", [], "sweep: the points to run, for example rho=1,rho=0.8; default: all."
 )
@@ -139,8 +171,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError("--output: missing; the file to write")
     if _FORMAT.value not in ("", *ROW_FORMATS):
         raise UserError(f"--format={_FORMAT.value}: must be {_or(ROW_FORMATS)}")
-    if _TOKENS.value < 1:
-        raise UserError(f"--tokens={_TOKENS.value}: must be at least 1")
+    for flag in (_TOKENS, _TEXT_TOKENS):
+        if flag.value is not None and flag.value < 1:
+            raise UserError(f"--{flag.name}={flag.value}: must be at least 1")
     if _PROGRAM.value not in PROGRAMS:
         raise UserError(f"--program={_PROGRAM.value}: must be {_or(PROGRAMS)}")
     for name, modes in MODES_OF_FLAGS.items():
@@ -257,6 +290,17 @@ def _evaluate_neighbours(config: Config, workdir: Path) -> None:
     processes.log(json.dumps(json_value(result)) if _JSON.value else neighbours.table(result))
 
 
+def _analyse(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.distributed import processes
+    from engram_jax.monitoring.metrics import json_value
+    from engram_jax.run import analyse, analysis_inputs
+
+    given = (_WHAT, _TEXT, _AGAINST, _ENTITIES, _OUTPUT, _NGRAM, _TOKENS, _TEXT_TOKENS)
+    settings = analysis_inputs.settings_of({flag.name: flag.value for flag in given})
+    result = analyse.analyse(config, workdir, _STEP.value, settings)
+    processes.log(json.dumps(json_value(result)) if _JSON.value else analyse.summary(result))
+
+
 def _generate(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.serve import open_engine
 
@@ -285,7 +329,8 @@ def _count_memory(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.serve import export_memory
 
     file = local_path("--output", _OUTPUT.value or "")
-    export_memory.count_memory(config, file, _TOKENS.value, processes.log, workdir)
+    tokens = 10_000_000 if _TOKENS.value is None else _TOKENS.value
+    export_memory.count_memory(config, file, tokens, processes.log, workdir)
 
 
 def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
@@ -348,6 +393,7 @@ def _sweep(config: Config, workdir: Path, accept: Accepted) -> None:
 _RUN: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "analyse": _analyse,
     "generate": _generate,
     "serve": _serve,
     "export-memory": _export_memory,

@@ -96,24 +96,26 @@ def similarity(
     """
     most = max(8, models[0][0].config.data.seq_len // 8)
     compiled = [jit_states(program) for program, _ in models]
-    found, held, tokens = MinibatchCKA(), [np.zeros(0)] * len(models), 0
+    found, tokens = MinibatchCKA(), 0
+    held: list[np.ndarray] = []  # of each model, states [layers, n, d] that are in no minibatch yet
 
     def add(count: int) -> None:
-        parts = [x[:, :count] for x in held]
-        found.add(parts[0], parts[-1])
+        found.add(held[0][:, :count], held[-1][:, :count])
 
     for batch, given in texts:
         places = [at[spread(len(at), most)] for at in given]
         if not any(map(len, places)):
             continue
-        for i, (program, variables) in enumerate(models):
-            new = states_at(program, variables, compiled[i], batch, places, most)
-            held[i] = np.concatenate([held[i], new], axis=1) if held[i].size else new
+        new = [
+            states_at(program, variables, states, batch, places, most)
+            for (program, variables), states in zip(models, compiled, strict=True)
+        ]
+        held = [np.concatenate(x, axis=1) for x in zip(held, new, strict=True)] if held else new
         while held[0].shape[1] >= minibatch:
             add(minibatch)
             tokens += minibatch
             held = [x[:, minibatch:] for x in held]
-    rest = held[0].shape[1] if held[0].size else 0
+    rest = held[0].shape[1] if held else 0
     if not found.batches:
         if rest < SMALLEST:
             raise ValueError(f"{rest} tokens to compare at: must be at least {SMALLEST}")

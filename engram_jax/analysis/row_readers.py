@@ -53,9 +53,7 @@ def readers(
         at = np.concatenate([np.zeros(0, np.int64), *parts])
         times = counts.counts[at]
         best = np.argsort(-times, kind="stable")[:most]
-        result[row] = Readers(
-            counts.windows[at[best]], times[best], len(at), int(times.sum())
-        )
+        result[row] = Readers(counts.windows[at[best]], times[best], len(at), int(times.sum()))
     return result
 
 
@@ -132,9 +130,7 @@ def _layer(program: Program, layer: int) -> LayerAddressing:
     return found
 
 
-def _blocks(
-    program: Program, memory: Tables, layer: int, rows: np.ndarray
-) -> Iterator[np.ndarray]:
+def _blocks(program: Program, memory: Tables, layer: int, rows: np.ndarray) -> Iterator[np.ndarray]:
     """float32 [at most ROWS, dim] of rows by address, a block of them after the other."""
     table, layout = memory[str(layer)].rows, program.layouts[str(layer)]
     gather = _gather(program.mesh)

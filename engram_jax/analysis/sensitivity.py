@@ -26,7 +26,6 @@ from engram_jax.model.program import Program
 from engram_jax.training.step import batch_addresses, fetch_rows, score_rows
 
 
-
 @dataclass(frozen=True)
 class Part:
     """What is switched off: a layer, or heads of layers, at all tokens or where `band` says.

@@ -34,13 +34,15 @@ _FEW = 12  # a curve of at most so many points shows them
 _CELL, _LINE = 0.088, 0.24  # inches: width of a monospaced character, height of a line of text
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:
+def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches, and its axes side by side."""
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _style(axes: Axes, title: str, xlabel: str = "step", ylabel: str = "") -> None:
+def style(axes: Axes, title: str, xlabel: str = "step", ylabel: str = "") -> None:
+    """Axes as all pictures have them."""
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
     axes.set_xlabel(xlabel, color=QUIET, fontsize=9)
     axes.set_ylabel(ylabel, color=QUIET, fontsize=9)
@@ -128,8 +130,8 @@ def loss_figure(
 ) -> Figure:
     """Loss in nats per token. baselines: horizontal lines by name, of the validation's tokens."""
     baselines = baselines or {}
-    figure, (axes,) = _figure(8.6, 4.4)
-    _style(axes, "", ylabel="nats per token")
+    figure, (axes,) = canvas(8.6, 4.4)
+    style(axes, "", ylabel="nats per token")
     smoothed = Curve(train.steps, smooth(train.values))
     _plot(axes, train, COLOURS[0], 0.9, alpha=0.22)
     _plot(axes, smoothed, COLOURS[0], 1.8)
@@ -154,12 +156,12 @@ def loss_figure(
 
 def optimisation_figure(rate: Curve, norms: Mapping[str, Curve], clip: float | None) -> Figure:
     """Learning rate; gradient norms by name on a logarithmic scale, clipped at `clip`."""
-    figure, (left, right) = _figure(8.6, 2.9, columns=2)
-    _style(left, "Learning rate")
+    figure, (left, right) = canvas(8.6, 2.9, columns=2)
+    style(left, "Learning rate")
     _plot(left, rate, COLOURS[0])
     left.set_ylim(bottom=0)
     left.yaxis.set_major_formatter(_plain)
-    _style(right, "Gradient norm")
+    style(right, "Gradient norm")
     labels = []
     for colour, (name, curve) in zip(COLOURS, norms.items(), strict=False):
         positive = np.isfinite(curve.values) & (curve.values > 0)
@@ -180,9 +182,9 @@ def optimisation_figure(rate: Curve, norms: Mapping[str, Curve], clip: float | N
 
 def memory_figure(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
     """Shares (numbers in [0, 1]) over training: a panel by title, in it a curve by name."""
-    figure, all_axes = _figure(8.6, 2.9, columns=len(panels))
+    figure, all_axes = canvas(8.6, 2.9, columns=len(panels))
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
-        _style(axes, title)
+        style(axes, title)
         labels, widths = [], np.linspace(2.6 if len(curves) > 1 else 1.6, 1.2, len(curves))
         for i, (name, curve) in enumerate(curves.items()):
             colour = COLOURS[i % len(COLOURS)]
@@ -209,7 +211,7 @@ def expert_figure(loads: Mapping[str, Curve]) -> Figure:
     FigureCanvasAgg(figure)
     heat, line = figure.subplots(1, 2, width_ratios=(3, 2))
     _heat_map(figure, heat, relative, list(loads))
-    _style(line, "Busiest expert, of an even share")
+    style(line, "Busiest expert, of an even share")
     busiest = {
         layer: Curve(
             c.steps, smooth(c.values.max(axis=1) / np.maximum(c.values.mean(axis=1), 1e-30))
@@ -236,7 +238,7 @@ def _heat_map(figure: Figure, axes: Axes, relative: np.ndarray, layers: Sequence
     spread = max(0.25, float(np.nanmax(np.abs(relative - 1))))
     norm = TwoSlopeNorm(1, vmin=max(0.0, 1 - spread), vmax=1 + spread)
     image = axes.imshow(relative, cmap=_BALANCE, norm=norm, aspect="auto")
-    _style(axes, "Expert load at the end (1 = even)", "expert", "layer")
+    style(axes, "Expert load at the end (1 = even)", "expert", "layer")
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     every = -(-len(layers) // 32)

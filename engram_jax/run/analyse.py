@@ -88,5 +88,26 @@ def _timed(record: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The result as lines for a terminal."""
-    return "\n".join([*analyses.lines(record), f"page: {record['page']}"])
+    """The result as lines for a terminal; the page has the rest."""
+    lines = []
+    for model in record.get("lens", {}).get("models", []):
+        kl = " ".join(f"{x:.3f}" for x in model["kl"])
+        lines.append(f"KL by layer, {model['run']}: {kl}")
+    if found := record.get("cka"):
+        lines.append(f"CKA at {found['entity_tokens']:,} ends of entities")
+        if found["soft_alignment"] is not None:
+            aligned = " ".join(f"{x:.1f}" for x in found["soft_alignment"])
+            lines.append(f"layers of {found['second']} are like {found['first']}'s: {aligned}")
+    if found := record.get("sensitivity"):
+        lines.append(f"loss {found['loss']:.4f} over {found['targets']:,} targets, rises by")
+        whole = [part for part in found["parts"] if "head" not in part["part"]]
+        lines += [f"  {part['rise']:+.4f} without {part['part']}" for part in whole]
+    for layer, orders in record.get("usage", {}).get("layers", {}).items():
+        for order, used in orders.items():
+            dead = sum(x["rows"] - x["touched"] for x in used["heads"])
+            rows = sum(x["rows"] for x in used["heads"])
+            lines.append(
+                f"layer {layer}, {order}-grams: {used['ngrams']:,} different ones, {dead:,} of"
+                f" {rows:,} rows never read"
+            )
+    return "\n".join([*lines, f"page: {record['page']}"])

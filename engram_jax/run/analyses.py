@@ -5,6 +5,7 @@ The estimators are in engram_jax/analysis/; here are the texts that they read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def cka(given: Given) -> Record:
     if path is None:
         text, of = _text(given)
         entities = "runs of capitalised words that do not begin a sentence"
-        pairs = ((batch, final_tokens_of_batch(tokenizer, batch)) for batch in text)
+        pairs: Iterable[Any] = ((batch, final_tokens_of_batch(tokenizer, batch)) for batch in text)
     else:
         eos, vocab = second.loaded.eos_id, config.tokenizer.vocab_size
         store, positions = labelled_tokens(tokenizer, eos, vocab, path)
@@ -146,20 +147,20 @@ def gates(given: Given) -> Record:
     length = subject.program.config.data.seq_len
     if given.settings.text is not None:
         store, of = _given_text(given), str(given.settings.text)
-        ids, whole = store.tokens[: len(store) - 1], len(store) - 1
+        document = store.tokens[:-1]  # without its end
     else:
         assert given.data is not None
         held_out = given.data.prepared.store_valid
         lengths = np.diff(held_out.starts) - 1  # without the end of the document
         number = int(np.argmax(np.minimum(lengths, length)))  # the first of the longest
-        start, whole = int(held_out.starts[number]), int(lengths[number])
-        ids, of = held_out.tokens[start : start + whole], f"held-out document {number}"
-    ids = [int(i) for i in ids[:length]]
+        start, of = int(held_out.starts[number]), f"held-out document {number}"
+        document = held_out.tokens[start : start + int(lengths[number])]
+    ids = document[:length].tolist()
     found = gates_of_text(subject.program, subject.variables, subject.loaded.tokenizer, ids)
     return {
         "of": of,
         "shown": len(ids),
-        "whole": whole,
+        "whole": len(document),
         "layers": list(found.layers),
         "tokens": found.tokens,
         "gates": np.round(found.gates.astype(np.float64), 4).tolist(),
@@ -298,7 +299,7 @@ def _chosen_rows(
         found = addresses(canonical, layer)[-1].reshape(len(layer.orders), -1)
         for order, rows in zip(layer.orders, found.tolist(), strict=True):
             if order <= len(ids):
-                chosen |= {row: f"{order} tokens of --ngram" for row in rows}
+                chosen |= dict.fromkeys(rows, f"{order} tokens of --ngram")
     for i, order in enumerate(layer.orders):
         first = i * layer.heads_per_order
         low = layer.offsets[first]

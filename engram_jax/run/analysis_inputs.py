@@ -90,13 +90,13 @@ class Given:
 
 def settings_of(values: dict[str, Any]) -> Settings:
     """Of the program's flags by name."""
-    paths = {
-        name: local_path(f"--{name}", values[name]) if values[name] else None
+    given: dict[str, Any] = {
+        name: local_path(f"--{name}", values[name])
         for name in ("text", "against", "entities", "output")
+        if values[name]
     }
-    numbers = {k: values[k] for k in ("tokens", "text_tokens") if values[k] is not None}
-    what = tuple(name.strip() for name in values["what"])
-    return Settings(what=what, ngram=values["ngram"] or "", **paths, **numbers)
+    given |= {k: values[k] for k in ("ngram", "tokens", "text_tokens") if values[k] is not None}
+    return Settings(what=tuple(name.strip() for name in values["what"]), **given)
 
 
 def check_settings(config: Config, settings: Settings) -> tuple[str, ...]:
@@ -113,12 +113,12 @@ def check_settings(config: Config, settings: Settings) -> tuple[str, ...]:
     for name in what:
         if missing := _has(config, name):
             raise UserError(f"--what={name}: {missing}")
-    if off := [k for k in ("off_layers", "off_orders") if getattr(serve, k)]:
-        if set(what) & {*OF_MEMORY}:
-            raise UserError(
-                f"config.serve.{off[0]} = {getattr(serve, off[0])}: only with --what=lens,cka; the"
-                " analyses of a memory have it on, and switch parts off themselves"
-            )
+    off = [k for k in ("off_layers", "off_orders") if getattr(serve, k)]
+    if off and set(what) & {*OF_MEMORY}:
+        raise UserError(
+            f"config.serve.{off[0]} = {getattr(serve, off[0])}: only with --what=lens,cka; the"
+            " analyses of a memory have it on, and switch parts off themselves"
+        )
     if engram.layers:
         check_decodes(config)
     used = {
@@ -164,9 +164,7 @@ def open_given(
         other = _load_other(config, settings.against, step, loaded, tell)
     models = [m for m in (loaded, other) if m is not None]
     length = min(m.seq_len for m in models)
-    shapes = [
-        batch_shape(m.program.config, m.program.axes.batch, length) for m in models
-    ]
+    shapes = [batch_shape(m.program.config, m.program.axes.batch, length) for m in models]
     size, length = min(b for b, _ in shapes), min(t for _, t in shapes)
     subjects = [_subject(m, size, length) for m in models]
     given = Given(settings, subjects[0], subjects[-1] if other else None, None, workdir, tell)

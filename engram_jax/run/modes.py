@@ -6,6 +6,7 @@ from __future__ import annotations
 MODES = {
     "train": "trains the model, or goes on with the run in --workdir",
     "evaluate": "scores a checkpoint on held-out text, on tasks, or with its text beside it",
+    "analyse": "looks inside a checkpoint: depth, memory, gates (docs/analysis.md)",
     "generate": "continues --prompt",
     "serve": "answers OpenAI's completions over HTTP (docs/serving.md)",
     "export-memory": "writes a checkpoint's tables into a file to serve from",
@@ -20,7 +21,7 @@ NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: ser
 WITHOUT_PROCESSES = ("describe", "compile", "sweep")
 # The flags that only some modes read. The others do not ignore them, they refuse them.
 MODES_OF_FLAGS = {
-    "json": ("describe", "evaluate", "compile"),
+    "json": ("describe", "evaluate", "compile", "analyse"),
     "base": ("describe",),
     "prompt": ("generate",),
     "topology": ("compile",),
@@ -28,11 +29,17 @@ MODES_OF_FLAGS = {
     "dump_hlo": ("compile",),
     "profile": ("train",),
     "tasks": ("evaluate",),
-    "step": ("evaluate", "generate", "serve", "export-memory"),
+    "step": ("evaluate", "analyse", "generate", "serve", "export-memory"),
     "accept_changes": OPENS_A_RUN,
-    "output": ("export-memory", "count-memory"),
+    "output": ("export-memory", "count-memory", "analyse"),
     "format": ("export-memory",),
-    "tokens": ("count-memory",),
+    "tokens": ("count-memory", "analyse"),
+    "what": ("analyse",),
+    "text": ("analyse",),
+    "text_tokens": ("analyse",),
+    "against": ("analyse",),
+    "entities": ("analyse",),
+    "ngram": ("analyse",),
     "points": ("sweep",),
     "seeds": ("sweep",),
     "report_only": ("sweep",),
@@ -49,6 +56,7 @@ _BEGINS_AGAIN = "the run is as it was, and the same command begins again"
 AFTER_INTERRUPT = {
     "train": "the same command goes on from the last checkpoint",
     "evaluate": f"nothing was scored; {_BEGINS_AGAIN}",
+    "analyse": f"nothing was written; {_BEGINS_AGAIN}",
     "generate": f"nothing is kept; {_BEGINS_AGAIN}",
     "serve": f"no request was being answered; {_BEGINS_AGAIN}",
     "export-memory": f"the file was not written; {_BEGINS_AGAIN}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from engram_jax.addressing import drawable_ids
 from engram_jax.analysis.sensitivity import Part, counts_at, rows_off
 from engram_jax.analysis.usage import NgramCounts
@@ -51,7 +53,7 @@ def task_effects(
         if off not in compiled:
             compiled[off] = jit_scores(program, off, drawable)
 
-        def masks(batch: Mapping[str, Any]) -> dict[str, Any]:
+        def masks(batch: dict[str, np.ndarray]) -> dict[str, Any]:
             if whole:
                 return {}
             return rows_off(program, part, batch, counts_at(program, batch, ngrams))[0]
@@ -59,6 +61,4 @@ def task_effects(
         return score(program, weights, encoded, off, compiled=compiled[off], masks=masks)
 
     on = scores(Part("nothing", (), ()))
-    return [
-        {"part": part.name, "groups": summarise(items, on, scores(part))} for part in parts
-    ]
+    return [{"part": part.name, "groups": summarise(items, on, scores(part))} for part in parts]

@@ -11,7 +11,6 @@ import pytest
 from engram_jax.addressing.hash_numpy import canonicalise
 from engram_jax.analysis.sensitivity import (
     counts_at,
-    losses_by_frequency,
     parts_of,
     sensitivity,
 )
