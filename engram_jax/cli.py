@@ -108,7 +108,8 @@ _TEXT = flags.DEFINE_string(
 _TEXT_TOKENS = flags.DEFINE_integer(
     "text_tokens",
     None,
-    "analyse: at most so many tokens of held-out text, or of --text, are read; default: 32,768.",
+    "analyse: at most so many tokens of held-out text, or --text, are read; default: 32,768, and"
+    " 16,384 for sensitivity.",
 )
 _AGAINST = flags.DEFINE_string(
     "against", None, "analyse: the workdir of a second run, whose layers are compared with these."

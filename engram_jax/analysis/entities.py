@@ -57,7 +57,8 @@ def _begins(text: str, start: int) -> bool:
 
 def text_and_ends(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray]:
     """(the text of tokens, int64 [T] how many characters of it are there after each token)."""
-    detokenizer, parts, ends = Detokenizer(tokenizer), [], []
+    detokenizer, parts = Detokenizer(tokenizer), list[str]()
+    ends: list[int] = []
     for token in ids:
         before, own = detokenizer.push(int(token), skip_special_tokens=False)
         if ends:  # text that was held until now is of the token before

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from engram_jax.addressing import Addressing
+from engram_jax.addressing.compression import canonical_keys
 from engram_jax.addressing.detokenizer import text_of
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.analysis import usage
@@ -105,22 +106,22 @@ def nearest_rows(
 
 
 class CanonicalText:
-    """Canonical ids as text: of each the lowest token that has it."""
+    """Canonical ids as text: the key that its tokens share, or the token's text where raw ids are
+    hashed; a lone space is ␣. fill_id: what is read before a document's start, shown as ⊢."""
 
     def __init__(self, addressing: Addressing, tokenizer: Any, fill_id: int):
         self._tokenizer, self._fill = tokenizer, fill_id
-        self._token: np.ndarray | None = None
+        self._keys: dict[int, str] = {}
         if addressing.compression is not None:
-            ids, first = np.unique(addressing.compression, return_index=True)
-            self._token = np.full(int(ids.max()) + 1, -1, np.int64)
-            self._token[ids] = first
+            pairs = zip(addressing.compression.tolist(), canonical_keys(tokenizer), strict=True)
+            self._keys = dict(pairs)
 
     def __call__(self, window: Sequence[int] | np.ndarray) -> str:
-        """An n-gram's text; ids that stand before a document's start are shown as ⊢."""
+        """An n-gram, oldest id first, with a dot between ids: "new·york"."""
         ids = [int(i) for i in window]
-        inside = next((k for k, i in enumerate(ids) if i != self._fill), len(ids))
-        tokens = [i if self._token is None else int(self._token[i]) for i in ids[inside:]]
-        return "⊢" * inside + "".join(text_of(self._tokenizer, token) for token in tokens)
+        before = next((k for k, i in enumerate(ids) if i != self._fill), len(ids))
+        texts = [self._keys.get(i) or text_of(self._tokenizer, i) for i in ids[before:]]
+        return "·".join(["⊢"] * before + ["␣" if text == " " else text for text in texts])
 
 
 def _layer(program: Program, layer: int) -> LayerAddressing:

@@ -9,7 +9,7 @@ sensitivity analysis: a model that never had the part would have learnt to do wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -44,7 +44,8 @@ class Part:
 @dataclass
 class Effect:
     """Sums over targets. nats: with the part off. base: with all on. affected: targets whose
-    token's rows were changed, and their nats with the part off and with all on."""
+    token's rows were changed, and their nats with the part off and with all on. sequences: how many
+    have targets; squares: sums over them of d², d n and n², d the rise in nats over n targets."""
 
     part: Part
     targets: int = 0
@@ -53,6 +54,30 @@ class Effect:
     affected: int = 0
     affected_nats: float = 0.0
     affected_base: float = 0.0
+    sequences: int = 0
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(3))
+
+    def add(self, changed: np.ndarray, base: np.ndarray, real: np.ndarray, hit: np.ndarray) -> None:
+        """A batch: nats with the part off and on, 0 where there is no target; which are targets,
+        and which of them are affected. All [B, T]."""
+        self.targets += int(real.sum())
+        self.nats += float(changed.sum())
+        self.base += float(base.sum())
+        self.affected += int(hit.sum())
+        self.affected_nats += float(changed[hit].sum())
+        self.affected_base += float(base[hit].sum())
+        rises, counts = (changed - base).sum(axis=1), real.sum(axis=1)
+        self.sequences += int((counts > 0).sum())
+        self.squares += [rises @ rises, rises @ counts, counts @ counts]
+
+    @property
+    def error(self) -> float:
+        """The standard error of `rise`, sequences being what is drawn; NaN of one."""
+        if self.sequences < 2:
+            return float("nan")
+        rises, both, counts = self.squares
+        squares = max(0.0, rises - 2 * self.rise * both + self.rise**2 * counts)
+        return float(np.sqrt(squares * self.sequences / (self.sequences - 1)) / self.targets)
 
     @property
     def rise(self) -> float:
@@ -136,13 +161,7 @@ def sensitivity(
         for effect in effects:
             off, where = rows_off(program, effect.part, batch, counts)
             changed = losses(batch, off) if where.any() else base
-            effect.targets += int(real.sum())
-            effect.nats += float(changed.sum())
-            effect.base += float(base.sum())
-            hit = real & where
-            effect.affected += int(hit.sum())
-            effect.affected_nats += float(changed[hit].sum())
-            effect.affected_base += float(base[hit].sum())
+            effect.add(changed, base, real, real & where)
     return effects
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from engram_jax.report.figures import COLOURS, INK, QUIET, canvas, style
 
@@ -31,6 +31,9 @@ def lens_figure(record: Record) -> Figure:
         memory = [layer for layer in model["engram_layers"] if layer < len(kl)]
         axes.plot(memory, kl[memory], "D", color=colour, markersize=7, fillstyle="none")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=8.5, frameon=False, labelcolor=INK)
     return figure
 

@@ -70,8 +70,9 @@ def _lens(found: Record, draw: Draw) -> list[Section]:
         )
         for layer in range(max(len(m["kl"]) for m in models))
     )
-    table = Section("KL by layer", caption, header=header, rows=rows, folded=True)
-    return [*draw("lens", "LogitLens", "", lambda f: f.lens_figure(found)), table]
+    picture = draw("lens", "LogitLens", caption, lambda f: f.lens_figure(found))
+    note = "Nats per token, and the standard error." if picture else caption
+    return [*picture, Section("KL by layer", note, header=header, rows=rows, folded=True)]
 
 
 def _cka(found: Record, draw: Draw) -> list[Section]:
@@ -99,13 +100,14 @@ def _sensitivity(found: Record, draw: Draw) -> list[Section]:
         "Nothing is trained again: a part's rows are read as zero, or a layer adds nothing. Bands:"
         f" only where the n-gram that ends at a token was so often in {counted}. Loss with all on:"
         f" {found['loss']:.4f}, over {found['targets']:,} targets of {found['of']}. Where changed:"
-        " over the targets right after a token whose rows are off."
+        " over the targets right after a token whose rows are off. ±: a standard error, sequences"
+        " being what is drawn."
     )
     header = ("off", "loss rises by", "targets changed", "there it rises by")
     rows = tuple(
         (
             part["part"],
-            _signed(part["rise"]),
+            f"{_signed(part['rise'])} ± {_number(part['standard_error'])}",
             f"{part['affected']:,}",
             _signed(part["rise_where_affected"]),
         )
@@ -153,11 +155,15 @@ def _gates(found: Record, draw: Draw) -> list[Section]:
     sections, branches = [], gates.shape[2]
     for layer, each in zip(found["layers"], gates, strict=True):
         title = f"Gates at layer {layer}" + (", mean over branches" if branches > 1 else "")
-        caption = f"{of}; {scale}."
+        caption = f"{of[0].upper()}{of[1:]}; {scale}."
         sections.append(Section(title, caption, tokens=coloured(each.mean(axis=1), each)))
-        for branch in range(branches) if branches > 1 else ():
-            title = f"Gates at layer {layer}, branch {branch}"
-            own = coloured(each[:, branch], each)
+        if branches > 1:
+            own = [
+                token
+                for b in range(branches)
+                for token in ((f"\n\nbranch {b}\n", 0.0, ""), *coloured(each[:, b], each))
+            ]
+            title = f"Gates at layer {layer}, by branch"
             sections.append(Section(title, tokens=own, folded=True))
     names = [f"{layer}, branch {b}" for layer in found["layers"] for b in range(branches)]
     rows = gates.transpose(0, 2, 1).reshape(len(names), -1)
@@ -177,7 +183,7 @@ def _usage(found: Record, draw: Draw) -> list[Section]:
     for layer, orders in found["layers"].items():
         caption = (
             f"Which rows {counted} reads, each token once in every head. Right: a row that is never"
-            " read is as it was drawn, unless tables decay."
+            " read is as it was drawn."
         )
         make = partial(_usage_picture, orders=orders, bands=bands)
         sections += draw(f"usage_{layer}", f"Rows of layer {layer}", caption, make)
@@ -204,9 +210,9 @@ def _usage(found: Record, draw: Draw) -> list[Section]:
             for order, used in orders.items()
         )
         sections.append(Section(f"Collisions at layer {layer}", note, header=header, rows=rows))
-    header = ("n-gram in training", "targets", "loss", "loss, memory off", "memory saves")
+    columns = ("n-gram in training", "targets", "loss", "loss, memory off", "memory saves")
     losses = found["loss_by_frequency"]
-    rows = tuple(
+    of_bands = tuple(
         (
             f"{loss['order']}-gram {loss['band']}",
             f"{loss['targets']:,}",
@@ -222,7 +228,7 @@ def _usage(found: Record, draw: Draw) -> list[Section]:
     )
     title = "Hot and cold n-grams"
     sections += draw("frequency", title, "", lambda f: f.frequency_figure(losses))
-    sections.append(Section("Loss by frequency", caption, header=header, rows=rows))
+    sections.append(Section("Loss by frequency", caption, header=columns, rows=of_bands))
     return sections
 
 
@@ -234,9 +240,10 @@ def _rows(found: Record, draw: Draw) -> list[Section]:
     caption = (
         f"n-grams of {_counted(found['counted'])} that read a row, with how often each does, and"
         " the rows of the same head with the highest cosine, each with its most frequent reader."
-        " Text is of canonical ids (lower case, for one); ⊢ stands before a document's start."
+        " n-grams are of canonical ids, which know no case, with a dot between each two; ␣ is a"
+        " space, ⊢ stands before a document's start."
     )
-    header = ("row", "why", "norm", "hits", "read by", "nearest rows")
+    header = ("row", "", "read by", "nearest rows")
     return [
         Section(
             f"What rows of layer {layer} answer to",
@@ -256,10 +263,8 @@ def _row(row: Record) -> tuple[str, ...]:
         for x in row["nearest"][:5]
     ]
     return (
-        f"{row['row']:,} (order {row['order']}, head {row['head']})",
-        row["why"],
-        f"{row['norm']:.3f}",
-        f"{row['hits']:,}",
+        f"{row['row']:,}",
+        f"{row['why']}; head {row['head']}, norm {row['norm']:.2f}, {row['hits']:,} hits",
         ", ".join(read) + (f" and {more:,} more" if more > 0 else ""),
         ", ".join(near),
     )

@@ -17,10 +17,30 @@ from engram_jax.distributed import processes
 from engram_jax.hardware.storage import write_text
 from engram_jax.monitoring.metrics import json_value
 from engram_jax.report.analysis_page import write_page
-from engram_jax.run import analyses
-from engram_jax.run.analysis_inputs import WHAT, Given, Settings, check_settings, open_given
+from engram_jax.run import analyses, row_analysis
+from engram_jax.run.analysis_inputs import (
+    CKA,
+    GATES,
+    LENS,
+    ROWS,
+    SENSITIVITY,
+    USAGE,
+    WHAT,
+    Given,
+    Settings,
+    check_settings,
+    open_given,
+)
 
 PAGE = "analysis.html"
+_ANALYSES = {
+    LENS: analyses.lens,
+    CKA: analyses.cka,
+    SENSITIVITY: analyses.sensitivity,
+    GATES: analyses.gates,
+    USAGE: analyses.usage,
+    ROWS: row_analysis.rows,
+}
 
 
 def analyse(config: Config, workdir: Path, step: str, settings: Settings) -> dict[str, Any]:
@@ -44,7 +64,7 @@ def analyse(config: Config, workdir: Path, step: str, settings: Settings) -> dic
     for name in what:
         tell(WHAT[name])
         with _timed(record, name):
-            record[name] = getattr(analyses, name)(given)
+            record[name] = _ANALYSES[name](given)
     tell("writing the page")
     record["page"] = str(page)
     write_page(page, record)

@@ -11,54 +11,47 @@ from typing import Any
 import numpy as np
 
 from engram_jax.addressing import LayerAddressing
-from engram_jax.addressing.hash_numpy import addresses, canonicalise
-from engram_jax.addressing.tokenizer import encode_batch
 from engram_jax.analysis import depth
 from engram_jax.analysis.cka import SMALLEST, soft_alignment
 from engram_jax.analysis.entities import final_tokens_of_batch, labelled_tokens
 from engram_jax.analysis.gates import gates_of_text
-from engram_jax.analysis.row_readers import (
-    CanonicalText,
-    head_of,
-    nearest_rows,
-    order_of,
-    readers,
-    row_norms,
-)
 from engram_jax.analysis.sensitivity import Effect, losses_by_frequency, parts_of
 from engram_jax.analysis.sensitivity import sensitivity as effects_of
-from engram_jax.analysis.texts import TextBatches, batches_of, spread
+from engram_jax.analysis.texts import batches_of, spread
 from engram_jax.analysis.usage import (
     BANDS,
     NgramCounts,
     OrderUsage,
     band_name,
     band_of,
-    count_ngrams,
-    hits,
     rank_curve,
 )
 from engram_jax.analysis.usage import usage as usage_of
 from engram_jax.checkpoint.workdir import TASK_ITEMS
-from engram_jax.config.errors import UserError, shown
-from engram_jax.config.given_files import open_file, read_text
-from engram_jax.data.array_store import ArrayStore, array_store
-from engram_jax.data.pipeline import trained_sequences
+from engram_jax.config.errors import UserError
 from engram_jax.run.analysis_inputs import Given
+from engram_jax.run.analysis_texts import (
+    TEXT_TOKENS,
+    addressed,
+    counted,
+    given_document,
+    held_out_text,
+    norms_of_rows,
+    row_hits,
+    subjects,
+    text_of_given,
+)
 from engram_jax.run.task_sensitivity import task_effects
 
 Record = dict[str, Any]
-
-LONGEST_TEXT = 1 << 24  # bytes of --text, which is tokenised whole
-SHOWN_READERS, SHOWN_ROWS = 6, 3  # of a row; rows of an order, by hits and by norm
-_COUNTED = 1 << 18  # training tokens that are counted at a time
+SENSITIVITY_TOKENS = 16_384  # of held-out text, which is read once for each part
 
 
 def lens(given: Given) -> Record:
     """LogitLens of the models."""
-    text, of = _text(given)
+    text, of = text_of_given(given)
     found = []
-    for subject in _models(given):
+    for subject in subjects(given):
         one = depth.log_lens(subject.program, subject.variables, text)
         config = subject.program.config
         found.append(
@@ -80,14 +73,14 @@ def cka(given: Given) -> Record:
     tokenizer, path = second.loaded.tokenizer, given.settings.entities
     config = second.program.config
     if path is None:
-        text, of = _text(given)
+        text, of = text_of_given(given)
         entities = "runs of capitalised words that do not begin a sentence"
         pairs: Iterable[Any] = ((batch, final_tokens_of_batch(tokenizer, batch)) for batch in text)
     else:
         eos, vocab = second.loaded.eos_id, config.tokenizer.vocab_size
         store, positions = labelled_tokens(tokenizer, eos, vocab, path)
         numbers = np.unique(positions // config.data.seq_len)
-        most = max(1, given.settings.text_tokens // config.data.seq_len)
+        most = max(1, (given.settings.text_tokens or TEXT_TOKENS) // config.data.seq_len)
         text = batches_of(store, config, numbers=numbers[spread(len(numbers), most)])
         of, entities = str(path), "labelled there"
         pairs = text.with_places(positions)
@@ -116,7 +109,7 @@ def cka(given: Given) -> Record:
 def sensitivity(given: Given) -> Record:
     """What the loss, and the synthetic tasks where the run has them, owe to parts of the memory."""
     subject, ngrams = given.model, counted(given)
-    text, of = _held_out(given)
+    text, of = held_out_text(given, SENSITIVITY_TOKENS)
     parts = parts_of(subject.program)
     effects = effects_of(subject.program, subject.variables, text, parts, ngrams)
     record = {
@@ -136,6 +129,7 @@ def _effect(effect: Effect) -> Record:
     return {
         "part": effect.part.name,
         "rise": effect.rise,
+        "standard_error": effect.error,
         "affected": effect.affected,
         "rise_where_affected": effect.rise_where_affected,
     }
@@ -146,7 +140,7 @@ def gates(given: Given) -> Record:
     subject = given.model
     length = subject.program.config.data.seq_len
     if given.settings.text is not None:
-        store, of = _given_text(given), str(given.settings.text)
+        store, of = given_document(given), str(given.settings.text)
         document = store.tokens[:-1]  # without its end
     else:
         assert given.data is not None
@@ -174,13 +168,13 @@ def usage(given: Given) -> Record:
     variables = subject.variables
     layers = {}
     for layer in addressed(given):
-        read = _hits(given, layer)
-        norms = _norms(given, layer)
+        read = row_hits(given, layer)
+        norms = norms_of_rows(given, layer)
         layers[str(layer.layer_id)] = {
             str(order): _order(layer, usage_of(layer, ngrams[order]), ngrams[order], read, norms)
             for order in layer.orders
         }
-    text, of = _held_out(given)
+    text, of = held_out_text(given)
     bands = losses_by_frequency(subject.program, variables, text, ngrams)
     return {
         "counted": given.cache["counted"],
@@ -234,166 +228,3 @@ def _order(
         "rows_by_band": [len(x) for x in of_bands],
         "mean_norm_by_band": [float(x.mean()) if len(x) else None for x in of_bands],
     }
-
-
-def rows(given: Given) -> Record:
-    """What some rows answer to: those of --ngram, the most read and the longest of every order."""
-    subject, ngrams = given.model, counted(given)
-    tokenizer, addressing = subject.loaded.tokenizer, subject.program.addressing
-    assert addressing is not None
-    layers = {}
-    for layer in addressed(given):
-        text = CanonicalText(addressing, tokenizer, layer.fill_id)
-        read, norms = _hits(given, layer), _norms(given, layer)
-        chosen = _chosen_rows(given, layer, read, norms)
-        near = {
-            row: nearest_rows(subject.program, subject.variables[2], layer.layer_id, row)
-            for row in chosen
-        }
-        wanted = [*chosen, *(int(row) for rows, _ in near.values() for row in rows)]
-        found: dict[int, Any] = {}
-        for order in layer.orders:
-            own = [row for row in wanted if order_of(layer, row) == order]
-            found |= readers(layer, ngrams[order], own, SHOWN_READERS)
-
-        def entries(row: int, most: int, found: Any = found, text: Any = text) -> list[Record]:
-            pairs = zip(found[row].windows[:most], found[row].counts[:most], strict=True)
-            return [{"ngram": text(window), "count": int(count)} for window, count in pairs]
-
-        layers[str(layer.layer_id)] = [
-            {
-                "row": row,
-                "why": why,
-                "order": order_of(layer, row),
-                "head": head_of(layer, row) % layer.heads_per_order,
-                "norm": float(norms[row]),
-                "hits": int(read[row]),
-                "different": found[row].total,
-                "readers": entries(row, SHOWN_READERS),
-                "nearest": [
-                    {"row": int(other), "cosine": float(cosine), "readers": entries(int(other), 1)}
-                    for other, cosine in zip(*near[row], strict=True)
-                ],
-            }
-            for row, why in chosen.items()
-        ]
-    return {"counted": given.cache["counted"], "layers": layers}
-
-
-def _chosen_rows(
-    given: Given, layer: LayerAddressing, read: np.ndarray, norms: np.ndarray
-) -> dict[int, str]:
-    """Row -> why it is shown."""
-    chosen: dict[int, str] = {}
-    if given.settings.ngram:
-        loaded = given.model.loaded
-        ids = encode_batch(loaded.tokenizer, [given.settings.ngram])[0].ids
-        if len(ids) < layer.orders[0]:
-            raise UserError(
-                f"--ngram={shown(given.settings.ngram, quoted=True)}: is {len(ids)} token(s), must"
-                f" be {layer.orders[0]} at least"
-            )
-        addressing = given.model.program.addressing
-        assert addressing is not None
-        canonical = canonicalise(np.asarray(ids), addressing.compression)
-        found = addresses(canonical, layer)[-1].reshape(len(layer.orders), -1)
-        for order, rows in zip(layer.orders, found.tolist(), strict=True):
-            if order <= len(ids):
-                chosen |= dict.fromkeys(rows, f"{order} tokens of --ngram")
-    for i, order in enumerate(layer.orders):
-        first = i * layer.heads_per_order
-        low = layer.offsets[first]
-        high = low + sum(layer.head_sizes[first : first + layer.heads_per_order])
-        for row in np.argsort(-read[low:high], kind="stable")[:SHOWN_ROWS] + low:
-            chosen.setdefault(int(row), f"most read of the {order}-grams")
-        # Among the rows that are read: others are as they were drawn.
-        length = np.where(read[low:high] > 0, norms[low:high], -1)
-        for row in np.argsort(-length, kind="stable")[:SHOWN_ROWS] + low:
-            chosen.setdefault(int(row), f"longest of the {order}-grams")
-    return chosen
-
-
-def addressed(given: Given) -> list[LayerAddressing]:
-    """The Engram layers' addressing."""
-    addressing = given.model.program.addressing
-    assert addressing is not None
-    return [x for x in addressing.layers.values() if isinstance(x, LayerAddressing)]
-
-
-def counted(given: Given) -> dict[int, NgramCounts]:
-    """The n-grams of the first training batches, each sequence once, by order."""
-    if "ngrams" not in given.cache:
-        assert given.data is not None and given.model.program.addressing is not None
-        given.tell("counting the training text's n-grams")
-        data, step = given.data.config.data, given.model.loaded.step
-        wanted = max(1, given.settings.tokens // (data.batch_size * data.seq_len))
-        prepared, config = given.data.prepared, given.data.config
-        sequences, numbers = trained_sequences(prepared, config, min(step, wanted))
-        each = max(1, _COUNTED // data.seq_len)
-        texts = (
-            (batch["tokens"], batch["segments"])
-            for start in range(0, len(numbers), each)
-            for batch in [sequences.batch(numbers[start : start + each])]
-        )
-        layer = addressed(given)[0]  # all of them read the same n-grams
-        given.cache["ngrams"] = count_ngrams(given.model.program.addressing, layer, texts)
-        given.cache["counted"] = {
-            "tokens": len(numbers) * data.seq_len,
-            "all": wanted >= step,
-            "steps": min(step, wanted),
-        }
-    return given.cache["ngrams"]
-
-
-def _hits(given: Given, layer: LayerAddressing) -> np.ndarray:
-    name = f"hits/{layer.layer_id}"
-    if name not in given.cache:
-        given.cache[name] = hits(layer, counted(given))
-    return given.cache[name]
-
-
-def _norms(given: Given, layer: LayerAddressing) -> np.ndarray:
-    name = f"norms/{layer.layer_id}"
-    if name not in given.cache:
-        program, memory = given.model.program, given.model.variables[2]
-        given.cache[name] = row_norms(program, memory, layer.layer_id)
-    return given.cache[name]
-
-
-def _models(given: Given) -> list[Any]:
-    return [given.model, *([given.other] if given.other else [])]
-
-
-def _text(given: Given) -> tuple[TextBatches, str]:
-    """--text, or held-out sequences; and its name."""
-    if given.settings.text is None:
-        return _held_out(given)
-    config, most = given.model.program.config, given.settings.text_tokens
-    return batches_of(_given_text(given), config, most=most), str(given.settings.text)
-
-
-def _held_out(given: Given) -> tuple[TextBatches, str]:
-    assert given.data is not None
-    store, config = given.data.prepared.store_valid, given.model.program.config
-    text = batches_of(store, config, most=given.settings.text_tokens)
-    there = len(text.sequences)
-    part = "" if len(text.numbers) == there else f"{len(text.numbers):,} of {there:,} sequences of "
-    return text, f"{part}the held-out split"
-
-
-def _given_text(given: Given) -> ArrayStore:
-    """--text as a document."""
-    if "text" not in given.cache:
-        path, loaded = given.settings.text, given.model.loaded
-        assert path is not None
-        with open_file(path, "--text") as file:
-            if (size := file.seek(0, 2)) > LONGEST_TEXT:
-                raise UserError(
-                    f"--text={shown(path)}: {size:,} bytes; must be at most {LONGEST_TEXT:,}"
-                )
-        ids = encode_batch(loaded.tokenizer, [read_text(path, "--text")])[0].ids
-        if not ids:
-            raise UserError(f"--text={shown(path)}: has no token")
-        vocab = given.model.program.config.tokenizer.vocab_size
-        given.cache["text"] = array_store([[*ids, loaded.eos_id]], vocab)
-    return given.cache["text"]

@@ -50,7 +50,8 @@ class Settings:
     what: keys of WHAT; () = all that the model has. text: a file in place of the held-out text, for
     lens, cka and gates. against: the workdir of another run, for lens and cka. entities: a labelled
     file, for cka. ngram: a text whose last tokens' rows are shown. tokens: of training text whose
-    n-grams are counted, at most; text_tokens: of held-out text or `text`, at most. output: the page
+    n-grams are counted, at most; text_tokens: of held-out text or `text`, at most (None:
+    run/analyses.py: TEXT_TOKENS). output: the page
     to write, None = in the workdir.
     """
 
@@ -60,7 +61,7 @@ class Settings:
     entities: Path | None = None
     ngram: str = ""
     tokens: int = 4_000_000
-    text_tokens: int = 32_768
+    text_tokens: int | None = None
     output: Path | None = None
 
 
