@@ -19,6 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_jax.analysis.memory_reading import MemoryReading
+    from engram_jax.api.analysis import (
+        RowAnswer,
+        layer_similarity,
+        log_lens,
+        row_answers,
+        sensitivity,
+        usage,
+    )
     from engram_jax.api.generation import generate
     from engram_jax.api.memory import addresses, read_memory, slots
     from engram_jax.api.models import Model, build, configure, encode, init, switch_off
@@ -29,6 +37,10 @@ if TYPE_CHECKING:
 
 _FROM = {
     "analysis.memory_reading": ("MemoryReading",),
+    "api.analysis": (
+        *("RowAnswer", "layer_similarity", "log_lens"),
+        *("row_answers", "sensitivity", "usage"),
+    ),
     "api.generation": ("generate",),
     "api.memory": ("addresses", "read_memory", "slots"),
     "api.models": ("Model", "build", "configure", "encode", "init", "switch_off"),
@@ -44,6 +56,7 @@ __all__ = [
     "Losses",
     "MemoryReading",
     "Model",
+    "RowAnswer",
     "Run",
     "SamplingParams",
     "UserError",
@@ -55,14 +68,19 @@ __all__ = [
     "evaluate",
     "generate",
     "init",
+    "layer_similarity",
+    "log_lens",
     "open_run",
     "read_memory",
+    "row_answers",
     "run_documents",
     "save_run",
+    "sensitivity",
     "slots",
     "switch_off",
     "train",
     "train_step",
+    "usage",
 ]
 
 

@@ -10,7 +10,10 @@ import pytest
 
 from engram_jax.addressing.hash_numpy import canonicalise
 from engram_jax.analysis.sensitivity import (
+    Effect,
+    Part,
     counts_at,
+    losses_by_frequency,
     parts_of,
     sensitivity,
 )
@@ -118,3 +121,33 @@ def test_bands_are_counts_in_training(given):
     assert some.affected and some.rise != 0
     share = some.affected / some.targets
     assert abs(some.rise_where_affected) > abs(some.rise) * 0.5 / share
+
+
+def test_the_standard_error_is_that_of_sequences(given):
+    program, state, batches, *_, effects = given
+    base, off = (nats_of(program, state, batches, off_layers=x) for x in ((), (1,)))
+    rises = (off - base).sum(axis=2).reshape(-1)
+    counts = np.concatenate([b["loss_mask"].sum(axis=1) for b in batches])
+    n, total = len(counts), counts.sum()
+    residual = rises - rises.sum() / total * counts
+    wanted = np.sqrt(n / (n - 1) * (residual**2).sum()) / total
+    assert effects["layer 1"].sequences == n
+    np.testing.assert_allclose(effects["layer 1"].error, wanted, rtol=1e-3)
+    assert np.isnan(Effect(Part("x", ())).error)
+
+
+def test_losses_by_frequency_are_those_of_the_targets(given):
+    program, state, batches, _, ngrams, _ = given
+    on, off = (nats_of(program, state, batches, off_layers=x) for x in ((), (-1,)))
+    counts = [counts_at(program, batch, ngrams) for batch in batches]
+    mask = np.stack([batch["loss_mask"] > 0 for batch in batches])
+    found = losses_by_frequency(program, variables(state), batches, ngrams)
+    assert [(band.order, band.low) for band in found] == [(n, b) for n in (2, 3) for b in BANDS]
+    for band in found:
+        count = np.stack([c[band.order] for c in counts])
+        hit = mask & (count >= band.low) & (count < band.high)
+        assert band.targets == hit.sum()
+        np.testing.assert_allclose(band.nats, on[hit].sum(), rtol=1e-5)
+        np.testing.assert_allclose(band.off_nats, off[hit].sum(), rtol=1e-5)
+    assert sum(band.targets for band in found) == 2 * mask.sum()
+    assert sum(band.targets > 0 for band in found) >= 4

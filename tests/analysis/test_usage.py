@@ -9,7 +9,17 @@ import pytest
 
 from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.analysis import usage as module
-from engram_jax.analysis.usage import NgramCounts, count_ngrams, rows_of, usage, zipf
+from engram_jax.analysis.usage import (
+    BANDS,
+    NgramCounts,
+    band_name,
+    count_ngrams,
+    hits,
+    rank_curve,
+    rows_of,
+    usage,
+    zipf,
+)
 from tests.tiny import VOCAB, tiny_addressing, tiny_config
 
 
@@ -50,6 +60,7 @@ def by_hand(addressing, layer, blocks):
 @pytest.mark.parametrize("block", [7, 1 << 17])
 def test_counts_equal_brute_force(text, block, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "_MERGED", block)
     layer = text[1]
     wanted, found = by_hand(*text), count_ngrams(*text)
     for i, order in enumerate(layer.orders):
@@ -74,6 +85,13 @@ def test_counts_equal_brute_force(text, block, monkeypatch):
             assert head.sharing == sum(n for n in readers.values() if n > 1)
             assert head.rows == layer.head_sizes[i * layer.heads_per_order + j]
             assert head.dead == 1 - len(readers) / head.rows
+            read = Counter()
+            for count, row in wanted[order].values():
+                read[row[j]] += count
+            reads = [read[head.offset + row] for row in range(head.rows)]
+            assert hits(layer, found)[head.offset :][: head.rows].tolist() == reads
+            in_band = Counter(max(b for b in BANDS if b <= n) for n in reads)
+            assert head.hits == tuple(in_band[b] for b in BANDS)
     assert any(head.sharing for head in usage(layer, found[layer.orders[-1]]).heads)
 
 
@@ -97,6 +115,15 @@ def test_zipf_of_a_known_law():
     for s in (0.8, 1.0, 1.3):
         assert abs(zipf((1e9 * ranks**-s).astype(np.int64)) - s) < 0.01
     assert np.isnan(zipf(np.ones(9, np.int64)))
+
+
+def test_ranks_and_names_of_bands():
+    ranks, counts = rank_curve(np.array([3, 9, 1, 9]))
+    assert (ranks.tolist(), counts.tolist()) == ([1, 2, 3, 4], [9, 9, 3, 1])
+    assert len(rank_curve(np.arange(10_000))[0]) <= 50
+    assert [len(x) for x in rank_curve(np.zeros(0, np.int64))] == [0, 0]
+    names = [band_name(*pair) for pair in ((0, 1), (1, 2), (3, 4), (2, 4), (256, np.inf))]
+    assert names == ["never", "once", "3 times", "2 to 3 times", "256 times and more"]
 
 
 def test_nothing_to_count(text):

@@ -6,8 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from engram_jax.analysis.depth import log_lens, similarity
+from engram_jax.analysis.gates import jit_gates
+from engram_jax.analysis.row_readers import nearest_rows, read_rows, row_norms
+from engram_jax.analysis.sensitivity import losses_by_frequency, parts_of, sensitivity
+from engram_jax.analysis.usage import count_ngrams
+from engram_jax.checkpoint.table_order import as_stored
 from engram_jax.data.placement import place_batch
 from engram_jax.memory.exchange import natural_order
+from engram_jax.memory.table import Table
+from engram_jax.model.program import table_format
 from engram_jax.sharding.rules import make_mesh
 from engram_jax.training.state import build_training, create_state
 from engram_jax.training.step import jit_train_step, score_step
@@ -108,6 +116,60 @@ def test_losses_of_targets_equal_those_of_one_device():
     for mine, other in zip(*found, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
     assert len(np.unique(np.asarray(found[0][0]))) > BATCH
+
+
+def test_rows_of_a_table_are_those_of_their_addresses():
+    """Read back, measured and compared, whatever device a row lies on."""
+    config = tiny_config(**{"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in EVERY_AXIS}})
+    mesh = make_mesh(config.mesh, jax.devices())
+    program = build_training(config, tiny_addressing(config), mesh)
+    layer, layout = program.addressing.layers[1], program.layouts["1"]
+    table = np.zeros((layout.stored, config.model.engram.dim), np.float32)
+    table[: layer.rows] = np.random.default_rng(0).normal(size=(layer.rows, table.shape[1]))
+    stored = as_stored(program, {"1": jax.device_put(table, table_format(mesh))})
+    memory = {"1": Table(stored["1"], None, None)}
+    asked = np.array([5, 0, layer.rows - 1, 5, 64])
+    np.testing.assert_array_equal(read_rows(program, memory, 1, asked), table[asked])
+    norms = np.linalg.norm(table[: layer.rows], axis=1)
+    np.testing.assert_allclose(row_norms(program, memory, 1), norms, rtol=1e-6)
+    own = slice(layer.offsets[1], layer.offsets[1] + layer.head_sizes[1])
+    cosines = table[own] @ table[own.start] / norms[own] / norms[own.start]
+    rows, found = nearest_rows(program, memory, 1, own.start, most=3)
+    best = np.argsort(-cosines)[1:4]
+    assert rows.tolist() == (own.start + best).tolist()
+    np.testing.assert_allclose(found, cosines[best], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_analyses_equal_those_of_one_device():
+    found = []
+    for mesh in (ONE, EVERY_AXIS):
+        keys = {"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in mesh}}
+        config = tiny_config(**keys)
+        devices = jax.devices()[: 1 if mesh == ONE else 8]
+        program = build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
+        state = create_state(program)
+        variables = state.params, state.router_bias, state.memory
+        batches = [random_batch(config, seed, accumulate_padding=True) for seed in range(2)]
+        layer = program.addressing.layers[1]
+        texts = [(batch["tokens"], batch["segments"]) for batch in batches[:1]]
+        ngrams = count_ngrams(program.addressing, layer, texts)
+        lens = log_lens(program, variables, batches)
+        places = [np.arange(3, 9)] * BATCH
+        alike = similarity([(program, variables)], [(batch, places) for batch in batches], 64)
+        parts = [part for part in parts_of(program) if "head" not in part.name]
+        effects = sensitivity(program, variables, batches, parts, ngrams)
+        gates = jit_gates(program)(*variables, place_batch(program.mesh, batches[0], BATCH))
+        bands = losses_by_frequency(program, variables, batches, ngrams)
+        found.append(
+            [
+                *(lens.mean, lens.error, alike.cka, np.asarray(gates["1"])),
+                np.array([(e.nats, e.base, e.affected_nats) for e in effects]),
+                np.array([(b.targets, b.nats, b.off_nats) for b in bands]),
+            ]
+        )
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

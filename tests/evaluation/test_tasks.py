@@ -13,7 +13,14 @@ import pytest
 
 from engram_jax.config import GenerateConfig, ProductKeyConfig
 from engram_jax.data.mixed_tasks import TaskItems
-from engram_jax.evaluation.tasks import ItemScore, encode, score, score_tasks, summarise
+from engram_jax.evaluation.tasks import (
+    ItemScore,
+    encode,
+    jit_scores,
+    score,
+    score_tasks,
+    summarise,
+)
 from engram_jax.model.decode import Generator
 from engram_jax.tasks.drawing import Item
 from engram_jax.tasks.score_table import as_row, table
@@ -53,6 +60,28 @@ def without_memory(program):
     engram = dataclasses.replace(program.config.model.engram, layers=())
     network = dataclasses.replace(program.config.model, engram=engram)
     return dataclasses.replace(program, config=dataclasses.replace(program.config, model=network))
+
+
+def test_rows_that_are_masked_are_rows_of_zeros(model, encoded):
+    """Those of a head, against its rows of the table."""
+    program, _, weights = model
+    layer = program.addressing.layers[1]
+    head = np.zeros(layer.heads, bool)
+    head[2] = True
+    compiled = jit_scores(program)
+
+    def masks(batch):
+        return {"1": np.broadcast_to(head, (*batch["tokens"].shape, layer.heads))}
+
+    found = score(program, weights, encoded, compiled=compiled, masks=masks)
+    rows = np.array(weights.rows["1"])
+    rows[layer.offsets[2] : layer.offsets[2] + layer.head_sizes[2]] = 0
+    zeroed = dataclasses.replace(weights, rows={"1": rows})
+    wanted = score(program, zeroed, encoded)
+    on = score(program, weights, encoded)
+    for mine, theirs, before in zip(found, wanted, on, strict=True):
+        np.testing.assert_allclose(mine.log_likelihoods, theirs.log_likelihoods, atol=1e-5)
+        assert np.abs(mine.log_likelihoods - before.log_likelihoods).max() > 1e-3
 
 
 @pytest.mark.parametrize("off", [(), ("1",)])
