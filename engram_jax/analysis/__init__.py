@@ -1,1 +1,1 @@
-"""Analysis of a trained memory: where its gates open."""
+"""Looks inside a trained model: its layers, its gates, its memory's rows (docs/analysis.md)."""

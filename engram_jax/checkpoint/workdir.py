@@ -9,6 +9,7 @@ checkpoints/, addressing/    the model (checkpoint/manager.py, addressing/artifa
 tokenizer.json, text.json    its tokenizer (checkpoint/run_tokenizer.py)
 task_items.json, task_scores.json   of synthetic tasks (data/mixed_tasks.py, evaluation/tasks.py)
 neighbours_NAME.json         of neighbours (evaluation/neighbours.py)
+analysis.html, analysis.json, analysis/   of --mode=analyse (run/analyse.py)
 .lock                        held while a process trains here
 """
 

@@ -40,6 +40,8 @@ def write_page(page: Path, record: Record) -> None:
     for name, make in _SECTIONS.items():
         if name in record:
             sections += make(record[name], draw)
+    if record["left_out"]:
+        sections.append(Section("Left out", rows=tuple(record["left_out"].items())))
     sections.append(_how(record))
     subtitle = f"run {record['run']}, step {record['step']:,}, checkpoint {record['checkpoint']}"
     if against := record.get("against"):

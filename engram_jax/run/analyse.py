@@ -27,6 +27,7 @@ from engram_jax.run.analysis_inputs import (
     USAGE,
     WHAT,
     Given,
+    NothingToAnalyseError,
     Settings,
     check_settings,
     open_given,
@@ -45,7 +46,8 @@ _ANALYSES = {
 
 def analyse(config: Config, workdir: Path, step: str, settings: Settings) -> dict[str, Any]:
     """Analyse a checkpoint ("latest", "best" or a step); returns what is in the JSON that is
-    written: a part for each analysis, and "page", the path of the page.
+    written: a part for each analysis, "left_out", those that the text has nothing for, and "page",
+    the path of the page.
 
     Raises UserError for settings that do not fit together or the model, in several processes, and
     as `load_model`.
@@ -64,7 +66,12 @@ def analyse(config: Config, workdir: Path, step: str, settings: Settings) -> dic
     for name in what:
         tell(WHAT[name])
         with _timed(record, name):
-            record[name] = _ANALYSES[name](given)
+            try:
+                record[name] = _ANALYSES[name](given)
+            except NothingToAnalyseError as error:
+                if settings.what or settings.entities:
+                    raise
+                record["left_out"][name] = str(error)
     tell("writing the page")
     record["page"] = str(page)
     write_page(page, record)
@@ -84,6 +91,7 @@ def record_of(given: Given) -> dict[str, Any]:
         "batches": {"sequences": data.batch_size, "tokens": data.seq_len},
         "trained_tokens": loaded.seq_len,
         "seconds": {},
+        "left_out": {},
     }
     if given.other is not None:
         other = given.other.loaded
@@ -130,4 +138,5 @@ def summary(record: dict[str, Any]) -> str:
                 f"layer {layer}, {order}-grams: {used['ngrams']:,} different ones, {dead:,} of"
                 f" {rows:,} rows never read"
             )
+    lines += [f"{name} is left out: {why}" for name, why in record["left_out"].items()]
     return "\n".join([*lines, f"page: {record['page']}"])

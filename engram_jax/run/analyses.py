@@ -28,8 +28,7 @@ from engram_jax.analysis.usage import (
 )
 from engram_jax.analysis.usage import usage as usage_of
 from engram_jax.checkpoint.workdir import TASK_ITEMS
-from engram_jax.config.errors import UserError
-from engram_jax.run.analysis_inputs import Given
+from engram_jax.run.analysis_inputs import Given, NothingToAnalyseError
 from engram_jax.run.analysis_texts import (
     TEXT_TOKENS,
     addressed,
@@ -88,7 +87,7 @@ def cka(given: Given) -> Record:
     try:
         found = depth.similarity(models, pairs)
     except ValueError as error:
-        raise UserError(
+        raise NothingToAnalyseError(
             f"--what=cka: {of} has fewer than {SMALLEST} entities ({entities}) in {text.tokens:,}"
             " tokens; give more text (--text_tokens), or label some (--entities)"
         ) from error

@@ -43,6 +43,10 @@ OF_MEMORY = (SENSITIVITY, GATES, USAGE, ROWS)
 OF_HASHES = (SENSITIVITY, USAGE, ROWS)  # need n-grams that stand for rows
 
 
+class NothingToAnalyseError(UserError):
+    """The text has nothing for an analysis: an error where it was asked for by name."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is analysed, and over which text.

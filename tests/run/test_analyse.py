@@ -62,7 +62,7 @@ def by_hand(corpus, run):
 
 def test_what_rows_answer_to(run, by_hand, tmp_path):
     """Nothing but rows: no network is compiled, and the page is written where it is wanted."""
-    layer, read, table, data = by_hand
+    layer, read, table, _ = by_hand
     page = tmp_path / "rows.html"
     ngram = "abcd efgh"
     found = analysed(run, "--what=rows", f"--ngram={ngram}", f"--output={page}")
@@ -179,7 +179,9 @@ def test_two_runs_on_a_given_text(run, corpus, tmp_path):
     labelled = analysed(run, "--what=cka", f"--entities={labels}")["cka"]
     assert labelled["entity_tokens"] == 30 and labelled["of"] == str(labels)
     # A model without memory has its layers to show, and nothing else.
-    assert set(analysed(other)) >= {"lens", "cka"}
+    everything = analysed(other)
+    assert "lens" in everything and not {"usage", "gates", "rows", "sensitivity"} & set(everything)
+    assert "fewer than 4 entities" in everything["left_out"]["cka"]
     done = launched(f"--workdir={other}", "--mode=analyse", "--what=usage")
     refused(done, "--what=usage: config.model.engram.layers = (): the model has no Engram layer")
 
@@ -214,6 +216,7 @@ REFUSED = [
     (["--what=lens", "--text=/none/such"], "--text /none/such: No such file"),
     (["--what=cka", "--entities=/none/such"], "--entities /none/such: No such file"),
     (["--what=lens", "--against=/none/such"], "--workdir=/none/such: no trained model there"),
+    (["--what=cka"], "has fewer than 4 entities"),
     (["--accept_changes=data"], "--accept_changes: only for --mode=train"),
 ]
 
