@@ -48,8 +48,8 @@ def check_explores(config: Config) -> None:
         raise UserError("config.model.engram.layers = (): has no memory to explore")
     if engram.form == SCONE:
         raise UserError(
-            f"config.model.engram.form = {SCONE!r}: its rows stand for no hash; --mode=explore shows"
-            " memories whose rows do"
+            f"config.model.engram.form = {SCONE!r}: its rows stand for no hash; --mode=explore"
+            " shows memories whose rows do"
         )
 
 
@@ -60,12 +60,8 @@ class Explorer:
     def __init__(self, trained: LoadedModel, serve: ServeConfig, text: TrainingText):
         addressing = trained.program.addressing
         assert addressing is not None
-        self.capacity, self._trained, self._training, self._off = (
-            serve.capacity,
-            trained,
-            text,
-            serve,
-        )
+        self.capacity, self._off = serve.capacity, serve
+        self._trained, self._training = trained, text
         self._compression = addressing.compression
         self._layers = {
             k: layer for k, layer in addressing.layers.items() if isinstance(layer, LayerAddressing)
