@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -21,7 +21,6 @@ from engram_jax.config.errors import UserError
 from engram_jax.explore.explorer import Explorer
 from engram_jax.serve.http.arriving import Arriving
 from engram_jax.serve.http.bounds import check_prompt_sizes
-from engram_jax.serve.http.completion_fields import only
 from engram_jax.serve.http.front import Asgi, Front, failed, refused
 from engram_jax.serve.http.json_fields import ApiError, parse_json, shown
 from engram_jax.serve.http.responses import (
@@ -53,6 +52,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_HOST = re.compile(r"(?:\[([^\]]*)\]|([^\s:/?#@\[\]]+))(?::\d*)?")  # [address], name or address
 WAITING = 32  # texts that wait for an answer; one is computed at a time
 
 
@@ -105,7 +105,9 @@ class App:
 
     def _found(self, body: bytes) -> bytes:
         fields = parse_json(body)
-        only(fields, "prompt", "at")
+        for name in fields.names:
+            if name not in ("prompt", "at"):
+                raise ApiError(400, f"{shown(name)}: is no known field; there are prompt and at")
         check_prompt_sizes(fields, self._explorer.capacity)
         prompt = fields.text("prompt", fields.get("prompt"), "a text")
         at = fields.integer("at", None, 0, self._explorer.capacity - 1)
@@ -132,9 +134,10 @@ class _HostCheck:
         await error_response(ApiError(403, message, code="host"))(scope, receive, send)
 
     def _is_mine(self, host: str) -> bool:
+        if (parts := _HOST.fullmatch(host.lower())) is None:
+            return False
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-            return name in self._names or bool(ipaddress.ip_address(name))
+            return parts[2] in self._names or bool(ipaddress.ip_address(parts[1] or parts[2]))
         except ValueError:
             return False
 
