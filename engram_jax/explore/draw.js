@@ -101,7 +101,7 @@ export const drawChosen = (data) => {
     el("dd", {}, gram(items), n === null ? "" : ` ${n ? count(n, "time") : "never"} in the training text`)]));
   fill("hash-list", ...chosen.layers.flatMap(hashes));
   byId("training").textContent = training.state === "ready"
-    ? `Bars show a row's length (an untouched row has about ${fixed(model.untouchedNorm)}). Rows are shared: other n-grams that are sent to the same one; ${training.line}.`
+    ? `Bars show a row's length (an untouched row has about ${fixed(model.untouchedNorm)}). Rows are shared: the last column has other n-grams that are sent to the same row, each with how often it occurs; ${training.line}.`
     : `Bars show a row's length (an untouched row has about ${fixed(model.untouchedNorm)}). Who else reads them: ${training.line}.`;
   const longest = Math.max(...chosen.layers.flatMap((l) => l.orders.flatMap((o) => o.heads.map((h) => h.norm ?? 0))), 1e-9);
   fill("row-list", ...chosen.layers.map((own) => rowTable(own, model, longest, training.state === "ready")));

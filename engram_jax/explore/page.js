@@ -16,6 +16,7 @@ const fail = (line) => {
   byId("error").textContent = line;
   byId("error").hidden = !line;
   byId("answer").classList.toggle("stale", Boolean(line));
+  if (line) byId("length").textContent = "";
 };
 
 const ask = async (text, place) => {
@@ -143,6 +144,9 @@ document.addEventListener("keydown", (event) => {
 prompt.addEventListener("input", () => {
   clearTimeout(typed);
   typed = setTimeout(() => ask(prompt.value, null), WAIT);
+});
+addEventListener("resize", () => {
+  if (data?.chosen) show();
 });
 byId("branch").addEventListener("change", () => {
   drawRibbons(data, byId("branch").value, choose);

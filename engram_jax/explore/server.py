@@ -51,10 +51,8 @@ def explore_checkpoint(
             stage = processes.stages()
             trained = load_model(config, workdir, step, accept=accept, tell=stage)
             own = with_capacity(trained, where, processes.warn)
-            count = partial(
-                *(count_training_text, config, workdir, trained, tokens, accept), tell=stage
-            )
-            text = TrainingText(count, stage)
+            given = config, workdir, trained, tokens, accept, stage
+            text = TrainingText(partial(count_training_text, *given), stage)
             explorer = Explorer(trained, own, text)
             stage("compiling for short texts")
             explorer.compiled(padded_lengths(explorer.capacity)[0])
