@@ -49,7 +49,10 @@ class WithWithout:
 
 def jit_with_without(program: Program, off: ServeConfig, top: int) -> jax.stages.Wrapped:
     """(weights, tokens int32 [T]) -> `WithWithout`, compiled. off: layers and orders that are off
-    on both sides. top: k. Tokens behind a text change nothing before them: it may be padded."""
+    on both sides. top: k, at most the vocabulary. Tokens behind a text change nothing before them:
+    it may be padded."""
+    vocab = program.config.tokenizer.vocab_size
+    top = min(top, vocab)
 
     def read(weights: Weights, tokens: jax.Array) -> WithWithout:
         both = jnp.stack([tokens, tokens])
@@ -65,8 +68,7 @@ def jit_with_without(program: Program, off: ServeConfig, top: int) -> jax.stages
             return ids, with_[ids], without[ids], divergence, with_[coming], without[coming]
 
         coming = jnp.append(tokens[1:], 0)
-        size = max(1, MOST // program.config.tokenizer.vocab_size)
-        found = jax.lax.map(at, (*output.hidden, coming), batch_size=size)
+        found = jax.lax.map(at, (*output.hidden, coming), batch_size=max(1, MOST // vocab))
         norms = {
             layer: jnp.linalg.norm(x[0].astype(jnp.float32), axis=-1) for layer, x in rows.items()
         }

@@ -106,7 +106,7 @@ const show = () => {
 };
 
 const choose = (place) => {
-  if (!data?.tokens.length) return;
+  if (!data?.tokens.length || prompt.value !== data.text) return; // another text is on its way
   at = Math.max(0, Math.min(place, data.tokens.length - 1));
   show();
   ask(data.text, at);

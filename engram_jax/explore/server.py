@@ -6,15 +6,16 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 
 from engram_jax.checkpoint.load_model import load_model
-from engram_jax.config import Config
-from engram_jax.config.errors import UserError
+from engram_jax.config import Config, ServeConfig
+from engram_jax.config.errors import UserError, one_of
+from engram_jax.config.serving_schema import HIDDEN
 from engram_jax.distributed import processes
 from engram_jax.explore.app import App
 from engram_jax.explore.explorer import Explorer, check_explores, padded_lengths
@@ -22,12 +23,14 @@ from engram_jax.explore.training_text import TrainingText, count_training_text
 from engram_jax.hardware.interrupts import ending_on_sigterm
 from engram_jax.model.program import check_decodes
 from engram_jax.serve.compatibility import with_capacity
-from engram_jax.serve.http.api_keys import api_keys
+from engram_jax.serve.http.api_keys import VARIABLE
 from engram_jax.serve.http.responses import Limits
 from engram_jax.serve.http.server import bind, listen, tell, until_signal, url_of
 from engram_jax.serve.http.server_log import log_to_stderr
 from engram_jax.serve.http.uvicorn_internals import Server
 from engram_jax.serve.open_engine import stored_rows
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def explore_checkpoint(
@@ -41,8 +44,7 @@ def explore_checkpoint(
     check_decodes(config)
     if key := stored_rows(where):
         raise UserError(f"{key}: --mode=explore has the tables on the device; leave it out")
-    if api_keys(where, os.environ):
-        raise UserError("--mode=explore: its page has no API key to send; leave the keys out")
+    check_no_keys(where, os.environ)
     bound = bind(where.host, where.port)  # before the model: a port in use is known at once
     try:
         if jax.process_count() > 1:
@@ -61,6 +63,24 @@ def explore_checkpoint(
         raise
     log_to_stderr(where.log_level)
     serve_page(explorer, text, bound, config, tell)
+
+
+def check_no_keys(serve: ServeConfig, environment: Mapping[str, str]) -> None:
+    """Raises UserError for API keys, which the page has none of to send; for those that a run's own
+    configuration had, which are not recorded, only if other machines could reach it."""
+    given = {
+        "config.serve.api_key": any(key != HIDDEN for key in serve.api_key),
+        "config.serve.api_key_file": bool(serve.api_key_file),
+        f"${VARIABLE}": VARIABLE in environment,
+    }
+    for name, there in given.items():
+        if there:
+            raise UserError(f"{name}: --mode=explore has a page that sends no key; leave it out")
+    if serve.api_key and serve.host not in LOOPBACK:
+        raise UserError(
+            f"config.serve.host = {serve.host!r}: this configuration had API keys, and"
+            f" --mode=explore asks for none: must be {one_of(LOOPBACK)}"
+        )
 
 
 def serve_page(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -210,6 +211,11 @@ def test_a_text_that_is_too_long_is_one_line(window):
     window.type("b " * 40)
     line = error(window)
     assert re.fullmatch(rf"text: has \d+ tokens; must have at most {CAPACITY}", line)
+    window.js(
+        "document.getElementById('token-0').click()"
+    )  # of the text before: nothing to look at
+    time.sleep(0.2)
+    assert error(window) == line
     window.driver.get_log("browser")  # the browser notes that the status was 400
     window.shows(PROMPT)
     assert not window.js("return document.getElementById('error').checkVisibility()")

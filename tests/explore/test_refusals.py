@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import pytest
 
+from engram_jax.config import ServeConfig
+from engram_jax.config.errors import UserError
+from engram_jax.config.serving_schema import HIDDEN
+from engram_jax.explore.server import check_no_keys
 from tests.runs import TINY, launched, refused
 
 MODE = (TINY, "--mode=explore")
@@ -32,8 +37,31 @@ def test_it_is_one_line(tmp_path, given, words):
 
 def test_keys_would_be_no_protection(tmp_path, monkeypatch):
     monkeypatch.setenv("ENGRAM_API_KEY", "sk-secret")
-    line = refused(launched(*MODE, f"--workdir={tmp_path / 'run'}"), "has no API key to send")
+    line = refused(
+        launched(*MODE, f"--workdir={tmp_path / 'run'}"),
+        "$ENGRAM_API_KEY: --mode=explore has a page that sends no key",
+    )
     assert "sk-secret" not in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, None),
+        ({"api_key": (HIDDEN,)}, None),
+        ({"host": "0.0.0.0"}, None),
+        ({"api_key": (HIDDEN,), "host": "0.0.0.0"}, "had API keys, and --mode=explore asks for"),
+        ({"api_key": (HIDDEN, "sk-secret")}, "config.serve.api_key: --mode=explore has a page"),
+        ({"api_key_file": "keys.txt"}, "config.serve.api_key_file: --mode=explore has a page"),
+    ],
+)
+def test_keys_of_a_configuration(keys, words):
+    if words is None:
+        check_no_keys(ServeConfig(**keys), {})
+        return
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        check_no_keys(ServeConfig(**keys), {})
+    assert "sk-secret" not in str(error.value)
 
 
 def test_a_port_in_use_is_known_before_the_model(tmp_path):
