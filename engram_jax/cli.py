@@ -75,7 +75,9 @@ _JOIN_SECONDS = flags.DEFINE_float(
     "How long several processes wait for each other at the start, in seconds.",
 )
 _STEP = flags.DEFINE_string(
-    "step", "latest", "evaluate, generate, serve, export-memory: latest, best or a step number."
+    "step",
+    "latest",
+    "evaluate, generate, serve, explore, export-memory: latest, best or a step number.",
 )
 _ACCEPT = flags.DEFINE_list(
     "accept_changes",
@@ -86,7 +88,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "export-memory, count-memory: the 
 _FORMAT = flags.DEFINE_string(
     "format", "", "export-memory: float32, bfloat16 or fp8; default: as the tables are."
 )
-_TOKENS = flags.DEFINE_integer("tokens", 10_000_000, "count-memory: how many training tokens.")
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 10_000_000, "count-memory, explore: how many training tokens are counted."
+)
 _POINTS = flags.DEFINE_list(
     "points", [], "sweep: the points to run, for example rho=1,rho=0.8; default: all."
 )
@@ -270,6 +274,12 @@ def _serve(config: Config, workdir: Path, accept: Accepted) -> None:
     server.serve_checkpoint(config, workdir, _STEP.value, accept)
 
 
+def _explore(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.explore import server
+
+    server.explore_checkpoint(config, workdir, _STEP.value, _TOKENS.value, accept)
+
+
 def _export_memory(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
     from engram_jax.serve import export_memory
@@ -350,6 +360,7 @@ _RUN: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "serve": _serve,
+    "explore": _explore,
     "export-memory": _export_memory,
     "count-memory": _count_memory,
     "describe": _describe,

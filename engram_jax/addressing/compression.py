@@ -34,18 +34,23 @@ def _normalizer() -> normalizers.Normalizer:
 def build_compression(tokenizer: Tokenizer) -> np.ndarray:
     """Canonical id of every raw id: int32 [V], V = highest id + 1.
 
-    A token's key is its decoded text (special tokens kept), normalised; the text itself where
-    normalising leaves nothing; the raw token string where the text has a broken character.
     Canonical ids number the keys in order of first appearance, so they are dense from 0.
+    """
+    canonical_of_key: dict[str, int] = {}
+    found = [canonical_of_key.setdefault(key, len(canonical_of_key)) for key in keys(tokenizer)]
+    return np.array(found, np.int32)
+
+
+def keys(tokenizer: Tokenizer) -> list[str]:
+    """The key of every raw id; tokens of equal keys share a canonical id.
+
+    It is the token's decoded text (special tokens kept), normalised; the text itself where
+    normalising leaves nothing; the raw token string where the text has a broken character.
     """
     size = tokenizer_size(tokenizer)
     texts = tokenizer.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
-    normalizer = _normalizer()
-    canonical_of_key: dict[str, int] = {}
-    compression = np.empty(size, np.int32)
+    normalizer, found = _normalizer(), []
     for raw, text in enumerate(texts):
         key = normalizer.normalize_str(text) or text
-        if REPLACEMENT in text:
-            key = tokenizer.id_to_token(raw) or text
-        compression[raw] = canonical_of_key.setdefault(key, len(canonical_of_key))
-    return compression
+        found.append((tokenizer.id_to_token(raw) or text) if REPLACEMENT in text else key)
+    return found

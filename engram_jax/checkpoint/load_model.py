@@ -33,7 +33,8 @@ class LoadedModel:
     """A restored model: what inference needs.
 
     run: name of its folder. digest: of the checkpoint (checkpoint/integrity.py). seq_len: tokens of
-    the sequences it was last trained on, the longest that it knows.
+    the sequences it was last trained on, the longest that it knows. trained_on: the fingerprint of
+    its data (data/prepared.py), None if the checkpoint does not say.
     """
 
     program: Program
@@ -44,6 +45,7 @@ class LoadedModel:
     run: str
     digest: str
     seq_len: int
+    trained_on: str | None = None
 
     @property
     def name(self) -> str:
@@ -86,8 +88,17 @@ def load_model(
         )
     seq_len = agree(lambda: _trained_length(found.metadata, workdir, found.step, config))
     run = workdir.resolve().name
+    position = found.iterator if isinstance(found.iterator, dict) else {}
     return LoadedModel(
-        program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len
+        program=program,
+        weights=found.state,
+        tokenizer=tokenizer,
+        eos_id=eos_id,
+        step=found.step,
+        run=run,
+        digest=found.digest,
+        seq_len=seq_len,
+        trained_on=position.get("data"),
     )
 
 
