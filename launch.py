@@ -7,8 +7,9 @@
     python launch.py --config=configs/engram27b.py --mode=compile --topology=v5p:4x4x8
     python launch.py --config=configs/experiments/allocation.py --mode=sweep
 
-Modes: train (the default), evaluate, analyse, generate, serve, export-memory, count-memory,
-describe, compile, sweep. --help lists what each reads, and the keys of the configuration.
+Modes: train (the default), evaluate, analyse, generate, serve, explore, export-memory,
+count-memory, describe, compile, sweep. --help lists what each reads, and the keys of the
+configuration.
 
 Any key of the configuration can be overridden: --config.train.steps=100. A run lives in its
 --workdir (default runs/<config.name>); the same command resumes it, and --workdir alone takes the

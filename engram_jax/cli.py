@@ -33,6 +33,7 @@ from engram_jax.run.modes import (
 )
 
 KNN, RAG = "knn", "rag"
+COUNTED = 10_000_000  # training tokens
 Accepted = tuple[str, ...]
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -77,7 +78,7 @@ _JOIN_SECONDS = flags.DEFINE_float(
 _STEP = flags.DEFINE_string(
     "step",
     "latest",
-    "evaluate, analyse, generate, serve, export-memory: latest, best or a step number.",
+    "evaluate, analyse, generate, serve, explore, export-memory: latest, best or a step number.",
 )
 _ACCEPT = flags.DEFINE_list(
     "accept_changes",
@@ -95,7 +96,8 @@ _FORMAT = flags.DEFINE_string(
 _TOKENS = flags.DEFINE_integer(
     "tokens",
     None,
-    "How many training tokens are counted; default: count-memory 10,000,000, analyse 4,000,000.",
+    "How many training tokens are counted; default: count-memory and explore 10,000,000, analyse"
+    " 4,000,000.",
 )
 _WHAT = flags.DEFINE_list(
     "what",
@@ -315,6 +317,12 @@ def _serve(config: Config, workdir: Path, accept: Accepted) -> None:
     server.serve_checkpoint(config, workdir, _STEP.value, accept)
 
 
+def _explore(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.explore import server
+
+    server.explore_checkpoint(config, workdir, _STEP.value, _TOKENS.value or COUNTED, accept)
+
+
 def _export_memory(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
     from engram_jax.serve import export_memory
@@ -330,8 +338,7 @@ def _count_memory(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.serve import export_memory
 
     file = local_path("--output", _OUTPUT.value or "")
-    tokens = 10_000_000 if _TOKENS.value is None else _TOKENS.value
-    export_memory.count_memory(config, file, tokens, processes.log, workdir)
+    export_memory.count_memory(config, file, _TOKENS.value or COUNTED, processes.log, workdir)
 
 
 def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
@@ -397,6 +404,7 @@ _RUN: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "analyse": _analyse,
     "generate": _generate,
     "serve": _serve,
+    "explore": _explore,
     "export-memory": _export_memory,
     "count-memory": _count_memory,
     "describe": _describe,

@@ -27,7 +27,7 @@ FLOORS: tuple[str, ...] = (
     "training checkpoint",
     "evaluation analysis report serve",
     "run serve/http aot lab",
-    "api",
+    "api explore",
 )
 FLOOR_OF = {folder: n for n, folders in enumerate(FLOORS) for folder in folders.split()}
 LOOSE = ("__init__", "__main__", "cli")  # all that may stand outside a folder, above all of them

@@ -114,7 +114,7 @@ def test_the_wheel_is_the_program(tmp_path):
         archive.extractall(unpacked)
     ours = [x for name in ("engram_jax", "kernels_pallas") for x in (ROOT / name).rglob("*")]
     for path in ours:
-        if path.suffix in (".py", ".json", ".npz", ".typed"):
+        if path.suffix in (".py", ".json", ".npz", ".typed", ".html", ".css", ".js", ".svg"):
             assert (unpacked / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     assert {x.name for x in unpacked.iterdir() if "." not in x.name} == {
         "engram_jax",

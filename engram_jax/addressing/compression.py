@@ -39,14 +39,11 @@ def canonical_keys(tokenizer: Tokenizer) -> list[str]:
     """
     size = tokenizer_size(tokenizer)
     texts = tokenizer.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
-    normalizer = _normalizer()
-    keys = []
+    normalizer, found = _normalizer(), []
     for raw, text in enumerate(texts):
         key = normalizer.normalize_str(text) or text
-        if REPLACEMENT in text:
-            key = tokenizer.id_to_token(raw) or text
-        keys.append(key)
-    return keys
+        found.append((tokenizer.id_to_token(raw) or text) if REPLACEMENT in text else key)
+    return found
 
 
 def build_compression(tokenizer: Tokenizer) -> np.ndarray:

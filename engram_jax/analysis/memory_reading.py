@@ -65,10 +65,12 @@ def run_document(
     tokens: jax.Array,
     off: ServeConfig | None = None,
     *,
+    remembers: jax.Array | None = None,
     keep: bool = False,
 ) -> tuple[Mapping[str, jax.Array], Mapping[str, jax.Array], Output]:
-    """(addresses [1, T, H] and stored rows [1, T, H, dim] by layer id, output) of tokens int32
-    [1, T], the beginning of a document. keep: of what the layers add, too."""
+    """(addresses [B, T, H] and stored rows [B, T, H, dim] by layer id, output) of tokens int32
+    [B, T], the beginnings of B documents. remembers: bool [B], the documents to which the layers
+    add anything; None = all. keep: of what the layers add, too."""
     segments = jnp.ones_like(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     addresses = batch_addresses(program, {"tokens": tokens, "segments": segments})
@@ -78,5 +80,7 @@ def run_document(
         rows = switched(program.config.model.engram, off, rows)
     model = program.model(weights.params, weights.router_bias)
     mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
+    if remembers is not None:
+        mask = mask & remembers[:, None]
     output = model(tokens, rows, positions, segments, mask, beside=beside, keep=keep)
     return addresses, stored, output

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from engram_jax.addressing import LayerAddressing, tokenizer_fingerprint
-from engram_jax.analysis import depth, row_answers
+from engram_jax.analysis import depth, row_ngrams
 from engram_jax.analysis import sensitivity as switching
 from engram_jax.analysis.depth import Lens, Similarity, Variables
 from engram_jax.analysis.entities import final_tokens_of_batch
-from engram_jax.analysis.row_answers import CanonicalText, head_of, order_of
+from engram_jax.analysis.row_ngrams import CanonicalText, head_of, order_of
 from engram_jax.analysis.sensitivity import Effect
 from engram_jax.analysis.texts import TextBatches, batch_shape, batches_of, with_batches
 from engram_jax.analysis.usage import NgramCounts, OrderUsage, count_ngrams
@@ -163,8 +163,8 @@ def row_answers(
     found = {}
     for row in map(int, rows):
         order = order_of(own, row)
-        read = row_answers.readers(own, ngrams[order], [row], most)[row]
-        near, cosines = row_answers.nearest_rows(model.program, state.memory, layer, row, most)
+        read = row_ngrams.readers(own, ngrams[order], [row], most)[row]
+        near, cosines = row_ngrams.nearest_rows(model.program, state.memory, layer, row, most)
         names = [text(w) if text else tuple(map(int, w)) for w in read.windows]
         found[row] = RowAnswer(
             order=order,

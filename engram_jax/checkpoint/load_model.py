@@ -34,7 +34,7 @@ class LoadedModel:
 
     run: name of its folder. digest: of the checkpoint (checkpoint/integrity.py). seq_len: tokens of
     the sequences it was last trained on, the longest that it knows. trained_on: the fingerprint of
-    its data, None if it is not known.
+    its data (data/prepared.py), None if the checkpoint does not say.
     """
 
     program: Program
@@ -89,7 +89,14 @@ def load_model(
     seq_len = agree(lambda: _trained_length(found.metadata, workdir, found.step, config))
     run = workdir.resolve().name
     return LoadedModel(
-        *(program, found.state, tokenizer, eos_id, found.step, run, found.digest, seq_len),
+        program=program,
+        weights=found.state,
+        tokenizer=tokenizer,
+        eos_id=eos_id,
+        step=found.step,
+        run=run,
+        digest=found.digest,
+        seq_len=seq_len,
         trained_on=text_of(found),
     )
 

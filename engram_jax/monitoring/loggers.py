@@ -84,7 +84,10 @@ class TensorBoard:
 
         del config  # it stands in run.json and the report
         self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10
+            str(workdir / "tensorboard"),
+            purge_step=start_step + 1,
+            flush_secs=10,
+            filename_suffix=f".{start_step}",  # else one begun in the same second takes its file
         )
         survive_a_full_disk(self._board)
 

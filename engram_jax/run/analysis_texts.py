@@ -7,7 +7,7 @@ import numpy as np
 
 from engram_jax.addressing import LayerAddressing
 from engram_jax.addressing.tokenizer import encode_batch
-from engram_jax.analysis.row_answers import row_norms
+from engram_jax.analysis.row_ngrams import row_norms
 from engram_jax.analysis.texts import TextBatches, batches_of
 from engram_jax.analysis.usage import NgramCounts, count_ngrams, hits
 from engram_jax.config.errors import UserError, shown

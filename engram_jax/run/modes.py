@@ -9,14 +9,16 @@ MODES = {
     "analyse": "looks inside a checkpoint: depth, memory, gates (docs/analysis.md)",
     "generate": "continues --prompt",
     "serve": "answers OpenAI's completions over HTTP (docs/serving.md)",
+    "explore": "serves a page that shows what the memory does with a text (docs/explore.md)",
     "export-memory": "writes a checkpoint's tables into a file to serve from",
     "count-memory": "counts which rows the training text reads, for a warm cache",
     "describe": "counts parameters and FLOPs; allocates nothing",
     "compile": "compiles a step for a TPU slice that need not be there",
     "sweep": "runs an experiment of many models (docs/lab.md)",
 }
-OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "export-memory")
-NEEDS_SERVE = ("serve", "export-memory", "count-memory")  # and stored rows: serve/open_engine.py
+OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "explore", "export-memory")
+# And stored rows: serve/open_engine.py.
+NEEDS_SERVE = ("serve", "explore", "export-memory", "count-memory")
 # They look at no device and read no data; a sweep's processes do.
 WITHOUT_PROCESSES = ("describe", "compile", "sweep")
 # The flags that only some modes read. The others do not ignore them, they refuse them.
@@ -29,11 +31,11 @@ MODES_OF_FLAGS = {
     "dump_hlo": ("compile",),
     "profile": ("train",),
     "tasks": ("evaluate",),
-    "step": ("evaluate", "analyse", "generate", "serve", "export-memory"),
+    "step": ("evaluate", "analyse", "generate", "serve", "explore", "export-memory"),
     "accept_changes": OPENS_A_RUN,
     "output": ("export-memory", "count-memory", "analyse"),
     "format": ("export-memory",),
-    "tokens": ("count-memory", "analyse"),
+    "tokens": ("count-memory", "explore", "analyse"),
     "what": ("analyse",),
     "text": ("analyse",),
     "text_tokens": ("analyse",),
@@ -59,6 +61,7 @@ AFTER_INTERRUPT = {
     "analyse": f"nothing was written; {_BEGINS_AGAIN}",
     "generate": f"nothing is kept; {_BEGINS_AGAIN}",
     "serve": f"no request was being answered; {_BEGINS_AGAIN}",
+    "explore": f"nothing was shown; {_BEGINS_AGAIN}",
     "export-memory": f"the file was not written; {_BEGINS_AGAIN}",
     "count-memory": f"the file was not written; {_BEGINS_AGAIN}",
     "describe": "nothing is kept; the same command begins again",

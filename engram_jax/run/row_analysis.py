@@ -10,7 +10,7 @@ import numpy as np
 from engram_jax.addressing import LayerAddressing
 from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.addressing.tokenizer import encode_batch
-from engram_jax.analysis.row_answers import (
+from engram_jax.analysis.row_ngrams import (
     CanonicalText,
     head_of,
     nearest_rows,

@@ -16,7 +16,7 @@ from tests.tiny import random_batch, tiny, tiny_addressing, tiny_config
 
 @pytest.fixture(scope="module")
 def given():
-    program, state = tiny()
+    program, state = tiny(**{"model.layers": 3})
     batch = random_batch(program.config)
     return program, state, (state.params, state.router_bias, state.memory), batch
 

@@ -103,16 +103,16 @@ for name in {names}:
     assert told.keys() >= BEHIND
     for name, what in told.items():
         if name not in BEHIND:
-            assert name.startswith(("memory.store.", "serve.")), name
+            assert name.startswith(("memory.store.", "serve.", "explore.")), name
             assert re.match(r"UserError .*needs the extra 'serve'; \w+ is not installed", what)
     assert not {"serve.engine", "serve.open_engine", "serve.lower_steps"} & told.keys()
 
 
 @pytest.mark.parametrize("package", PACKAGES["serve"])
-@pytest.mark.parametrize("mode", ["serve", "export-memory", "count-memory"])
+@pytest.mark.parametrize("mode", ["serve", "explore", "export-memory", "count-memory"])
 def test_a_mode_without_its_extra_is_one_line(tmp_path, mode, package):
     arguments = [TINY, f"--workdir={tmp_path / 'run'}", f"--mode={mode}"]
-    if mode != "serve":
+    if mode.endswith("-memory"):
         arguments += [f"--output={tmp_path / 'file'}"]
     with hidden(package):
         ended = launched(*arguments)

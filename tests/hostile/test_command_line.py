@@ -75,6 +75,21 @@ def test_flag_files_are_read_like_the_command_line(tmp_path):
     assert "'https://b.example/path'" in line
 
 
+def test_the_last_of_two_lists_of_a_flag_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(cli._RUN, "describe", lambda config, *rest: seen.append(config))
+    file = tmp_path / "flags"
+    file.write_text("--config.train.trainable=a\n--config.train.trainable=b,c\n")
+    for before, after, value in (
+        ([], [], ("b", "c")),
+        (["--config.train.trainable=d"], [], ("b", "c")),
+        ([], ["--config.train.trainable=()"], ()),
+    ):
+        outcome = launched(TINY, *before, f"--flagfile={file}", *after, "--mode=describe")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert seen[-1].train.trainable == value
+
+
 LISTS = [
     ("a,b", ("a", "b")),
     ("https://a.example,http://b.example:3000", ("https://a.example", "http://b.example:3000")),

@@ -29,6 +29,18 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def gate(row, stream, params, m, *, gate_eps, gain_offset=0.0):
+    """Of branch m: row [d_mem], stream [d] -> a number."""
+    branches, width = params["query_norm"]["gain"].shape
+    bias = params.get("bias", np.zeros((branches + 1, width)))
+    key = row @ params["projection"][:, m] + bias[m]
+    query_gain = params["query_norm"]["gain"][m] + gain_offset
+    key_gain = params["key_norm"]["gain"][m] + gain_offset
+    s = rms_norm(stream, query_gain, gate_eps) @ rms_norm(key, key_gain, gate_eps)
+    s /= np.sqrt(width)
+    return sigmoid(np.sign(s) * np.sqrt(max(abs(s), 1e-6)))
+
+
 def engram(rows, streams, params, *, dilation, gate_eps, conv_eps, gain_offset=0.0):
     """One document: rows [T, d_mem], streams [T, M, d] -> what the streams gain [T, M, d]."""
     length, branches, width = streams.shape
@@ -38,13 +50,8 @@ def engram(rows, streams, params, *, dilation, gate_eps, conv_eps, gain_offset=0
     for t in range(length):
         value = rows[t] @ params["projection"][:, branches] + bias[branches]
         for m in range(branches):
-            key = rows[t] @ params["projection"][:, m] + bias[m]
-            query_gain = params["query_norm"]["gain"][m] + gain_offset
-            key_gain = params["key_norm"]["gain"][m] + gain_offset
-            s = rms_norm(streams[t, m], query_gain, gate_eps) @ rms_norm(key, key_gain, gate_eps)
-            s /= np.sqrt(width)
-            gate = sigmoid(np.sign(s) * np.sqrt(max(abs(s), 1e-6)))
-            out[t, m] = gate * value
+            how = {"gate_eps": gate_eps, "gain_offset": gain_offset}
+            out[t, m] = gate(rows[t], streams[t, m], params, m, **how) * value
             if "conv" in params:
                 conv_gain = params["conv"]["norm"]["gain"][m] + gain_offset
                 normed[t, m] = rms_norm(out[t, m], conv_gain, conv_eps)

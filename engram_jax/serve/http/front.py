@@ -6,6 +6,8 @@ import logging
 from collections import Counter
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engram_jax.serve.http.exchange import Exchange
@@ -77,3 +79,28 @@ def _of(scope: Scope) -> Exchange:
 def our_mistake(scope: Scope) -> ApiError:
     """What a client is told of an error of ours; the log has the rest under the same id."""
     return ApiError(500, MISTAKE).of_request(_of(scope).request_id)
+
+
+# What every application behind it answers with.
+
+
+class Asgi:
+    """An endpoint that sends its answer itself: Starlette hands requests to functions only."""
+
+    def __init__(self, call: ASGIApp):
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._call(scope, receive, send)
+
+
+async def refused(request: Request, error: ApiError) -> Response:
+    """The answer of an `ApiError`."""
+    if error.status >= 500:
+        error.of_request(request.scope["exchange"].request_id)
+    return error_response(error)
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """The answer of an error of ours; the traceback is in the log only."""
+    return error_response(our_mistake(request.scope))

@@ -33,7 +33,7 @@ from engram_jax.serve.http.cross_origin import cross_origin
 from engram_jax.serve.http.encode import SMALL, Encoder, pieces
 from engram_jax.serve.http.engine_thread import FAILED, ClosedError, EngineThread, Group, Steps
 from engram_jax.serve.http.exchange import Exchange
-from engram_jax.serve.http.front import Front, our_mistake
+from engram_jax.serve.http.front import Asgi, Front, failed, refused
 from engram_jax.serve.http.json_fields import ApiError, Fields, parse_json, shown
 from engram_jax.serve.http.metrics import Metrics, Timing
 from engram_jax.serve.http.responses import (
@@ -92,16 +92,16 @@ class App:
         # wait for large ones.
         self._quick, self._slow = ThreadPoolExecutor(1, "parse"), ThreadPoolExecutor(1, "parse")
         routes = [
-            Route("/v1/completions", _Asgi(self._completions), methods=["POST"]),
+            Route("/v1/completions", Asgi(self._completions), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
-            Route("/tokenize", _Asgi(self._from_json(tokenize)), methods=["POST"]),
-            Route("/detokenize", _Asgi(self._from_json(detokenize)), methods=["POST"]),
+            Route("/tokenize", Asgi(self._from_json(tokenize)), methods=["POST"]),
+            Route("/detokenize", Asgi(self._from_json(detokenize)), methods=["POST"]),
             Route("/version", self._version),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
-        handlers: Any = {ApiError: _refused, HTTPException: _no_route, Exception: _our_mistake}
+        handlers: Any = {ApiError: refused, HTTPException: _no_route, Exception: failed}
         starlette = Starlette(routes=routes, exception_handlers=handlers)
         starlette.router.redirect_slashes = False
         app: ASGIApp = starlette
@@ -303,22 +303,6 @@ class App:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-class _Asgi:
-    """An endpoint that sends its answer itself: Starlette hands requests to functions only."""
-
-    def __init__(self, call: ASGIApp):
-        self._call = call
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._call(scope, receive, send)
-
-
-async def _refused(request: Request, error: ApiError) -> Response:
-    if error.status >= 500:
-        error.of_request(request.scope["exchange"].request_id)
-    return error_response(error)
-
-
 async def _no_route(request: Request, error: HTTPException) -> Response:
     what = f"{request.method} {shown(request.url.path)[1:-1]}"
     if error.status_code == 405:
@@ -329,8 +313,3 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
     else:
         message = f"{what}: no such route; there are {ROUTES}"
     return error_response(ApiError(error.status_code, message, headers=error.headers))
-
-
-async def _our_mistake(request: Request, error: Exception) -> Response:
-    """The traceback is in the log only."""
-    return error_response(our_mistake(request.scope))

@@ -14,9 +14,10 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -86,6 +87,21 @@ def connections_of(most: int) -> int:
     return found
 
 
+def listen(sock: socket.socket, host: str, port: int, most: int) -> int:
+    """Let clients connect to what `bind(host, port)` gave; how many may, at most `most`. Raises
+    UserError, also if another process was bound to it, too, and came first, and closes it."""
+    try:
+        connections = connections_of(most)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise _not_bound(host, port, error) from None
+    except UserError:
+        sock.close()
+        raise
+    return connections
+
+
 def tell(line: str) -> None:
     print(line, flush=True)
 
@@ -109,15 +125,10 @@ def serve(
     """
     limits = limits or Limits()
     sock = bind(host, port) if bound is None else bound
-    try:
-        limits = replace(limits, connections=connections_of(limits.connections))
-        sock.listen(BACKLOG)
-    except OSError as error:  # another process was bound to it, too, and came first
-        sock.close()
-        raise _not_bound(host, port, error) from None
+    limits = replace(limits, connections=listen(sock, host, port, limits.connections))
     runner = EngineThread(engine)
     app = App(runner, engine, limits, rules)
-    line = f"serving {engine.name} at {_url(sock)}/v1"
+    line = f"serving {engine.name} at {url_of(sock)}/v1"
     # A full collection looks at every object, with Python's lock held: JAX's and the model's, which
     # stay, would stop the event loop and the engine for as long as half a second each time.
     gc.collect()
@@ -131,7 +142,9 @@ def serve(
         connections=limits.connections,
     )
     try:
-        asyncio.run(_serve(server, runner, sock, drain_seconds, tell))
+        asyncio.run(
+            until_signal(server, sock, lambda name: _drain(runner, drain_seconds, name, tell))
+        )
     finally:
         gc.unfreeze()
         runner.close()
@@ -168,19 +181,17 @@ def serve_checkpoint(config: Config, workdir: Path, step: str, accept: Sequence[
         engine.close()
 
 
-async def _serve(
-    server: Server,
-    runner: EngineThread,
-    sock: socket.socket,
-    seconds: float,
-    tell: Callable[[str], None],
+async def until_signal(
+    server: Server, sock: socket.socket, drain: Callable[[str], Coroutine[Any, Any, None]]
 ) -> None:
+    """Serve until SIGTERM or SIGINT and what `drain` does, given the signal's name; a second signal
+    ends the process at once."""
     loop = asyncio.get_running_loop()
     drains: list[asyncio.Task[None]] = []
 
-    async def drain(number: int) -> None:
+    async def end(number: int) -> None:
         try:
-            await _drain(runner, seconds, signal.Signals(number).name, tell)
+            await drain(signal.Signals(number).name)
         finally:  # whatever happens, a signal ends the process
             server.should_exit = True
 
@@ -188,7 +199,7 @@ async def _serve(
         if drains:  # the second one: as if there were no handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        drains.append(loop.create_task(drain(number)))
+        drains.append(loop.create_task(end(number)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
@@ -218,6 +229,7 @@ def _requests(count: int) -> str:
     return f"{count} request{'s' * (count != 1)}"
 
 
-def _url(sock: socket.socket) -> str:
+def url_of(sock: socket.socket) -> str:
+    """Where a bound socket answers, without a path."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"

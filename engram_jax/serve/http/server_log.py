@@ -32,7 +32,7 @@ def log_to_stderr(level: str) -> None:
     """Send what the server and uvicorn log to standard error. level: the least serious one."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
-    for name in ("engram_jax.serve", "uvicorn"):
+    for name in ("engram_jax.serve", "engram_jax.explore", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False

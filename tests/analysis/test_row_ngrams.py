@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from engram_jax.addressing import build_compression
-from engram_jax.analysis import row_answers, usage
-from engram_jax.analysis.row_answers import (
+from engram_jax.analysis import row_ngrams, usage
+from engram_jax.analysis.row_ngrams import (
     CanonicalText,
     head_of,
     nearest_rows,
@@ -62,7 +62,7 @@ def test_readers_equal_brute_force(given, block, monkeypatch):
 
 @pytest.mark.parametrize("block", [5, 1 << 14])
 def test_rows_norms_and_neighbours(given, block, monkeypatch):
-    monkeypatch.setattr(row_answers, "ROWS", block)
+    monkeypatch.setattr(row_ngrams, "ROWS", block)
     program, memory, layer, _ = given
     table = np.asarray(memory["1"].rows, np.float64)
     asked = np.array([3, 0, 77, 3])
