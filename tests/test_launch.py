@@ -40,8 +40,12 @@ FLAGS = [
     ([TINY, "--noconfig.train.steps"], "config.train.steps", "a whole number"),
     ([TINY, "--config.model.tie_embeddings", "False"], "'False'", "--flag=value"),
     ([TINY, "describe"], "'describe'", "--flag=value"),
-    ([TINY, "--mode=traim"], "--mode=traim", "train, evaluate, generate, serve"),
-    ([TINY, "--mode="], "--mode=", "train, evaluate, generate, serve, explore, export-memory"),
+    ([TINY, "--mode=traim"], "--mode=traim", "train, evaluate, analyse, generate, serve"),
+    (
+        [TINY, "--mode="],
+        "--mode=",
+        "train, evaluate, analyse, generate, serve, explore, export-memory",
+    ),
     ([TINY, "--json=perhaps"], "--json=perhaps"),
     ([TINY, "--mode=generate"], "--prompt: missing"),
     ([TINY, "--mode=export-memory"], "--output: missing"),
@@ -62,7 +66,7 @@ FLAGS = [
     ([TINY, "--profile=3:9", "--config.train.steps=8"], "--profile=3:9", "config.train.steps = 8"),
     ([TINY, "--profile=3:9", "--mode=evaluate"], "--profile: only for --mode=train"),
     ([TINY, "--topology=v5p:2x2x1"], "--topology: only for --mode=compile"),
-    ([TINY, "--step=best"], "--step: only for --mode=evaluate, generate, serve, explore"),
+    ([TINY, "--step=best"], "--step: only for --mode=evaluate, analyse, generate, serve, explore"),
     ([TINY, "--mode=serve", "--json"], "--json: only for --mode=describe, evaluate, compile"),
     (
         [*COMPILE, "--dump_hlo=launch.py"],
