@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import lru_cache
 
+import jax
 import numpy as np
 import pytest
 
@@ -41,28 +43,32 @@ def variables(state):
     return state.params, state.router_bias, state.memory
 
 
-def nats_of(program, state, batches, rows=None, **off):
+@lru_cache
+def compiled(**off):
+    program, _ = tiny()
     serve = dataclasses.replace(program.config.serve, **off)
+    return jax.jit(lambda *given: score_step(program, *given, serve)[0])
+
+
+def nats_of(state, batches, rows=None, **off):
     memory = state.memory
     if rows is not None:
         memory = {"1": dataclasses.replace(memory["1"], rows=rows)}
-    found = [
-        score_step(program, state.params, state.router_bias, memory, batch, serve)[0]
-        for batch in batches
-    ]
+    step = compiled(**off)
+    found = [step(state.params, state.router_bias, memory, batch) for batch in batches]
     return np.asarray(found, np.float64)
 
 
 def test_layers_and_orders_are_the_switches(given):
     program, state, batches, *_, effects = given
-    base = nats_of(program, state, batches)
+    base = nats_of(state, batches)
     for name, off in (
         ("all layers", {"off_layers": (-1,)}),
         ("layer 1", {"off_layers": (1,)}),
         ("2-grams", {"off_orders": (2,)}),
         ("3-grams", {"off_orders": (3,)}),
     ):
-        effect, changed = effects[name], nats_of(program, state, batches, **off)
+        effect, changed = effects[name], nats_of(state, batches, **off)
         np.testing.assert_allclose(effect.nats, changed.sum(), rtol=1e-5)
         np.testing.assert_allclose(effect.base, base.sum(), rtol=1e-5)
         assert effect.targets == effect.affected == sum(b["loss_mask"].sum() for b in batches)
@@ -79,7 +85,7 @@ def test_a_head_is_its_rows_of_the_table(given):
         rows[offset : offset + size] = 0
         order = layer.orders[head // layer.heads_per_order]
         effect = effects[f"layer 1, head {head % layer.heads_per_order} of the {order}-grams"]
-        changed = nats_of(program, state, batches, rows)
+        changed = nats_of(state, batches, rows)
         np.testing.assert_allclose(effect.nats, changed.sum(), rtol=1e-5)
     assert len(effects) == 2 + 2 * (1 + len(BANDS)) + layer.heads
 
@@ -125,7 +131,7 @@ def test_bands_are_counts_in_training(given):
 
 def test_the_standard_error_is_that_of_sequences(given):
     program, state, batches, *_, effects = given
-    base, off = (nats_of(program, state, batches, off_layers=x) for x in ((), (1,)))
+    base, off = (nats_of(state, batches, off_layers=x) for x in ((), (1,)))
     rises = (off - base).sum(axis=2).reshape(-1)
     counts = np.concatenate([b["loss_mask"].sum(axis=1) for b in batches])
     n, total = len(counts), counts.sum()
@@ -138,7 +144,7 @@ def test_the_standard_error_is_that_of_sequences(given):
 
 def test_losses_by_frequency_are_those_of_the_targets(given):
     program, state, batches, _, ngrams, _ = given
-    on, off = (nats_of(program, state, batches, off_layers=x) for x in ((), (-1,)))
+    on, off = (nats_of(state, batches, off_layers=x) for x in ((), (-1,)))
     counts = [counts_at(program, batch, ngrams) for batch in batches]
     mask = np.stack([batch["loss_mask"] > 0 for batch in batches])
     found = losses_by_frequency(program, variables(state), batches, ngrams)
