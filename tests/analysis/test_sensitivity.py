@@ -60,7 +60,7 @@ def nats_of(state, batches, rows=None, **off):
 
 
 def test_layers_and_orders_are_the_switches(given):
-    program, state, batches, *_, effects = given
+    _, state, batches, *_, effects = given
     base = nats_of(state, batches)
     for name, off in (
         ("all layers", {"off_layers": (-1,)}),
@@ -130,7 +130,7 @@ def test_bands_are_counts_in_training(given):
 
 
 def test_the_standard_error_is_that_of_sequences(given):
-    program, state, batches, *_, effects = given
+    _, state, batches, *_, effects = given
     base, off = (nats_of(state, batches, off_layers=x) for x in ((), (1,)))
     rises = (off - base).sum(axis=2).reshape(-1)
     counts = np.concatenate([b["loss_mask"].sum(axis=1) for b in batches])
