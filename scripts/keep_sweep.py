@@ -81,7 +81,8 @@ def _diverged(log: Path) -> bool:
 
 
 def _without_places(record: Any) -> Any:
-    """A record without the host's name and the folders the interpreter and the code lay in."""
+    """A record without the host's name, the folders the interpreter and the code lay in, and those
+    that environment variables name."""
     if isinstance(record, list):
         return [_without_places(item) for item in record]
     if not isinstance(record, dict):
@@ -90,6 +91,11 @@ def _without_places(record: Any) -> Any:
     if isinstance(found.get("command"), str):
         first, *rest = shlex.split(found["command"])
         found["command"] = shlex.join([Path(first).name, *rest])
+    if isinstance(found.get("environment"), dict):
+        found["environment"] = {
+            name: Path(value).name if str(value).startswith("/") else value
+            for name, value in found["environment"].items()
+        }
     return found | ({"host": ""} if "host" in found else {})
 
 

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engram_jax.addressing import Addressing, LayerAddressing
+from engram_jax.analysis.usage import NgramCounts, count_ngrams
 from engram_jax.config import Config
 from engram_jax.data.array_store import Store
 from engram_jax.data.packing import Batch, PackedSequences
+from engram_jax.data.pipeline import trained_sequences
+from engram_jax.data.prepared import PreparedData
 from engram_jax.model.program import Program
 
+COUNTED = 1 << 18  # tokens whose n-grams are counted at a time
 ACTIVATIONS = 1 << 28  # bytes of a device that a batch may take beside the weights, about
 
 
@@ -71,6 +76,46 @@ def batches_of(
             count = min(count, max(1, most // data.seq_len))
         numbers = spread(len(sequences), count)
     return TextBatches(sequences, np.asarray(numbers, np.int64), data.batch_size)
+
+
+def hashed_layers(addressing: Addressing) -> list[LayerAddressing]:
+    """The Engram layers whose rows stand for hashes of n-grams; all of them hash the same ones."""
+    return [layer for layer in addressing.layers.values() if isinstance(layer, LayerAddressing)]
+
+
+def ngrams_of(
+    addressing: Addressing, sequences: PackedSequences, numbers: np.ndarray
+) -> dict[int, NgramCounts]:
+    """The n-grams of sequences by order, as Engram layers read them. numbers: int64 [n], which."""
+    each = max(1, COUNTED // sequences.seq_len)
+    batches = (
+        sequences.batch(numbers[start : start + each]) for start in range(0, len(numbers), each)
+    )
+    texts = ((batch["tokens"], batch["segments"]) for batch in batches)
+    return count_ngrams(addressing, hashed_layers(addressing)[0], texts)
+
+
+@dataclass(frozen=True)
+class TrainedNgrams:
+    """The n-grams of the sequences that the first `steps` batches of training read, each sequence
+    once. counts: by order. tokens: of these sequences, of the `there` that training has read."""
+
+    counts: dict[int, NgramCounts]
+    steps: int
+    tokens: int
+    there: int
+
+
+def trained_ngrams(
+    addressing: Addressing, prepared: PreparedData, config: Config, step: int, tokens: int
+) -> TrainedNgrams:
+    """Of a run at a step. tokens: at most about so many are counted."""
+    data = config.data
+    steps = min(step, max(1, tokens // (data.batch_size * data.seq_len)))
+    sequences, numbers = trained_sequences(prepared, config, steps)
+    there = len(trained_sequences(prepared, config, step)[1])
+    counts = ngrams_of(addressing, sequences, numbers)
+    return TrainedNgrams(counts, steps, len(numbers) * data.seq_len, there * data.seq_len)
 
 
 def spread(there: int, wanted: int) -> np.ndarray:

@@ -137,16 +137,18 @@ def rows_of(layer: LayerAddressing, order: int, windows: np.ndarray) -> np.ndarr
     return addresses(windows, layer)[:, -1, heads].astype(np.int32)
 
 
+def rows_of_all(layer: LayerAddressing, counts: NgramCounts) -> np.ndarray:
+    """The rows that all n-grams of an order read, int32 [n, heads of an order]."""
+    starts = range(0, max(len(counts.windows), 1), BLOCK)
+    blocks = [counts.windows[start : start + BLOCK] for start in starts]
+    return np.concatenate([rows_of(layer, counts.order, block) for block in blocks])
+
+
 def usage(layer: LayerAddressing, counts: NgramCounts) -> OrderUsage:
     """What the n-grams of one order do with a layer's heads."""
     order, total = counts.order, len(counts.windows)
     first = layer.orders.index(order) * layer.heads_per_order
-    rows = np.concatenate(
-        [
-            rows_of(layer, order, counts.windows[start : start + BLOCK])
-            for start in range(0, max(total, 1), BLOCK)
-        ]
-    )
+    rows = rows_of_all(layer, counts)
     heads = []
     for j in range(layer.heads_per_order):
         size, offset = layer.head_sizes[first + j], layer.offsets[first + j]

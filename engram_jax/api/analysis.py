@@ -9,14 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from engram_jax.addressing import LayerAddressing, tokenizer_fingerprint
-from engram_jax.analysis import depth, row_ngrams
+from engram_jax.analysis import depth
 from engram_jax.analysis import sensitivity as switching
 from engram_jax.analysis.depth import Lens, Similarity, Variables
 from engram_jax.analysis.entities import final_tokens_of_batch
-from engram_jax.analysis.row_ngrams import CanonicalText, head_of, order_of
+from engram_jax.analysis.row_readers import CanonicalText, RowReaders, head_of, order_of
 from engram_jax.analysis.sensitivity import Effect
-from engram_jax.analysis.texts import TextBatches, batch_shape, batches_of, with_batches
-from engram_jax.analysis.usage import NgramCounts, OrderUsage, count_ngrams
+from engram_jax.analysis.table_rows import nearest_rows
+from engram_jax.analysis.texts import (
+    TextBatches,
+    batch_shape,
+    batches_of,
+    hashed_layers,
+    ngrams_of,
+    with_batches,
+)
+from engram_jax.analysis.usage import NgramCounts, OrderUsage
 from engram_jax.analysis.usage import usage as usage_of
 from engram_jax.api.models import Model
 from engram_jax.api.training import Documents
@@ -24,8 +32,6 @@ from engram_jax.config.errors import UserError
 from engram_jax.data.array_store import array_store
 from engram_jax.model.program import Program, check_decodes
 from engram_jax.training.state import TrainState
-
-_BLOCK = 1 << 18  # tokens that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -160,18 +166,17 @@ def row_answers(
     addressing, text = model.program.addressing, None
     if model.tokenizer is not None and addressing is not None:
         text = CanonicalText(addressing, model.tokenizer, own.fill_id)
-    found = {}
+    found, readers = {}, RowReaders(own, ngrams, {head_of(own, int(row)) for row in rows})
     for row in map(int, rows):
-        order = order_of(own, row)
-        read = row_ngrams.readers(own, ngrams[order], [row], most)[row]
-        near, cosines = row_ngrams.nearest_rows(model.program, state.memory, layer, row, most)
+        read = readers.of(row, most)
+        near, cosines = nearest_rows(model.program, state.memory, layer, row, most)
         names = [text(w) if text else tuple(map(int, w)) for w in read.windows]
         found[row] = RowAnswer(
-            order=order,
+            order=order_of(own, row),
             head=head_of(own, row) % own.heads_per_order,
             readers=list(zip(names, read.counts.tolist(), strict=True)),
             different=read.total,
-            hits=read.hits,
+            hits=read.reads,
             nearest=list(zip(near.tolist(), cosines.tolist(), strict=True)),
         )
     return found
@@ -217,8 +222,7 @@ def _layers(model: Model) -> list[LayerAddressing]:
     check_decodes(model.config)
     if model.program.addressing is None:
         return []
-    layers = model.program.addressing.layers.values()
-    return [layer for layer in layers if isinstance(layer, LayerAddressing)]
+    return hashed_layers(model.program.addressing)
 
 
 def _counted(model: Model, documents: Documents) -> dict[int, NgramCounts]:
@@ -226,12 +230,5 @@ def _counted(model: Model, documents: Documents) -> dict[int, NgramCounts]:
     layers, config = _layers(model), model.config
     if not layers or model.program.addressing is None:
         return {}
-    store = array_store(documents, config.tokenizer.vocab_size)
-    text = batches_of(store, config)
-    sequences, each = text.sequences, max(1, _BLOCK // config.data.seq_len)
-    batches = (
-        sequences.batch(text.numbers[start : start + each])
-        for start in range(0, len(text.numbers), each)
-    )
-    texts = ((batch["tokens"], batch["segments"]) for batch in batches)
-    return count_ngrams(model.program.addressing, layers[0], texts)
+    text = batches_of(array_store(documents, config.tokenizer.vocab_size), config)
+    return ngrams_of(model.program.addressing, text.sequences, text.numbers)

@@ -19,6 +19,7 @@ import numpy as np
 from engram_jax.addressing.hash_numpy import canonicalise, lookback, mixes
 from engram_jax.addressing.hash_plan import LayerAddressing
 from engram_jax.addressing.tokenizer import encode_batch
+from engram_jax.analysis.texts import hashed_layers
 from engram_jax.analysis.with_without import WithWithout, jit_with_without, of_text
 from engram_jax.checkpoint.load_model import LoadedModel
 from engram_jax.config import SCONE, Config, ServeConfig
@@ -63,9 +64,7 @@ class Explorer:
         self.capacity, self._off = serve.capacity, serve
         self._trained, self._training = trained, text
         self._compression = addressing.compression
-        self._layers = {
-            k: layer for k, layer in addressing.layers.items() if isinstance(layer, LayerAddressing)
-        }
+        self._layers = {layer.layer_id: layer for layer in hashed_layers(addressing)}
         self._shown = TokenText(trained.tokenizer, addressing)
         self._function = jit_with_without(trained.program, serve, TOP)
         self._compiled: dict[int, Any] = {}
@@ -209,9 +208,7 @@ class Explorer:
                         "offset": layer.offsets[head],
                         "row": int(found.addresses[key][at, head]),
                         "norm": _number(found.norms[key][at, head]),
-                        **self._readers(
-                            layer, head, int(found.addresses[key][at, head]), windows[order]
-                        ),
+                        **self._readers(layer, int(found.addresses[key][at, head]), windows[order]),
                     }
                     for head in range(i * each, (i + 1) * each)
                 ],
@@ -219,13 +216,11 @@ class Explorer:
             for i, order in enumerate(layer.orders)
         ]
 
-    def _readers(
-        self, layer: LayerAddressing, head: int, row: int, own: np.ndarray
-    ) -> dict[str, Any]:
+    def _readers(self, layer: LayerAddressing, row: int, own: np.ndarray) -> dict[str, Any]:
         """Of a row: how many training tokens read it, and n-grams other than `own` that do."""
         if self._training.state != READY or self._training.counted is None:
             return {"reads": None, "others": [], "othersMore": 0}
-        readers = self._training.counted.readers[layer.layer_id].of(head, row, OTHERS + 1)
+        readers = self._training.counted.readers[layer.layer_id].of(row, OTHERS + 1)
         pairs = zip(readers.windows, readers.counts, strict=True)
         others = [(w, n) for w, n in pairs if not np.array_equal(w, own)][:OTHERS]
         known = self._training.counted.counts[len(own)].of(own[None])[0] > 0

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engram_jax.addressing.hash_plan import LayerAddressing
-from engram_jax.analysis.row_readers import RowReaders, text_blocks
-from engram_jax.analysis.usage import NgramCounts, count_ngrams
+from engram_jax.analysis.row_readers import RowReaders
+from engram_jax.analysis.texts import hashed_layers, trained_ngrams
+from engram_jax.analysis.usage import NgramCounts
 from engram_jax.checkpoint.load_model import LoadedModel
 from engram_jax.checkpoint.run_settings import check_text
 from engram_jax.config import Config
@@ -40,18 +40,17 @@ def count_training_text(
     accept: Sequence[str] = (),
     tell: Callable[[str], None] = lambda line: None,
 ) -> Counted:
-    """The first `tokens` tokens of what a run was trained on, document by document: from the cache,
-    or prepared again. Raises UserError if the text is not there, or is another one."""
+    """What the first batches of a run's training read, about `tokens` tokens: from the cache, or
+    prepared again. Raises UserError if the text is not there, or is another one."""
     data = open_data(config, tell, count_fgrams=False)
     check_scored_tokenizer(workdir, data)
     check_text(workdir, trained.trained_on, data.prepared.fingerprint, accept)
-    store, addressing = data.prepared.store_train, trained.program.addressing
+    addressing = trained.program.addressing
     assert addressing is not None
-    layers = {k: x for k, x in addressing.layers.items() if isinstance(x, LayerAddressing)}
-    blocks = text_blocks(store.tokens, store.starts, tokens)
-    counts = count_ngrams(addressing, next(iter(layers.values())), blocks)  # layers hash the same
-    readers = {k: RowReaders(layer, counts) for k, layer in layers.items()}
-    return Counted(min(tokens, len(store)), len(store), counts, readers)
+    found = trained_ngrams(addressing, data.prepared, data.config, trained.step, tokens)
+    layers = hashed_layers(addressing)
+    readers = {layer.layer_id: RowReaders(layer, found.counts) for layer in layers}
+    return Counted(found.tokens, found.there, found.counts, readers)
 
 
 class TrainingText:

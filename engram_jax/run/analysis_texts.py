@@ -7,48 +7,38 @@ import numpy as np
 
 from engram_jax.addressing import LayerAddressing
 from engram_jax.addressing.tokenizer import encode_batch
-from engram_jax.analysis.row_ngrams import row_norms
-from engram_jax.analysis.texts import TextBatches, batches_of
-from engram_jax.analysis.usage import NgramCounts, count_ngrams, hits
+from engram_jax.analysis.table_rows import row_norms
+from engram_jax.analysis.texts import TextBatches, batches_of, hashed_layers, trained_ngrams
+from engram_jax.analysis.usage import NgramCounts, hits
 from engram_jax.config.errors import UserError, shown
 from engram_jax.config.given_files import open_file, read_text
 from engram_jax.data.array_store import ArrayStore, array_store
-from engram_jax.data.pipeline import trained_sequences
 from engram_jax.run.analysis_inputs import Given, Subject
 
 TEXT_TOKENS = 32_768  # of held-out text or --text
 LONGEST_TEXT = 1 << 24  # bytes of --text, which is tokenised whole
-_COUNTED = 1 << 18  # training tokens that are counted at a time
 
 
 def addressed(given: Given) -> list[LayerAddressing]:
     """The Engram layers' addressing."""
     addressing = given.model.program.addressing
     assert addressing is not None
-    return [x for x in addressing.layers.values() if isinstance(x, LayerAddressing)]
+    return hashed_layers(addressing)
 
 
 def counted(given: Given) -> dict[int, NgramCounts]:
     """The n-grams of the first training batches, each sequence once, by order."""
     if "ngrams" not in given.cache:
-        assert given.data is not None and given.model.program.addressing is not None
+        addressing = given.model.program.addressing
+        assert given.data is not None and addressing is not None
         given.tell("counting the training text's n-grams")
-        data, step = given.data.config.data, given.model.loaded.step
-        wanted = max(1, given.settings.tokens // (data.batch_size * data.seq_len))
-        prepared, config = given.data.prepared, given.data.config
-        sequences, numbers = trained_sequences(prepared, config, min(step, wanted))
-        each = max(1, _COUNTED // data.seq_len)
-        texts = (
-            (batch["tokens"], batch["segments"])
-            for start in range(0, len(numbers), each)
-            for batch in [sequences.batch(numbers[start : start + each])]
-        )
-        layer = addressed(given)[0]  # all of them read the same n-grams
-        given.cache["ngrams"] = count_ngrams(given.model.program.addressing, layer, texts)
+        step, most = given.model.loaded.step, given.settings.tokens
+        found = trained_ngrams(addressing, given.data.prepared, given.data.config, step, most)
+        given.cache["ngrams"] = found.counts
         given.cache["counted"] = {
-            "tokens": len(numbers) * data.seq_len,
-            "all": wanted >= step,
-            "steps": min(step, wanted),
+            "tokens": found.tokens,
+            "all": found.steps == step,
+            "steps": found.steps,
         }
     return given.cache["ngrams"]
 

@@ -10,13 +10,8 @@ import numpy as np
 from engram_jax.addressing import LayerAddressing
 from engram_jax.addressing.hash_numpy import addresses, canonicalise
 from engram_jax.addressing.tokenizer import encode_batch
-from engram_jax.analysis.row_ngrams import (
-    CanonicalText,
-    head_of,
-    nearest_rows,
-    order_of,
-    readers,
-)
+from engram_jax.analysis.row_readers import CanonicalText, RowReaders, head_of, order_of
+from engram_jax.analysis.table_rows import nearest_rows
 from engram_jax.config.errors import UserError, shown
 from engram_jax.run.analysis_inputs import Given
 from engram_jax.run.analysis_texts import addressed, counted, norms_of_rows, row_hits
@@ -40,10 +35,8 @@ def rows(given: Given) -> Record:
             for row in chosen
         }
         wanted = [*chosen, *(int(row) for rows, _ in near.values() for row in rows)]
-        found: dict[int, Any] = {}
-        for order in layer.orders:
-            own = [row for row in wanted if order_of(layer, row) == order]
-            found |= readers(layer, ngrams[order], own, SHOWN_READERS)
+        readers = RowReaders(layer, ngrams, {head_of(layer, row) for row in wanted})
+        found = {row: readers.of(row, SHOWN_READERS) for row in wanted}
 
         def entries(row: int, most: int, found: Any = found, text: Any = text) -> list[Record]:
             pairs = zip(found[row].windows[:most], found[row].counts[:most], strict=True)

@@ -72,15 +72,16 @@ def test_every_layer_is_the_model_that_ends_there(given, monkeypatch):
     np.testing.assert_allclose(pieces, found, atol=3e-6)
 
 
-def test_states_at_chosen_tokens(given):
-    program, _, weights, batch = given
+def test_states_at_chosen_tokens():
+    program, state = tiny()
+    weights, batch = (state.params, state.router_bias, state.memory), random_batch(program.config)
     rng = np.random.default_rng(0)
     size, length = batch["tokens"].shape
     chosen = rng.integers(0, length, (size, 3)).astype(np.int32)
     found = np.asarray(layer_states.jit_states(program)(*weights, {**batch, "chosen": chosen}))
     every = np.broadcast_to(np.arange(length, dtype=np.int32), (size, length))
     whole = np.asarray(layer_states.jit_states(program)(*weights, {**batch, "chosen": every}))
-    assert whole.shape == (3, size, length, program.config.model.d_model)
+    assert whole.shape == (2, size, length, program.config.model.d_model)
     np.testing.assert_array_equal(found, whole[:, np.arange(size)[:, None], chosen])
     model = program.model(*weights[:2])
     hidden = score_step(program, *weights, batch)[1]

@@ -8,8 +8,8 @@ import pytest
 
 from engram_jax.analysis.depth import log_lens, similarity
 from engram_jax.analysis.gates import jit_gates
-from engram_jax.analysis.row_ngrams import nearest_rows, read_rows, row_norms
 from engram_jax.analysis.sensitivity import losses_by_frequency, parts_of, sensitivity
+from engram_jax.analysis.table_rows import nearest_rows, read_rows, row_norms
 from engram_jax.analysis.usage import count_ngrams
 from engram_jax.checkpoint.table_order import as_stored
 from engram_jax.data.placement import place_batch

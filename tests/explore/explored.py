@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import threading
 from functools import lru_cache
@@ -22,9 +22,8 @@ from engram_jax.explore.explorer import Explorer
 from engram_jax.explore.training_text import Counted, TrainingText
 from engram_jax.model.program import build_program
 from engram_jax.serve.compatibility import with_capacity
-from engram_jax.serve.http import server
 from engram_jax.serve.http.responses import Limits
-from tests.serve.web import Answer, Client
+from tests.serve.web import Answer, Client, served
 from tests.tiny import tiny_config
 
 CAPACITY, VOCAB = 24, 300
@@ -115,20 +114,11 @@ class Page(Client):
         return self.send("POST", "/explore", body, {k: v for k, v in given.items() if v})
 
     def __enter__(self) -> Page:
-        sock = server.bind("127.0.0.1", 0)
-        sock.listen()
-        super().__init__(sock.getsockname()[1])
-        self._app, ready = App(self._explorer, self._host, self._limits), threading.Event()
-        asgi, seconds = self._app.asgi, self._limits.seconds
-        self._server = server.Server(asgi, seconds, ready.set, asgi.refused)
-        run = self._server.serve
-        self._thread = threading.Thread(target=lambda: asyncio.run(run([sock])))
-        self._thread.start()
-        assert ready.wait(30)
+        app = App(self._explorer, self._host, self._limits)
+        self._ending = contextlib.ExitStack()
+        self._ending.callback(app.close)
+        super().__init__(self._ending.enter_context(served(app.asgi, self._limits)))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._server.should_exit = True
-        self._thread.join(30)
-        self._app.close()
-        assert not self._thread.is_alive()
+        self._ending.close()

@@ -27,21 +27,31 @@ def loaded(corpus, undisturbed):
     return config, undisturbed, load_model(config, undisturbed)
 
 
-@pytest.mark.parametrize("most", [300, 10**9])
-def test_the_training_text_is_counted(loaded, most):
-    """Reads of every row, against a loop over the documents."""
+@pytest.mark.parametrize("batches", [5, 24])
+def test_the_training_text_is_counted(loaded, batches):
+    """Reads of every row, against a loop over the documents of the batches that training read."""
     config, _, trained = loaded
-    found = count_training_text(*loaded, most)
-    store = open_data(config, lambda line: None).prepared.store_train
-    addressing, reads, left = trained.program.addressing, Counter(), most
+    data = config.data
+    most = batches * data.batch_size * data.seq_len + 7
+    found = count_training_text(*loaded, most if batches < trained.step else 10**9)
+    training = open_data(config, lambda line: None).train_iterator()
+    read = {}  # sequence -> its tokens and segments; each is counted once
+    for _ in range(trained.step):
+        batch = next(training)
+        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
+            read.setdefault(tokens.tobytes(), (len(read), tokens, segments))
+        if len(read) <= batches * data.batch_size:
+            counted = list(read.values())
+    addressing, reads = trained.program.addressing, Counter()
     layer = addressing.layers[1]
-    for start, stop in zip(store.starts, store.starts[1:], strict=False):
-        ids = store.tokens[start : min(stop, start + left)]
-        left -= len(ids)
-        reads.update(hash_rows(addressing.compression[ids], layer, addressing.pad_id).ravel())
-    assert (found.tokens, found.of) == (min(most, len(store)), len(store))
-    for head, (offset, size) in enumerate(zip(layer.offsets, layer.head_sizes, strict=True)):
-        told = [found.readers[1].of(head, row, 1).reads for row in range(offset, offset + size)]
+    for _, tokens, segments in counted:
+        for number in np.unique(segments):
+            ids = addressing.compression[tokens[segments == number]]
+            reads.update(hash_rows(ids, layer, addressing.pad_id).ravel())
+    assert found.tokens == len(counted) * data.seq_len
+    assert found.of == len(read) * data.seq_len
+    for offset, size in zip(layer.offsets, layer.head_sizes, strict=True):
+        told = [found.readers[1].of(row, 1).reads for row in range(offset, offset + size)]
         assert told == [reads[row] for row in range(offset, offset + size)]
         assert sum(told) == found.tokens
 

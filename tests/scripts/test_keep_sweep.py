@@ -22,7 +22,8 @@ def sweep(tmp_path):
     folder = tmp_path / "sweep"
     command = "/home/someone/env/bin/python launch.py --config=a.py:x=1"
     for name, diverged in (("x=1", False), ("x=2", True), ("x=3", False)):
-        launches = [{"command": command, "directory": "/home/someone", "host": "box", "cpus": 2}]
+        launch = {"command": command, "directory": "/home/someone", "host": "box", "cpus": 2}
+        launches = [launch | {"environment": {"CACHE": "/home/someone/cache", "SECONDS": "0"}}]
         write(folder / name / "run.json", {"launches": launches})
         write(folder / name / "checkpoints/1/data", "large")
         attempt = {"host": "box", "command": command, "seconds": 3.5, "diverged": diverged}
@@ -48,7 +49,7 @@ def test_round_trip(sweep, tmp_path, capsys):
     assert json.loads((tmp_path / "again/x=1/losses.json").read_text()) == {"step": 5}
     found = json.loads((tmp_path / "again/x=2/run.json").read_text())
     launch = {"command": "python launch.py --config=a.py:x=1", "host": "", "cpus": 2}
-    assert found == {"launches": [launch]}
+    assert found == {"launches": [launch | {"environment": {"CACHE": "cache", "SECONDS": "0"}}]}
     with np.load(tmp_path / "again/x=1/held_out_documents.npz") as kept:
         assert kept["nats"].tolist() == [0, 1, 2]
     (attempt,) = json.loads((tmp_path / "again/logs/x=2.json").read_text())

@@ -6,6 +6,7 @@ python -m tests.serve.web DRAIN_SECONDS    # as a process of its own, on a free 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
@@ -13,7 +14,7 @@ import string
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +143,30 @@ def read_all(connection: socket.socket) -> bytes:
     return got
 
 
+@contextlib.contextmanager
+def served(asgi: Any, limits: Limits) -> Iterator[int]:
+    """The port of an application, which a thread serves until the block ends."""
+    sock, ready = server.bind("127.0.0.1", 0), threading.Event()
+    sock.listen()
+    made = server.Server(
+        asgi,
+        limits.seconds,
+        ready.set,
+        asgi.refused,
+        write_seconds=limits.seconds,
+        connections=limits.connections,
+    )
+    thread = threading.Thread(target=lambda: asyncio.run(made.serve([sock])))
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield sock.getsockname()[1]
+    finally:
+        made.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
 class Running(Client):
     """A server in a thread; ends with the block."""
 
@@ -152,33 +177,15 @@ class Running(Client):
             self.headers = {"Authorization": f"Bearer {rules.api_keys[0]}"}
 
     def __enter__(self) -> Running:
-        engine = self.engine
-        sock = server.bind("127.0.0.1", 0)
-        sock.listen()
-        super().__init__(sock.getsockname()[1])
-        self.runner = EngineThread(engine)
-        app = App(self.runner, engine, self.limits, self.rules)
-        ready = threading.Event()
-        limits = self.limits
-        self._server = server.Server(
-            app.asgi,
-            limits.seconds,
-            ready.set,
-            app.asgi.refused,
-            write_seconds=limits.seconds,
-            connections=limits.connections,
-        )
-        run = self._server.serve
-        self._thread = threading.Thread(target=lambda: asyncio.run(run([sock])))
-        self._thread.start()
-        assert ready.wait(30)
+        self.runner = EngineThread(self.engine)
+        app = App(self.runner, self.engine, self.limits, self.rules)
+        self._ending = contextlib.ExitStack()
+        self._ending.callback(self.runner.close)
+        super().__init__(self._ending.enter_context(served(app.asgi, self.limits)))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._server.should_exit = True
-        self._thread.join(30)
-        self.runner.close()
-        assert not self._thread.is_alive()
+        self._ending.close()
 
 
 if __name__ == "__main__":
