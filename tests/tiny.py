@@ -16,14 +16,14 @@ VOCAB, CANONICAL = 61, 50
 
 
 def tiny_config(**overrides):
-    """Dense layer 0, MoE and Engram at 1: few layers compile soon. Overrides by dotted key."""
+    """Dense layer 0, MoE 1 and 2, Engram at 1: few layers compile soon. Overrides by dotted key."""
     values = config_lib.default_config_dict()
     values.update_from_flattened_dict(
         {
             "tokenizer.vocab_size": VOCAB,
             "tokenizer.canonical_vocab_size": CANONICAL,
             "model.d_model": 16,
-            "model.layers": 2,
+            "model.layers": 3,
             "model.init_std": 0.2,
             "model.attention.heads": 2,
             "model.attention.kv_lora_rank": 8,

@@ -16,7 +16,7 @@ from tests.tiny import random_batch, tiny, tiny_addressing, tiny_config
 
 @pytest.fixture(scope="module")
 def given():
-    program, state = tiny(**{"model.layers": 3})
+    program, state = tiny()
     batch = random_batch(program.config)
     return program, state, (state.params, state.router_bias, state.memory), batch
 
@@ -73,7 +73,7 @@ def test_every_layer_is_the_model_that_ends_there(given, monkeypatch):
 
 
 def test_states_at_chosen_tokens():
-    program, state = tiny()
+    program, state = tiny(**{"model.layers": 2})
     weights, batch = (state.params, state.router_bias, state.memory), random_batch(program.config)
     rng = np.random.default_rng(0)
     size, length = batch["tokens"].shape

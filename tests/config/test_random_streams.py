@@ -25,7 +25,7 @@ def drawn():
     Keys are read where JAX derives them, so that one which two places derive is counted twice; a
     key split into n counts as the n that come out.
     """
-    config = tiny_config(**{"model.layers": 3, "model.engram.layers": (1, 2)})
+    config = tiny_config(**{"model.engram.layers": (1, 2)})
     program = build_training(config, tiny_addressing(config))
     keys = []
 

@@ -37,13 +37,19 @@ MORE_MESHES = {
 }
 
 
+def program_of(mesh: tuple, **overrides):
+    """On one device, or on a mesh of eight."""
+    keys = {"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in mesh}}
+    config = tiny_config(**keys, **overrides)
+    devices = jax.devices()[: 1 if mesh == ONE else 8]
+    return build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
+
+
 @lru_cache
 def trained(mesh: tuple, steps: int, **overrides):
     """(metrics of every step, tables by address, parameters) of a run on that mesh."""
-    keys = {f"mesh.{k}": v for k, v in mesh}
-    config = tiny_config(**{"data.batch_size": BATCH, "train.accumulation": 2, **keys, **overrides})
-    devices = jax.devices()[: 1 if mesh == ONE else 8]
-    program = build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
+    program = program_of(mesh, **{"train.accumulation": 2, **overrides})
+    config = program.config
     state, step = create_state(program), jit_train_step(program)
     metrics = []
     for number in range(steps):
@@ -105,11 +111,8 @@ def test_losses_of_targets_equal_those_of_one_device():
     """In the order of the batch, whatever device a sequence lies on."""
     found = []
     for mesh in (ONE, EVERY_AXIS):
-        keys = {"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in mesh}}
-        config = tiny_config(**keys)
-        devices = jax.devices()[: 1 if mesh == ONE else 8]
-        program = build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
-        state = create_state(program)
+        program = program_of(mesh)
+        config, state = program.config, create_state(program)
         batch = place_batch(program.mesh, random_batch(config), BATCH)
         step = jax.jit(partial(score_step, program))
         found.append(step(state.params, state.router_bias, state.memory, batch))
@@ -120,9 +123,8 @@ def test_losses_of_targets_equal_those_of_one_device():
 
 def test_rows_of_a_table_are_those_of_their_addresses():
     """Read back, measured and compared, whatever device a row lies on."""
-    config = tiny_config(**{"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in EVERY_AXIS}})
-    mesh = make_mesh(config.mesh, jax.devices())
-    program = build_training(config, tiny_addressing(config), mesh)
+    program = program_of(EVERY_AXIS)
+    config, mesh = program.config, program.mesh
     layer, layout = program.addressing.layers[1], program.layouts["1"]
     table = np.zeros((layout.stored, config.model.engram.dim), np.float32)
     table[: layer.rows] = np.random.default_rng(0).normal(size=(layer.rows, table.shape[1]))
@@ -144,11 +146,8 @@ def test_rows_of_a_table_are_those_of_their_addresses():
 def test_analyses_equal_those_of_one_device():
     found = []
     for mesh in (ONE, EVERY_AXIS):
-        keys = {"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in mesh}}
-        config = tiny_config(**keys)
-        devices = jax.devices()[: 1 if mesh == ONE else 8]
-        program = build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
-        state = create_state(program)
+        program = program_of(mesh)
+        config, state = program.config, create_state(program)
         variables = state.params, state.router_bias, state.memory
         batches = [random_batch(config, seed, accumulate_padding=True) for seed in range(2)]
         layer = program.addressing.layers[1]

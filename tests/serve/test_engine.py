@@ -138,7 +138,7 @@ def test_full_sequences_fit():
 
 MODELS = {
     "no memory": {"model.engram.layers": ()},
-    "layers 0 and 2": {"model.layers": 3, "model.engram.layers": (0, 2)},
+    "layers 0 and 2": {"model.engram.layers": (0, 2)},
     "no convolution": {"model.engram.form": "v41"},
     "dialect qwen": {
         "model.engram.form": "qwen",

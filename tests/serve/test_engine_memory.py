@@ -166,7 +166,7 @@ def test_a_neighbours_padding_reads_no_damaged_row(order):
 
 
 def test_one_of_two_layers_can_be_switched_off():
-    program, state = tiny(**{"model.layers": 3, "model.engram.layers": (0, 2)})
+    program, state = tiny(**{"model.engram.layers": (0, 2)})
     weights = weights_of(program, state)
     steps = EngineSteps(program, dataclasses.replace(SERVE, off_layers=(2,)))
     memory = {"0": host_memory(program, weights)["0"]}

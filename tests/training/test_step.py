@@ -209,7 +209,7 @@ def test_gates_are_means_over_real_tokens():
 
 
 def test_loads_count_real_tokens_and_move_the_bias():
-    program, state, step = stepping(**{"model.layers": 3})  # two of experts
+    program, state, step = stepping()
     ffn = program.config.model.ffn
     batch = random_batch(program.config, accumulate_padding=True)
     after, metrics = step(copy(state), batch)
