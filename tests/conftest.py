@@ -22,24 +22,21 @@ import jax
 import numpy as np
 import pytest
 
+from tests.xla_flags import CPU_ALONE, LEVEL, QUICK, is_quick
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 
 _LARGE, _TOO_LARGE = 1_600_000_000, 2_000_000_000  # bytes of a worker: after a module, after a test
-# XLA neither optimises nor, in the tests' own processes, goes through MLIR: half the time of a
-# compilation and less. libtpu, which reads the same variable, ends a process that sets the latter.
-QUICK = "--xla_backend_optimization_level=0"
-CPU_ALONE = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before JAX's first computation here, and for the processes that tests start. The workers of
     pytest-xdist begin with what their controller has set."""
     given = os.environ.get("XLA_FLAGS", "")
-    _, there, level = given.rpartition("--xla_backend_optimization_level=")
-    if config.getoption("markexpr") == "not slow" and (not there or level.split()[0] == "0"):
-        quick = given if there else f"{given} {QUICK}".strip()
+    if config.getoption("markexpr") == "not slow" and (LEVEL not in given or is_quick(given)):
+        quick = given if is_quick(given) else f"{given} {QUICK}".strip()
         os.environ["XLA_FLAGS"] = f"{quick} {CPU_ALONE}"
         jax.block_until_ready(jax.jit(lambda x: x + 1)(0))  # XLA reads the variable once, now
         os.environ["XLA_FLAGS"] = quick

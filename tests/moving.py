@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from engram_jax.checkpoint import orbax_internals, save_barrier
 from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.config.errors import UserError
+from tests.xla_flags import cpu_flags
 
 BFLOAT16 = np.dtype(jax.numpy.bfloat16)
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,7 +267,7 @@ def start(
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": cpu_flags(f"--xla_force_host_platform_device_count={devices}"),
     }
     return [
         subprocess.Popen(

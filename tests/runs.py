@@ -29,6 +29,7 @@ from absl.testing import flagsaver
 from configs import engram_tiny
 from engram_jax import cli
 from engram_jax import config as config_lib
+from tests.xla_flags import cpu_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
@@ -164,10 +165,10 @@ def _flags_as_before() -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process on the CPU that finds the programs we have compiled."""
+    """Of a process on the CPU that compiles as we do and finds what we have compiled."""
     compiled = jax.config.jax_compilation_cache_dir
     kept = {"JAX_COMPILATION_CACHE_DIR": compiled} if compiled else {}
-    return {**os.environ, "JAX_PLATFORMS": "cpu", **kept}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": cpu_flags(), **kept}
 
 
 def run_process(*arguments: str) -> Outcome:

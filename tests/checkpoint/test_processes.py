@@ -17,6 +17,7 @@ import pytest
 
 from engram_jax.checkpoint.manager import Checkpointer
 from tests.checkpoint.states import assert_identical, assert_refused, make_state
+from tests.xla_flags import cpu_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +81,7 @@ def run_python(code: str, *args: object, devices: int = 1) -> str:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": cpu_flags(f"--xla_force_host_platform_device_count={devices}"),
     }
     command = [sys.executable, "-c", code, *map(str, args)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

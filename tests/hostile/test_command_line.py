@@ -36,7 +36,7 @@ NEAREST = [
         "did you mean --config.data.seed, --config.train.seed or --config.generate.seed?",
     ),
     ("--promt=x", "--promt: unknown flag; did you mean --prompt?"),
-    ("--zzz=1", "--zzz: unknown flag; allowed: --config.KEY, --accept_changes, --base"),
+    ("--zzz=1", "--zzz: unknown flag; allowed: --config.KEY, --accept_changes, --against"),
     ("--" + "a" * 5000, "aaa...: unknown flag; allowed: --config.KEY"),
     ("--config.trian.steps=3", "unknown key 'trian'; did you mean --config.train.steps?"),
     ("--config.train.stepps=3", "unknown key 'stepps'; did you mean --config.train.steps?"),
