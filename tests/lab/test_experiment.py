@@ -17,7 +17,7 @@ from tests.model.test_budgets import counted, off
 from tests.runs import ROOT, launched, refused
 
 FOLDER = ROOT / "configs" / "experiments"
-NAMES = ("allocation", "allocation_large", "slots", "components")
+NAMES = ("allocation", "allocation_large", "slots", "components", "depth")
 
 
 def declared(name: str) -> Experiment:
@@ -50,7 +50,7 @@ def test_every_point_is_a_configuration_that_says_what_it_is(name):
         tokens = config.train.steps * config.data.batch_size * config.data.seq_len
         assert tokens >= (3_000_000 if name == "allocation_large" else 800_000)
     for point in experiment.points:
-        assert len(experiment.rates[point.family]) == 3
+        assert len(experiment.rates[point.family]) == (1 if name == "depth" else 3)
         assert experiment.point(experiment.tune[point.family]).family == point.family
 
 
