@@ -50,7 +50,7 @@ class Bounds:
 
     head_seconds: in which the head of a request must arrive. write_seconds: in which a client must
     take some of what waits for it. most: connections at once; one more than that, and the one that
-    has waited longest for a request (or the rest of one) is closed.
+    has waited longest for a request (or the rest of one) is closed, with an answer if a part came.
     waiting: connections without a complete request, the one that has waited longest first.
     """
 
@@ -153,7 +153,9 @@ class _Connection(H11Protocol):
         self._watch()
         if len(self.connections) > self._bounds.most:
             oldest = next(iter(self._bounds.waiting), self)
-            oldest._refuse(503, "too many connections; this one waited longest for a request")
+            # The newest, where all others are at work, is told why before it has asked.
+            end = oldest._refuse if oldest is self else oldest._end
+            end(503, "too many connections; this one waited longest for a request")
 
     def data_received(self, data: bytes) -> None:
         late = self.conn.our_state is h11.DONE  # the request is answered, and its body still comes
@@ -199,10 +201,15 @@ class _Connection(H11Protocol):
             self._head_timer = self.loop.call_later(self._bounds.head_seconds, self._too_late)
 
     def _too_late(self) -> None:
-        if self.conn.trailing_data[0]:  # a part of a head
-            self._refuse(408, f"head: must arrive within {self._bounds.head_seconds:g} s")
+        self._end(408, f"head: must arrive within {self._bounds.head_seconds:g} s")
+
+    def _end(self, status: int, message: str) -> None:
+        """Refuse the request that has begun to come; a connection without one is only closed."""
+        if self._answering or self.conn.trailing_data[0]:
+            self._refuse(status, message)
         else:
             self.transport.close()
+            self._watch()
 
     # The answer must be taken.
 
