@@ -156,6 +156,8 @@ MODELS = {
 
 RARE = (
     "no memory",
+    "layers 0 and 2",
+    "no convolution",
     "one stream, tied",
     "frequent n-grams, product keys",
 )  # each model is a minute of compilation
