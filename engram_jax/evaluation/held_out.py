@@ -243,7 +243,10 @@ def evaluate(
     any, and without config.serve.ema and off_layers or off_orders, process 0 writes the documents'
     losses to `workdir` (see `file_of_step`), and the result says by what n-grams of context, too.
     """
+    tell = processes.stages(sys.stderr)  # standard output is the result
+    tell("reading the checkpoint and the held-out text")
     found = open_checkpoint(config, workdir, step, accept)
+    tell(f"scoring {len(held_out_sequences(found.data)):,} sequences")
     evaluator = Evaluator(found.program, found.data, config.serve)
     nats = evaluator.target_nats(found.state)
     score = evaluator.whole(nats)
@@ -265,6 +268,7 @@ def evaluate(
     if not found.same_text:
         return {**result, "another_text": True}
     if not any(covers([DATA], key) for key in found.changes):  # the run's own batches
+        tell("looking for the n-grams of context in the training text")
         contexts = seen_contexts(found.data, found.step)
         result[BY_CONTEXT] = losses_by_context(contexts, {config.name: nats})
         own = not found.changes and not config.serve.ema and not any(off.values())

@@ -16,6 +16,7 @@ weight w are those of a grid with the lowest loss on the tuning half (evaluation
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.packing import PackedSequences
 from engram_jax.data.placement import place_batch
+from engram_jax.distributed import processes
 from engram_jax.evaluation.held_out import Checkpoint, fetched
 from engram_jax.evaluation.neighbours import (
     FLAT,
@@ -198,20 +200,25 @@ def evaluate_knn(config: Config, workdir: Path, step: str, settings: Settings) -
     Returns `neighbours.record`. Raises UserError as `open_neighbours`, and for a datastore that
     does not fit in memory.
     """
+    tell = processes.stages(sys.stderr)  # standard output is the result
+    tell("reading the checkpoint and its text")
     found = open_neighbours(config, workdir, step, "--neighbours=knn")
     tuned = tunes(found.data)
     check_halves(tuned, "--neighbours=knn")
     sequences, numbers = text_sequences(found.data, settings.text, found.step)
     model, held_out = HiddenStates(found), held_out_sequences(found.data)
     next(model(held_out, np.arange(1)))  # compiles: no part of the seconds below
+    tell("filling the datastore")
     keys, values, build_seconds = _read(model, sequences, numbers, settings.tokens, config)
     store = Datastore(keys, values, settings.index)
 
+    tell(f"scoring {len(held_out):,} sequences")
     started = time.perf_counter()
     parts = list(model(held_out, np.arange(len(held_out))))
     model_seconds = time.perf_counter() - started
     queries, targets, nats = (np.concatenate(x) for x in zip(*parts, strict=True))
     nats = nats.astype(np.float64)
+    tell(f"searching {len(keys):,} keys for {len(queries):,} tokens")
     started = time.perf_counter()
     distances, hits = store.search(queries, targets, min(max(NEIGHBOURS), len(keys)))
     search_seconds = time.perf_counter() - started

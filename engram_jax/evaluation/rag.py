@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.array_store import Store
 from engram_jax.data.packing import Batch, PackedSequences
+from engram_jax.distributed import processes
 from engram_jax.evaluation.held_out import Checkpoint, Evaluator
 from engram_jax.evaluation.neighbours import (
     Measured,
@@ -212,6 +214,8 @@ def evaluate_rag(config: Config, workdir: Path, step: str, settings: Settings) -
     Returns `neighbours.record`. Raises UserError as `open_neighbours` and `layout`.
     """
     chunk, passage, context = layout(settings, config.data.seq_len)
+    tell = processes.stages(sys.stderr)  # standard output is the result
+    tell("reading the checkpoint and its text")
     found = open_neighbours(config, workdir, step, "--neighbours=rag")
     tuned = tunes(found.data)
     check_halves(tuned, "--neighbours=rag")
@@ -219,6 +223,7 @@ def evaluate_rag(config: Config, workdir: Path, step: str, settings: Settings) -
     pieces = chunks(store, chunk)
     tuning = documents_of(store, np.asarray([piece.start for piece in pieces])) % 2 == 0
 
+    tell("indexing passages of the training text")
     started = time.perf_counter()
     known = passages(*text_sequences(found.data, settings.text, found.step), passage)
     index = PassageIndex(tokenizer.decode_batch([ids.tolist() for ids in known]))
@@ -236,6 +241,7 @@ def evaluate_rag(config: Config, workdir: Path, step: str, settings: Settings) -
     def texts(numbers: Sequence[int | None]) -> list[np.ndarray]:
         return [nothing if i is None else known[i] for i in numbers]
 
+    tell(f"choosing the query's length; then scoring {len(pieces):,} pieces of held-out text")
     score = ChunkScorer(found, pieces)
     score([nothing] * len(pieces), context, np.arange(len(pieces)) < 1)  # compiles
     losses = {}

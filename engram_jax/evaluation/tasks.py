@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from engram_jax.checkpoint.workdir import TASK_ITEMS, TASK_SCORES, file_of_step
 from engram_jax.config import OVER_ENCODING, Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.mixed_tasks import TaskItems, read_items
+from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree
 from engram_jax.hardware.storage import write_text
 from engram_jax.memory.table import lookup
@@ -69,7 +71,10 @@ def evaluate_tasks(
     """
     check_off(config)
     found = agree(lambda: read_items(workdir / TASK_ITEMS))
+    tell = processes.stages(sys.stderr)  # standard output is the result
+    tell("reading the checkpoint")
     trained = load_model(config, workdir, step, accept=accept)
+    tell(f"scoring {len(found.items):,} items, with the memory on and off")
     return score_tasks(
         trained.program, trained.weights, trained.tokenizer, found, trained.step, workdir
     )

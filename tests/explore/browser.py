@@ -51,7 +51,7 @@ class Window:
     def js(self, code: str, *arguments):
         return self.driver.execute_script(code, *arguments)
 
-    def until(self, code: str, *arguments, seconds: float = 20.0):
+    def until(self, code: str, *arguments, seconds: float = 120.0):
         deadline = time.monotonic() + seconds
         while not (found := self.js(code, *arguments)):
             assert time.monotonic() < deadline, f"{code} {arguments}: never"
