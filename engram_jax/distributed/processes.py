@@ -77,13 +77,13 @@ def join(
 def log(line: str) -> None:
     """Print a line for the user, on process 0 only."""
     if jax.process_index() == 0:
-        print(line, flush=True)
+        _say(line)
 
 
 def warn(line: str) -> None:
     """Print a warning on standard error, on process 0 only."""
     if jax.process_index() == 0:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        _say(f"warning: {line}", sys.stderr)
 
 
 def stages(stream: TextIO | None = None) -> Callable[[str], None]:
@@ -94,9 +94,14 @@ def stages(stream: TextIO | None = None) -> Callable[[str], None]:
     def tell(line: str) -> None:
         if jax.process_index() == 0:
             passed = time.monotonic() - began
-            print(f"[{passed:5.1f} s] {line}", file=stream or sys.stdout, flush=True)
+            _say(f"[{passed:5.1f} s] {line}", stream)
 
     return tell
+
+
+def _say(line: str, stream: TextIO | None = None) -> None:
+    """In one write, so that lines of several threads stay whole. stream: standard output."""
+    print(f"{line}\n", end="", file=stream or sys.stdout, flush=True)
 
 
 def _on_tpu() -> bool:

@@ -270,8 +270,7 @@ def evaluated(corpus: Path, workdir: Path, *arguments: str) -> dict:
     outcome = launched(*small_run(corpus, workdir), "--mode=evaluate", "--json", *arguments)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("\n") == 1
-    said = [line.split("] ")[1].split()[0] for line in outcome.err.splitlines()]
-    assert said[:2] == ["reading", "scoring"]
+    assert re.findall(r"^\[ *\d+\.\d s\] (\w+)", outcome.err, re.M)[:2] == ["reading", "scoring"]
     return json.loads(outcome.out)
 
 

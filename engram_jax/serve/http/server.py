@@ -103,7 +103,7 @@ def listen(sock: socket.socket, host: str, port: int, most: int) -> int:
 
 
 def tell(line: str) -> None:
-    print(line, flush=True)
+    print(f"{line}\n", end="", flush=True)  # in one write: other threads have lines, too
 
 
 def serve(
