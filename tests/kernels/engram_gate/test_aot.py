@@ -19,6 +19,7 @@ MOVED = {
     "deepseek_v41 fp8 channel forward": 1.2,
     "deepseek_v41 fp8 block forward": 1.2,
 }
+PROVEN = ("deepseek_v41 bf16 step", "deepseek_v41 fp8 block forward")  # in CI
 
 
 @pytest.mark.parametrize("name", SLICES)
@@ -52,9 +53,15 @@ def test_every_case_of_the_27b_geometry(tpu_slice, case, name):
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 @pytest.mark.parametrize("name", SLICES)
-@pytest.mark.parametrize("case", [c for c in CASES if "deepseek_v41" in c])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.proof if case in PROVEN else ())
+        for case in CASES
+        if "deepseek_v41" in case
+    ],
+)
 def test_every_case_of_v41(tpu_slice, case, name):
     compiled(tpu_slice(name)[0], CASES[case])
 
