@@ -21,7 +21,7 @@ def test_the_text_is_that_of_a_run(corpus, undisturbed):
         for a, b in zip(mine, theirs, strict=True):
             assert a.dtype == np.int32 and np.array_equal(a, b)
     assert text.tokenizer.to_str() == run.model.tokenizer.to_str()
-    told = json.loads((undisturbed / "run.json").read_text())["data"]
+    told = json.loads((undisturbed / "run.json").read_text())["launches"][0]["data"]
     assert text.bytes_per_token == told["validation_bytes_per_token"]
     assert text.description == told["source"]
     assert any(line.startswith("data: ") and "tokens to train on" in line for line in heard)
