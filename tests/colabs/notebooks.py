@@ -16,6 +16,7 @@ import time
 import venv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ NAMES = [file.stem for file in FILES]
 PARAMETERS = "parameters"  # papermill's tag: the cell of settings
 INSTALL = "install"  # the id of the install cell
 _KERNEL = "colab"
+
+
+class _Client(NotebookClient):
+    """Of a kernel whose specification lies in the folder `kernels`."""
+
+    kernels: Path
+
+    def create_kernel_manager(self) -> AsyncKernelManager:
+        specifications = KernelSpecManager(
+            kernel_dirs=[str(self.kernels)], ensure_native_kernel=False
+        )
+        self.km = AsyncKernelManager(
+            kernel_name=self.kernel_name, kernel_spec_manager=specifications
+        )
+        return self.km
 
 
 @dataclass(frozen=True)
@@ -56,16 +72,28 @@ class Ran:
     def shown(self, cell_id: str) -> str:
         """What a cell printed and showed as text."""
         (cell,) = [cell for cell in self.notebook.cells if cell.id == cell_id]
-        parts = [
-            output.text if output.output_type == "stream" else "".join(_texts(output.data))
+        return "".join(
+            output.text if output.output_type == "stream" else "\n".join(_texts(output.data)) + "\n"
             for output in cell.outputs
-        ]
-        return "\n".join(parts)
+        )
+
+    def slowest(self, most: int = 4) -> str:
+        """The cells that took longest, with their seconds."""
+        times = {cell.id: _seconds(cell.metadata.execution) for cell in code_cells(self.notebook)}
+        ordered = sorted(times, key=lambda name: -times[name])
+        return ", ".join(f"{name} {times[name]:.0f}" for name in ordered[:most])
 
     def pictures(self) -> int:
         """How many there are."""
         outputs = [output for cell in self.notebook.cells for output in cell.get("outputs", ())]
         return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def _seconds(execution: Mapping[str, str]) -> float:
+    """From a cell's beginning to its reply."""
+    ends = (execution["iopub.execute_input"], execution["shell.execute_reply"])
+    began, ended = (datetime.fromisoformat(end) for end in ends)
+    return (ended - began).total_seconds()
 
 
 def _texts(data: Mapping[str, str]) -> list[str]:
@@ -151,17 +179,9 @@ def run(
     pairs = "".join(f"{key!r}: {text}, " for key, text in (wanted or {}).items())
     last = f"import json\nopen({str(results)!r}, 'w').write(json.dumps({{{pairs}}}))"
     notebook.cells.append(nbformat.v4.new_code_cell(last))
-    client = NotebookClient(
-        notebook,
-        km=AsyncKernelManager(
-            kernel_name=_KERNEL,
-            kernel_spec_manager=KernelSpecManager(
-                kernel_dirs=[str(environment.kernels)], ensure_native_kernel=False
-            ),
-        ),
-        timeout=timeout,
-        resources={"metadata": {"path": str(folder)}},
-    )
+    place = {"metadata": {"path": str(folder)}}
+    client = _Client(notebook, timeout=timeout, resources=place, kernel_name=_KERNEL)
+    client.kernels = environment.kernels
     began, before = time.monotonic(), _processor_seconds()
     client.execute(env=dict(environment.variables))
     seconds = time.monotonic() - began
