@@ -3,8 +3,8 @@
     python -m scripts.repository_address              which address it is, and who repeats it
     python -m scripts.repository_address OWNER/NAME   another one, everywhere
 
-A notebook's install cell and the badges of README must spell the address out, for they are read
-where nothing of the repository is. tests/colabs/test_address.py checks that all of them agree.
+A notebook's links, its install cell and the badges of README must spell the address out, for they
+are read where nothing of the repository is. tests/colabs/test_address.py checks that all agree.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PLACEHOLDER = "OWNER/engram_jax"
 HOST = "https://github.com/"
+# Stands where the address does until there is a real one.
+SAID_SO = f" The address {PLACEHOLDER} is a placeholder until the repository is published."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+")
 
 
@@ -33,12 +35,13 @@ def files(root: Path = ROOT) -> list[Path]:
 
 
 def replace(new: str, root: Path = ROOT) -> list[str]:
-    """Write another address wherever the present one stands; returns the files changed."""
+    """Write another address wherever the present one stands, and leave out that it is a placeholder
+    where it is none any more; returns the files changed."""
     old, changed = address(root), []
     whole_name = re.compile(rf"{re.escape(old)}(?![\w-])")
     for file in files(root):
         text = file.read_text(encoding="utf-8")
-        found = whole_name.sub(new, text)
+        found = whole_name.sub(new, text.replace(SAID_SO, "") if new != PLACEHOLDER else text)
         if found != text:
             file.write_text(found, encoding="utf-8")
             changed.append(str(file.relative_to(root)))

@@ -6,7 +6,7 @@ import pytest
 
 from tests.colabs.notebooks import Environment, make_environment, snapshot
 from tests.runs import environment as as_here
-from tests.xla_flags import QUICK
+from tests.xla_flags import CPU_ALONE, QUICK
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +24,6 @@ def shipped(source, tmp_path_factory) -> Environment:
 @pytest.fixture(scope="session")
 def quick(source, tmp_path_factory) -> Environment:
     """The same with programs that XLA does not optimise, kept from one session to the next."""
-    here = as_here()
-    flags = here["XLA_FLAGS"] if QUICK in here["XLA_FLAGS"] else f"{here['XLA_FLAGS']} {QUICK}"
-    variables = {
-        **here,
-        "XLA_FLAGS": flags.strip(),
-        "ENGRAM_CACHE": str(tmp_path_factory.mktemp("cache")),
-    }
+    cache = str(tmp_path_factory.mktemp("cache"))
+    variables = as_here() | {"XLA_FLAGS": f"{QUICK} {CPU_ALONE}", "ENGRAM_CACHE": cache}
     return make_environment(tmp_path_factory.mktemp("quick"), source, variables)
