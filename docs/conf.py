@@ -25,6 +25,7 @@ include_patterns = [
     "docs/*.md",
     "docs/api/**",
     "kernels_pallas/*/README.md",
+    "colabs/README.md",
     "tests/golden/README.md",
 ]
 exclude_patterns = [".*", "build", "dist", "runs", "*.egg-info"]

@@ -33,4 +33,4 @@ def test_the_page_prints_what_it_says(tmp_path, monkeypatch):
         same = doctest.OutputChecker().check_output(text, printed, doctest.ELLIPSIS)
         assert same, f"the page says\n{text}\nand it prints\n{printed}"
         compared += 1
-    assert compared == 10
+    assert compared == 12

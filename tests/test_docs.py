@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 HISTORY = ("docs/log.md", "CHANGELOG.md")
 PAGES = sorted(
     str(page.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "kernels_pallas/*/README.md", "tests/golden/README.md")
+    for pattern in (
+        *("*.md", "docs/*.md", "colabs/README.md"),
+        *("kernels_pallas/*/README.md", "tests/golden/README.md"),
+    )
     for page in ROOT.glob(pattern)
 )
 # Where a page's short names begin; a page's own folder comes first.

@@ -28,21 +28,24 @@ class MemoryReading:
       then of the next. rows: [T, H, dim], as they are stored.
     gates: float32 [T, M], per branch ([T, 1] of one); None where the layer has none.
     added: [T, M, d], what the layer adds to the residual streams, the convolution included.
+    streams: [T, M, d], the residual streams as the layer finds them: the queries of its gate.
     """
 
     addresses: np.ndarray
     rows: np.ndarray
     gates: np.ndarray | None
     added: np.ndarray
+    streams: np.ndarray
 
 
 def jit_reading(program: Program, off: ServeConfig | None = None) -> jax.stages.Wrapped:
-    """(weights, tokens int32 [1, T]) -> (addresses, rows, gates, added) by layer id, compiled. off:
-    which layers and orders are switched off; layers that are off have no gates and add nothing."""
+    """(weights, tokens int32 [1, T]) -> (addresses, rows, gates, added, streams) by layer id,
+    compiled. off: which layers and orders are switched off; layers that are off have no gates, add
+    nothing and read no streams."""
 
     def read(weights: Weights, tokens: jax.Array) -> tuple[Any, ...]:
         addresses, rows, output = run_document(program, weights, tokens, off, keep=True)
-        return addresses, rows, output.gates, output.added
+        return addresses, rows, output.gates, output.added, output.read
 
     return program.jit(read, out_shardings=NamedSharding(program.mesh, P()))
 
@@ -50,10 +53,15 @@ def jit_reading(program: Program, off: ServeConfig | None = None) -> jax.stages.
 def read_document(reading: Any, weights: Weights, ids: np.ndarray) -> dict[str, MemoryReading]:
     """By layer id, of the layers that are on. reading: of `jit_reading`. ids: int [T], the
     beginning of a document."""
-    addresses, rows, gates, added = jax.device_get(reading(weights, ids[None].astype(np.int32)))
+    found = jax.device_get(reading(weights, ids[None].astype(np.int32)))
+    addresses, rows, gates, added, streams = found
     return {
         k: MemoryReading(
-            addresses[k][0], rows[k][0], gates[k][0] if k in gates else None, added[k][0]
+            addresses=addresses[k][0],
+            rows=rows[k][0],
+            gates=gates[k][0] if k in gates else None,
+            added=added[k][0],
+            streams=streams[k][0],
         )
         for k in added
     }
@@ -70,7 +78,7 @@ def run_document(
 ) -> tuple[Mapping[str, jax.Array], Mapping[str, jax.Array], Output]:
     """(addresses [B, T, H] and stored rows [B, T, H, dim] by layer id, output) of tokens int32
     [B, T], the beginnings of B documents. remembers: bool [B], the documents to which the layers
-    add anything; None = all. keep: of what the layers add, too."""
+    add anything; None = all. keep: of what the layers find and add, too."""
     segments = jnp.ones_like(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     addresses = batch_addresses(program, {"tokens": tokens, "segments": segments})

@@ -27,12 +27,16 @@ if TYPE_CHECKING:
         sensitivity,
         usage,
     )
+    from engram_jax.api.budgets import budget, solve
     from engram_jax.api.generation import generate
-    from engram_jax.api.memory import addresses, read_memory, slots
+    from engram_jax.api.memory import addresses, canonical_ids, hash_plan, read_memory, slots
     from engram_jax.api.models import Model, build, configure, encode, init, switch_off
     from engram_jax.api.runs import Run, open_run, run_documents, save_run
+    from engram_jax.api.texts import Text, open_text
     from engram_jax.api.training import Losses, batches, evaluate, train, train_step
     from engram_jax.config.errors import UserError
+    from engram_jax.data.train_bpe import train_bpe
+    from engram_jax.model.budgets import Budget
     from engram_jax.serve.request import Completion, SamplingParams
 
 _FROM = {
@@ -41,17 +45,22 @@ _FROM = {
         *("RowAnswer", "layer_similarity", "log_lens"),
         *("row_answers", "sensitivity", "usage"),
     ),
+    "api.budgets": ("budget", "solve"),
     "api.generation": ("generate",),
-    "api.memory": ("addresses", "read_memory", "slots"),
+    "api.memory": ("addresses", "canonical_ids", "hash_plan", "read_memory", "slots"),
     "api.models": ("Model", "build", "configure", "encode", "init", "switch_off"),
     "api.runs": ("Run", "open_run", "run_documents", "save_run"),
     "api.training": ("Losses", "batches", "evaluate", "train", "train_step"),
+    "api.texts": ("Text", "open_text"),
     "config.errors": ("UserError",),
+    "data.train_bpe": ("train_bpe",),
+    "model.budgets": ("Budget",),
     "serve.request": ("Completion", "SamplingParams"),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
 
 __all__ = [
+    "Budget",
     "Completion",
     "Losses",
     "MemoryReading",
@@ -59,26 +68,33 @@ __all__ = [
     "RowAnswer",
     "Run",
     "SamplingParams",
+    "Text",
     "UserError",
     "addresses",
     "batches",
+    "budget",
     "build",
+    "canonical_ids",
     "configure",
     "encode",
     "evaluate",
     "generate",
+    "hash_plan",
     "init",
     "layer_similarity",
     "log_lens",
     "open_run",
+    "open_text",
     "read_memory",
     "row_answers",
     "run_documents",
     "save_run",
     "sensitivity",
     "slots",
+    "solve",
     "switch_off",
     "train",
+    "train_bpe",
     "train_step",
     "usage",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from engram_jax.addressing import as_stored, build_addressing, load_tokenizer, tokenizer_size
 from engram_jax.api.models import Model, configure
+from engram_jax.api.texts import documents_of
 from engram_jax.api.training import Documents
 from engram_jax.checkpoint import table_order
 from engram_jax.checkpoint.load_model import check_same_tokenizer, read_eos_id, text_of
@@ -98,9 +98,7 @@ def run_documents(run: Run, held_out: bool = True) -> list[np.ndarray]:
     check_scored_tokenizer(run.workdir, data)
     check_text(run.workdir, run.trained_on, data.prepared.fingerprint, run.accept)
     prepared = data.prepared
-    store = prepared.store_valid if held_out else prepared.store_train
-    starts = store.starts
-    return [store.tokens[a:b].astype(np.int32) for a, b in itertools.pairwise(starts)]
+    return documents_of(prepared.store_valid if held_out else prepared.store_train)
 
 
 def save_run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def open_tokenizer(
     return tokenizer, path
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE: ids 0, 1, 2 are <|pad|>, <|bos|>, <|eos|>, then the 256 bytes, then merges.
 
     The same texts give the same tokenizer. A small text may not have enough merges for vocab_size.

@@ -82,8 +82,9 @@ class Output:
     """hidden [B, T, d] after the last norm; gates: layer id -> [B, T, M] ([B, T, 1] of one branch),
     of the layers that have gates; loads [MoE layers, E]; moments, where they are measured:
     "stack/LAYER" [layers, B, T, 2] of a stack's layers, "memory/LAYER" [B, T, 2] (`moments`).
-    Where they are kept, added: layer id -> [B, T, M, d], what Engram layers add to the streams;
-    layers [layers, B, T, d]: the streams after each layer as `finish` takes them, before its norm.
+    Where they are kept, added: layer id -> [B, T, M, d], what Engram layers add to the streams, and
+    read, as they find them; layers [layers, B, T, d]: the streams after each layer as `finish`
+    takes them, before its norm.
     """
 
     hidden: jax.Array
@@ -91,6 +92,7 @@ class Output:
     loads: jax.Array
     moments: dict[str, jax.Array] = field(default_factory=dict)
     added: dict[str, jax.Array] = field(default_factory=dict)
+    read: dict[str, jax.Array] = field(default_factory=dict)
     layers: jax.Array | None = None
 
 
@@ -212,24 +214,24 @@ class Transformer(nnx.Module):
           shard: the mesh, if this runs on one device's sequences; the stacks' parameters are then
             this device's shards, all others whole.
           beside: what tokens read beside their rows (`Program.beside`), None where nothing is.
-          measure: whether moments of activations are measured. keep: whether `Output.added` and
-            `layers` are; not both.
+          measure: whether moments of activations are measured. keep: whether `Output.added`,
+            `read` and `layers` are; not both.
 
         Returns:
           The hidden states, gates and loads (`Output`).
         """
         x = self.embed(tokens)
-        gates, loads, measured, added, layers = {}, [], {}, {}, []
+        gates, loads, measured, added, found, layers = {}, [], {}, {}, {}, []
         observe = moments if measure else collapse if keep else None
         for stage in self.stage_list:
             if stage.name in self.engrams and rows[stage.name] is not None:
                 read = self._read(stage.name, rows[stage.name], beside)
                 out, gate = self.engrams[stage.name](read, x, segments, mask)
+                if keep:
+                    added[stage.name], found[stage.name] = out, x
                 x = x + out
                 if gate is not None:
                     gates[stage.name] = gate
-                if keep:
-                    added[stage.name] = out
                 if measure:
                     measured[f"memory/{stage.name}"] = moments(out)
             x = self._learned(stage, x)
@@ -245,7 +247,7 @@ class Transformer(nnx.Module):
         hidden = self.finish(x)
         of_experts = jnp.concatenate(loads) if loads else jnp.zeros((0, 0))
         every = jnp.concatenate(layers) if layers else None
-        return Output(hidden, gates, of_experts, measured, added, every)
+        return Output(hidden, gates, of_experts, measured, added, found, every)
 
     def init_decode(self, batch: int, capacity: int) -> DecodeState:
         """An empty state for `batch` sequences of at most `capacity` tokens."""

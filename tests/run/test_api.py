@@ -151,6 +151,12 @@ def test_what_the_memory_reads_and_adds(run, short):
     assert np.array_equal(found.rows, tables[str(layer)][wanted])
     streams, added = seen[layer]
     np.testing.assert_allclose(found.added, added, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.streams, streams, rtol=1e-3, atol=1e-5)
+    assert np.array_equal(api.canonical_ids(run.model, ids), program.addressing.compression[ids])
+    plan = api.hash_plan(run.model)[layer]
+    x = [program.addressing.pad_id, *api.canonical_ids(run.model, ids).tolist()]
+    mixed = x[2] * plan.multipliers[0] ^ x[1] * plan.multipliers[1]  # the docstring's formula
+    assert plan.offsets[1] + mixed % plan.head_sizes[1] == wanted[1, 1]
     mine, eps = params["engrams"][str(layer)], np.finfo(np.float32).eps
     projection, branches = mine["projection"], streams.shape[1]
     for t in range(len(ids)):
@@ -259,6 +265,7 @@ def numbers(**changes):
 
 
 ONE = np.arange(20)
+NO_MEMORY = {"model.engram.layers": ()}
 WRONG = [
     (lambda: api.configure("nowhere.py"), "configuration=nowhere.py: no such file"),
     (lambda: api.configure(5), "configuration: is int, must be a file, a ConfigDict or a mapping"),
@@ -291,6 +298,9 @@ WRONG = [
     (lambda: api.addresses(numbers(), [40]), "tokens: token id 40: must be from 0 to 39"),
     (lambda: api.addresses(numbers(), []), "tokens: must be a text or token ids"),
     (lambda: api.slots(numbers(), [1]), r"ngram: is 1 token\(s\), must be 2 at least"),
+    (lambda: api.canonical_ids(numbers(), [40]), "tokens: token id 40: must be from 0 to 39"),
+    (lambda: api.hash_plan(numbers(**NO_MEMORY)), "the model has no memory"),
+    (lambda: api.solve(OWN, OWN, 2.0), r"rho = 2: must be from .* routed experts"),
     (lambda: api.switch_off(numbers(), layers=[0]), "layers: 0 is no Engram layer; there are 1"),
     (lambda: api.switch_off(numbers(), orders=[4]), "config.serve.off_orders = 4"),
     (lambda: api.generate(numbers(), None, "abc"), "prompts: is one text; must be a list"),
