@@ -27,7 +27,7 @@ class Stream(io.StringIO):
     [
         (processes.log, "stdout", ""),
         (processes.warn, "stderr", "warning: "),
-        (processes.stages(), "stdout", r"\[ *0\.\d s\] "),
+        (processes.stages(), "stdout", r"\[ *\d+\.\d s\] "),
         (server.tell, "stdout", ""),
     ],
 )
