@@ -9,6 +9,7 @@ import time
 import pytest
 
 from engram_jax.lab.plan import part
+from engram_jax.lab.sweep import KEPT
 from tests.kills import assert_same_run, last_step, launches
 from tests.lab.experiments import experiment, finish, sweep_process, write_experiment
 from tests.runs import ROOT, TINY, environment, launched, refused, write_corpus
@@ -120,7 +121,9 @@ def test_a_sweep_that_is_stopped_killed_and_resumed(tmp_path):
     stopped.send_signal(signal.SIGTERM)
     text, errors = stopped.communicate(timeout=300)
     assert (stopped.returncode, errors) == (1, "")
-    assert "0 of 5 done" in text.splitlines()[-2]
+    of_all, told, of_report = text.splitlines()[-3:]
+    assert "0 of 5 done" in of_all and told == f"stopped; {KEPT}"
+    assert of_report.startswith(f"no run in {out} is finished")
     log = out / "logs" / f"{first.name}.log"
     assert f"SIGTERM: stopped, checkpoint {last_step(first)}" in log.read_text()
     assert not second.exists()
