@@ -48,6 +48,9 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n
 LARGE = {"echo": True, "logprobs": 20, "ignore_eos": True}
 STOPS = ["a" * 999 + "b", *(f"{chr(98 + i)}{'a' * 900}c" for i in range(15))]
 SMALL = {"ignore_eos": True}
+# As many prompts as `the largest answers` has choices: with their log-probabilities every choice
+# computes its own, and these have no beginning that they could share.
+APART = [[other, *ID * 999] for other in range(2, 42)]
 # name -> (connections at once, what each sends, whether it reads the answer)
 ATTACKS: dict[str, tuple[int, bytes, bool]] = {
     "silent connections": (1000, b"", False),
@@ -66,7 +69,7 @@ ATTACKS: dict[str, tuple[int, bytes, bool]] = {
 # another way. Others: with nothing.
 INSTEAD: dict[str, tuple[int, bytes, bool]] = {
     "answers never read": (30, post(prompt=ID * 900, n=2, max_tokens=20, **LARGE), True),
-    "the largest answers": (2, post(prompt=ID * 1000, n=40, max_tokens=20, **SMALL), True),
+    "the largest answers": (2, post(prompt=APART, max_tokens=20, **SMALL), True),
     "stop strings": (4, post(prompt="a", max_tokens=1000, ignore_eos=True), True),
     "many sequences": (7, post(n=1, max_tokens=60, ignore_eos=True), True),
 }

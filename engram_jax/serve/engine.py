@@ -370,10 +370,14 @@ class Engine:
                     self._token(sequence, int(tokens[row]), own, row)
 
     def _prompt_logprobs(self, s: Running, fed: Any, row: int, start: int, count: int) -> None:
-        following = s.prompt[start + 1 : start + 1 + count]
+        following = s.prompt[start + 1 : start + 1 + count].tolist()
+        at, most = (row, slice(len(following))), s.params.logprobs or 0
+        # As lists first: an element of an array takes a microsecond, and these are thousands.
+        chosen, ids = fed.chosen[at].tolist(), fed.ids[at][:, :most].tolist()
+        top = fed.top[at][:, :most].tolist()
         s.prompt_logprobs += [
-            _logprob(int(token), fed, (row, at), s.params.logprobs)
-            for at, token in enumerate(following)
+            Logprob(token, own, dict(zip(*listed, strict=True)))
+            for token, own, *listed in zip(following, chosen, ids, top, strict=True)
         ]
 
     def _token(self, s: Running, token: int, own: Any, row: int) -> None:
