@@ -161,13 +161,11 @@ def run(
     settings: Mapping[str, Any] | None = None,
     wanted: Mapping[str, str] | None = None,
     timeout: int = 1200,
-    **variables: str,
 ) -> Ran:
     """Run every cell of a notebook in an empty folder, top to bottom; an error of one is raised.
 
     settings: values in place of the settings cell's, names that it has. wanted: name -> Python
       expression of what is to be found at the end, a value that JSON knows. timeout: of a cell, s.
-      variables: of the kernel, in place of the environment's.
     """
     notebook = read(name)
     cell = settings_cell(notebook)
@@ -186,7 +184,7 @@ def run(
     client.kernels = environment.kernels
     began, before = time.monotonic(), _processor_seconds()
     try:
-        client.execute(env={**environment.variables, **variables})
+        client.execute(env=dict(environment.variables))
     finally:
         nbformat.write(notebook, folder / f"{name}.ipynb")  # to look at
     seconds = time.monotonic() - began
