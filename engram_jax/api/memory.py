@@ -53,7 +53,7 @@ def hash_plan(model: Model) -> dict[int, LayerAddressing]:
     the primes `head_sizes` of its heads and their `offsets` in the layer's table, its n-gram
     orders, and `fill_id`, which stands before a document.
 
-    With x the canonical ids, head j of order n reads row
+    With x the canonical ids as int64, head j of order n reads row
     offsets[j] + (x[t] * multipliers[0] ^ ... ^ x[t-n+1] * multipliers[n-1]) % head_sizes[j].
 
     Raises UserError for memories whose rows stand for no hash, and for a model without memory.

@@ -173,8 +173,9 @@ def run(
     exec(cell.source, known)
     if unknown := [key for key in settings or {} if key not in known]:
         raise KeyError(f"{name}: the settings cell has no {unknown}")
-    chosen = "\n".join(f"{key} = {value!r}" for key, value in (settings or {}).items())
-    notebook.cells.insert(notebook.cells.index(cell) + 1, nbformat.v4.new_code_cell(chosen))
+    if settings:
+        chosen = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
+        notebook.cells.insert(notebook.cells.index(cell) + 1, nbformat.v4.new_code_cell(chosen))
     results = folder / "found.json"
     pairs = "".join(f"{key!r}: {text}, " for key, text in (wanted or {}).items())
     last = f"import json\nopen({str(results)!r}, 'w').write(json.dumps({{{pairs}}}))"
