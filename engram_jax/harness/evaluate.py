@@ -14,6 +14,7 @@ import jax
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import handle_non_serializable, make_table
 
+from engram_jax.checkpoint.run_settings import check_opened
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.distributed import processes
@@ -44,6 +45,7 @@ def evaluate_tasks(
     """
     tell = processes.stages(sys.stderr)  # standard output is the result
     check_memory(config, config.serve.capacity or config.data.seq_len)
+    agree(lambda: check_opened(config, workdir, step, accept))  # before minutes of reading
     tell("reading the tasks and their data")
     loaded, missing = agree(lambda: _load(asked))
     trained = load_for(config, workdir, step, accept, tell)
