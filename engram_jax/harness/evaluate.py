@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -124,16 +126,34 @@ def _score(model: EngineLM, one: Loaded, asked: Asked, warn: Warn) -> dict[str, 
         warn(f"{one.name}: has no examples in {len(fixed)} of its tasks, whatever is asked for")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     limit = asked.limit
-    found = simple_evaluate(
-        model=model,
-        tasks=one.items,
-        num_fewshot=one.shots,
-        limit=int(limit) if limit is not None and limit >= 1 else limit,
-        log_samples=False,
-        confirm_run_unsafe_code=asked.unsafe,
-    )
+    with _as_this_program_is():
+        found = simple_evaluate(
+            model=model,
+            tasks=one.items,
+            num_fewshot=one.shots,
+            limit=int(limit) if limit is not None and limit >= 1 else limit,
+            log_samples=False,
+            confirm_run_unsafe_code=asked.unsafe,
+        )
     assert found is not None  # as on processes other than 0
     return found
+
+
+@contextlib.contextmanager
+def _as_this_program_is() -> Iterator[None]:
+    """What lm-eval prints goes to standard error, and for its standard errors it starts no
+    processes: they would be forks of one with many threads, which may hang."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -61,6 +61,13 @@ class EngineLM(TemplateLM):
         """The text of ids."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """For each context and continuation the log-likelihood of the latter (nats), and whether
+        greedy decoding gives it."""
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **other: Any
     ) -> list[tuple[float, bool]]:

@@ -152,7 +152,7 @@ TRAIN = [{"question": "what is it", "choices": ["it", "me"], "label": 1}]
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("tasks")
     tasks.write(made, "choice", tasks.CHOICE, train=TRAIN, test=QUESTIONS)
-    ends = [{"text": "the cat sat on", "end": "the mat"}, {"text": "12 + 30 =", "end": "42"}]
+    ends = [{"text": "the cat sat on", "end": " the mat"}, {"text": "12 + 30 =", "end": " 42"}]
     tasks.write(made, "likelihood", tasks.LIKELIHOOD, test=ends)
     tasks.write(made, "rolling", tasks.ROLLING, test=[{"text": TEXT}, {"text": "it is é"}])
     answers = [{"text": t, "answer": greedy(t, 12, ("a", "b"))} for t in ("who", "12 + 3", "it")]
@@ -187,7 +187,7 @@ def result_of(engine, folder, *names, **more):
     return evaluate.run(engine, EOS, loaded, missing, asked)
 
 
-def test_a_task_of_every_output_type(engine, folder):
+def test_a_task_of_every_output_type(engine, folder, capsys):
     names = ("both", "rolling", "generation")
     found = result_of(engine, folder, *names)
     assert found["left_out"] == {} and found["n-shot"]["choice"] == 1
@@ -218,6 +218,7 @@ def test_a_task_of_every_output_type(engine, folder):
     assert results["rolling"]["bits_per_byte,none"] == pytest.approx(wanted, rel=1e-5)
 
     assert results["generation"]["exact_match,none"] == pytest.approx(2 / 3)
+    assert capsys.readouterr().out == ""  # lm-eval prints while it computes errors
     printed = evaluate.table(found)
     assert "|bits_per_byte|" in printed and "|both" in printed and "|Groups|" in printed
     assert json.loads(evaluate.as_json(found))["results"].keys() == results.keys()
@@ -253,3 +254,52 @@ def test_unknown_names(folder, tmp_path):
         load_tasks(Asked(("choice", "paper"), include=folder))
     with pytest.raises(UserError, match="--num_fewshot: not with --tasks=paper"):
         load_tasks(Asked(("paper",), shots=3))
+
+
+# ---- beside lm-eval's client ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_as_lm_evals_own_client_of_our_server(engine, folder):
+    """`local-completions`, which sends tokens and reads `echo` and `logprobs`. It counts a token
+    that it lets generate, so its windows are one shorter: texts here are short enough."""
+    pytest.importorskip("tenacity", reason="the extra `api` of lm_eval is not installed")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from tests.serve.web import NAME, Running
+
+    class Client(LocalCompletionsAPI):
+        """With our tokenizer: its own are transformers' and a server's."""
+
+        def tok_encode(self, string, *rest, **more):
+            return ids(string) if isinstance(string, str) else [ids(text) for text in string]
+
+        @property
+        def eot_token_id(self):
+            return EOS
+
+        @property
+        def prefix_token_id(self):
+            return EOS
+
+    pairs = [("the cat", " sat"), ("the cat ", "sat on"), ("", "the cat"), ("é", "äö €")]
+    how = {"until": ["q"], "max_gen_toks": 16, "do_sample": False}
+    prompts = ("the cat", "who is", "12 + 3")
+    with Running(engine) as web:
+        client = Client(
+            base_url=f"http://127.0.0.1:{web.port}/v1/completions",
+            model=NAME,
+            tokenizer_backend=None,
+            max_length=SERVE.capacity,
+        )
+        client.tokenized_requests = True
+        theirs = ask(client.loglikelihood, *pairs)
+        rolled = ask(client.loglikelihood_rolling, (TEXT[:40],))
+        client.tokenized_requests = False
+        said = ask(client.generate_until, *((prompt, how) for prompt in prompts))
+    lm = EngineLM(Scorer(engine), tokenizer(), EOS, print)
+    ours = ask(lm.loglikelihood, *pairs)
+    np.testing.assert_allclose([v for v, _ in ours], [v for v, _ in theirs], atol=1e-4)
+    assert [g for _, g in ours] == [g for _, g in theirs]
+    assert ask(lm.loglikelihood_rolling, (TEXT[:40],)) == pytest.approx(rolled, abs=1e-4)
+    assert ask(lm.generate_until, *((prompt, how) for prompt in prompts)) == said

@@ -25,7 +25,7 @@ from tests.runs import ROOT, environment, launched, refused, small_config, small
 
 TEXT = "document 3\nabcd efgh abij\n"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-DOCUMENTS = [{"text": "document", "end": "7"}, {"text": "abcd efgh", "end": "abij"}]
+DOCUMENTS = [{"text": "document", "end": " 7"}, {"text": "abcd efgh", "end": " abij"}]
 
 
 @pytest.fixture(scope="module", autouse=True)
