@@ -24,6 +24,7 @@ from engram_jax.distributed.consensus import agree
 from engram_jax.harness.lm import EngineLM
 from engram_jax.harness.loading import Asked, Loaded, load_tasks
 from engram_jax.harness.scorer import Scorer
+from engram_jax.monitoring.metrics import json_value
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.open_engine import check_memory, load_for, make_engine
 
@@ -165,5 +166,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def as_json(found: Mapping[str, Any]) -> str:
-    """The result as one JSON object; functions in a task's configuration are their names."""
-    return json.dumps(found, default=handle_non_serializable)
+    """The result as one JSON object; functions in a task's configuration are their names, numbers
+    that are not finite texts ("Infinity")."""
+    plain = json.loads(json.dumps(found, default=handle_non_serializable))
+    return json.dumps(json_value(plain))
