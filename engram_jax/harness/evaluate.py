@@ -131,6 +131,7 @@ def _score(model: EngineLM, one: Loaded, asked: Asked, warn: Warn) -> dict[str, 
         found = simple_evaluate(
             model=model,
             tasks=one.items,
+            task_manager=one.manager,
             num_fewshot=one.shots,
             limit=int(limit) if limit is not None and limit >= 1 else limit,
             log_samples=False,

@@ -159,9 +159,8 @@ def folder(tmp_path_factory):
     answers[1]["answer"] += "x"
     tasks.write(made, "generation", tasks.GENERATION, test=answers)
     tasks.write(made, "absent", tasks.GENERATION | {"dataset_path": "nobody/absent"})
-    tasks.write(
-        made, "beams", tasks.GENERATION | {"generation_kwargs": {"num_beams": 3}}, test=ends
-    )
+    beams = tasks.GENERATION | {"generation_kwargs": {"num_beams": 3}}
+    tasks.write(made, "beams", beams, test=answers)
     code = tasks.GENERATION | {"unsafe_code": True, "doc_to_target": "", "repeats": 1}
     code["metric_list"] = [{"metric": "PLACE"}]
     tasks.write(made, "code", code, test=[{"text": "x", "answer": ""}])
@@ -292,7 +291,7 @@ def test_as_lm_evals_own_client_of_our_server(engine, folder):
             tokenizer_backend=None,
             max_length=SERVE.capacity,
         )
-        client.tokenized_requests = True
+        client.tokenizer, client.tokenized_requests = tokenizer(), True
         theirs = ask(client.loglikelihood, *pairs)
         rolled = ask(client.loglikelihood_rolling, (TEXT[:40],))
         client.tokenized_requests = False
