@@ -52,7 +52,7 @@ child = subprocess.Popen([sys.executable, "-c", {child!r}])
 open({str(file)!r}, "w").write(str(child.pid))
 time.sleep(600)
 """
-    assert run(program, 3) == "timed out"
+    assert run(program, 2) == "timed out"
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:

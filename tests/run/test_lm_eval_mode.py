@@ -82,7 +82,7 @@ def test_the_table_of_a_checkpoint(corpus, undisturbed, folder, tmp_path):
 
     done = launched(*asked(corpus, undisturbed, folder, "--limit=1"))
     assert done.code == 0, done.err
-    assert re.search(r"^\|Tasks\s*\|Version\|", done.out) and "|bits_per_byte|" in done.out
+    assert re.search(r"^\|\s*Tasks\s*\|Version\|", done.out) and "|bits_per_byte|" in done.out
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_two_processes_are_one(corpus, undisturbed, folder, tmp_path):
     ended = [process.communicate(timeout=400) for process in started]
     for process, (out, err) in zip(started, ended, strict=True):
         assert process.returncode == 0, out[-2000:] + err[-4000:]
-    assert "|bits_per_byte|" in ended[0][0] and ended[1][0] == ""
+    assert "|bits_per_byte|" in ended[0][0] and "bits_per_byte" not in ended[1][0]
     one, two = (json.loads(file.read_text())["results"] for file in files)
     assert one.keys() == two.keys() == {"likelihood", "rolling"}
     for name in one:
