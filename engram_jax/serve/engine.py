@@ -33,7 +33,14 @@ from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, Logprobs, Sam
 from engram_jax.serve.logit_rules import LogitRules, check_rules, no_adjustments
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.prefetch import Prefetch
-from engram_jax.serve.request import Completion, Delta, Finish, Logprob, SamplingParams
+from engram_jax.serve.request import (
+    Completion,
+    Delta,
+    Finish,
+    Logprob,
+    PromptLogprobs,
+    SamplingParams,
+)
 from engram_jax.serve.row_fetch import LayerMemory
 from engram_jax.serve.scheduler import Schedule
 from engram_jax.serve.scheduler import Sequence as Running
@@ -370,15 +377,10 @@ class Engine:
                     self._token(sequence, int(tokens[row]), own, row)
 
     def _prompt_logprobs(self, s: Running, fed: Any, row: int, start: int, count: int) -> None:
-        following = s.prompt[start + 1 : start + 1 + count].tolist()
+        following = s.prompt[start + 1 : start + 1 + count]
         at, most = (row, slice(len(following))), s.params.logprobs or 0
-        # As lists first: an element of an array takes a microsecond, and these are thousands.
-        chosen, ids = fed.chosen[at].tolist(), fed.ids[at][:, :most].tolist()
-        top = fed.top[at][:, :most].tolist()
-        s.prompt_logprobs += [
-            Logprob(token, own, dict(zip(*listed, strict=True)))
-            for token, own, *listed in zip(following, chosen, ids, top, strict=True)
-        ]
+        found = fed.chosen[at], fed.ids[at][:, :most], fed.top[at][:, :most]
+        s.prompt_logprobs.add(following, *found)
 
     def _token(self, s: Running, token: int, own: Any, row: int) -> None:
         """A new token of a sequence: keep it, or end the sequence."""
@@ -408,7 +410,7 @@ class Engine:
             self._end(s, Finish.LENGTH)
 
     def _tell(self, s: Running, told: list[tuple[int, Logprob | None]], **what: Any) -> None:
-        prompt, s.prompt_logprobs = tuple(s.prompt_logprobs), []
+        prompt, s.prompt_logprobs = s.prompt_logprobs or (), PromptLogprobs()
         tokens = tuple(token for token, _ in told)
         logprobs = tuple(logprob for _, logprob in told if logprob is not None)
         what |= {"tokens": tokens, "logprobs": logprobs, "prompt_logprobs": prompt}
