@@ -68,13 +68,13 @@ _UNKNOWN = flags.DEFINE_float(
 _OVERFLOW = flags.DEFINE_float(
     "overflow",
     0.0,
-    "compile: the same for such loops that communicate, rounds of the row exchange beyond the first.",
+    "compile: the same for such loops that communicate: further rounds of the row exchange.",
 )
 _PAIRS = flags.DEFINE_float(
     "pairs",
     0.0,
-    "compile: (token, expert) pairs of a device in a grouped product whose buffer is larger, for the"
-    " predicted time; 0: the buffer is full.",
+    "compile: (token, expert) pairs of a device in a grouped product whose buffer is larger, for"
+    " the predicted time; 0: the buffer is full.",
 )
 _TASKS = flags.DEFINE_bool(
     "tasks", False, "evaluate: on the synthetic tasks of the run's text, not on held-out text."
