@@ -60,7 +60,8 @@ class SourceLines:
     def _stack(self, instruction: Instruction) -> list[tuple[str, int]]:
         """(file, line), innermost first."""
         found = re.search(r"metadata=\{(.*?)\}(?:, |$)", instruction.attributes)
-        metadata, stack = found[1] if found else "", []
+        metadata = found[1] if found else ""
+        stack: list[tuple[str, int]] = []
         frame = _number(metadata, "stack_frame_id")
         while frame in self._frames and len(stack) < 256:
             place, frame = self._frames[frame]
