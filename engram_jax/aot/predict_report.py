@@ -82,9 +82,9 @@ def predicted(
       the assumptions; collectives_GB, received_GB; kernels: seconds by name.
     """
     lower, upper = step.seconds()
-    devices = step.module.devices
     rates = [1 / s for s in (upper, lower)] if lower else []
-    peak = devices * step.links.generation.flops
+    generation = step.links.generation
+    peak = math.prod(step.links.size) * generation.devices_per_chip * generation.flops
     found = {
         "seconds": [lower, upper],
         "by_part": _by(step, PARTS, _part),
@@ -213,7 +213,7 @@ def as_table(found: dict[str, Any]) -> str:
         lines.append("  costliest, ms")
     for place in found["places"]:
         lines.append(
-            f"  {_range(place['seconds'], '.1f', 1e3):>20}  {place['part']}, {place['phase']}:"
+            f"  {_range(place['seconds'], '.3g', 1e3):>20}  {place['part']}, {place['phase']}:"
             f" {' < '.join(place['lines']) or '-'}  {place['name'].rpartition('/')[2]}"
             f" {place['shape']}"
         )
