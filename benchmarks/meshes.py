@@ -9,7 +9,7 @@ Needs no TPU; a model of this size takes minutes and gigabytes for each candidat
 in a process of its own, as `launch.py --mode=compile` does (but without looking for a larger slice
 where it does not fit). A result is stored as soon as it is there, and the same command goes on with
 what is missing under the installed jax and libtpu. The times are predictions
-(benchmarks/predict_step.py), to compare candidates by.
+(engram_jax/aot/predict.py), to compare candidates by.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 
 from benchmarks import harness
-from benchmarks.predict_step import predict, rounded
+from engram_jax.aot.predict import predict, rounded
+from engram_jax.aot.predict_report import expected_rounds
 from engram_jax.aot.topology import parse_topology
 from engram_jax.config import Config, parse_config
 from engram_jax.config.errors import UserError
@@ -137,20 +138,6 @@ def shipped(config_name: str, slice_name: str) -> Candidate:
     return Candidate(mesh.data, fsdp, mesh.expert, mesh.tensor, config.train.accumulation)
 
 
-def chunks(config: Config) -> float:
-    """How often the loop over chunks of (token, expert) pairs runs, for balanced experts.
-
-    With an expert axis of n devices (layers/moe.py: `_routed`) a device gathers the T tokens of the
-    axis, which make k T pairs, and computes those of its own experts, k T / n of them in the mean,
-    in chunks of T / 2: 2 k / n rounds. For k = 6: 1.5 on an axis of 8, 3 on 4, 6 on 2. A real step
-    rounds this up to whole chunks. Products cost only the pairs that are there, so the mean is
-    right for them; for the other operations of a chunk that is not full it is too little. Without
-    an expert axis there is no such loop.
-    """
-    n, ffn = config.mesh.expert, config.model.ffn
-    return 2 * ffn.top_k / n if n > 1 and ffn.routed_experts else 1.0
-
-
 def compile_candidate(config_name: str, slice_name: str, candidate: Candidate) -> dict[str, Any]:
     """The record of one candidate, compiled in this process."""
     from engram_jax.aot.compile_step import compile_step
@@ -173,7 +160,7 @@ def compile_candidate(config_name: str, slice_name: str, candidate: Candidate) -
         texts = list(Path(folder).glob("*.after_codegen.txt"))
         if not report["fits"] or not texts:
             return record | {"message": report.get("message", "does not fit")}
-        unknown = chunks(config)
+        unknown = expected_rounds(config)
         # The rounds of the row exchange beyond the first do not run in a step as planned.
         found = predict(
             texts[0].read_text(), slice_name, tokens=tokens, unknown=unknown, overflow=0

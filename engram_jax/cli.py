@@ -61,6 +61,23 @@ _PROGRAM = flags.DEFINE_string(
 _DUMP_HLO = flags.DEFINE_string(
     "dump_hlo", None, "compile: a folder to keep the compiler's text (HLO) of the step in."
 )
+_UNKNOWN = flags.DEFINE_float(
+    "unknown",
+    None,
+    "compile: how often a loop runs whose trip count is data, for the predicted time; default: as"
+    " for balanced experts.",
+)
+_OVERFLOW = flags.DEFINE_float(
+    "overflow",
+    0.0,
+    "compile: the same for such loops that communicate: further rounds of the row exchange.",
+)
+_PAIRS = flags.DEFINE_float(
+    "pairs",
+    0.0,
+    "compile: (token, expert) pairs of a device in a grouped product whose buffer is larger, for"
+    " the predicted time; 0: the buffer is full.",
+)
 _TASKS = flags.DEFINE_flag(
     command_line.switch_or_names(
         "tasks",
@@ -418,11 +435,13 @@ def _describe(config: Config, workdir: Path, accept: Accepted) -> None:
 
 
 def _compile(config: Config, workdir: Path, accept: Accepted) -> None:
-    from engram_jax.aot import compile_step
+    from engram_jax.aot import compile_step, predict_report
 
     topology, program = _TOPOLOGY.value or "", _PROGRAM.value
     dump = None if _DUMP_HLO.value is None else _writable_folder("dump_hlo", _DUMP_HLO.value)
-    report = compile_step.compile_step(config, topology, program, dump)
+    given = _UNKNOWN.value, _OVERFLOW.value, _PAIRS.value
+    assumptions = predict_report.assumed_of(config, *given)
+    report = compile_step.compile_step(config, topology, program, dump, assumptions)
     if not report["fits"]:
         tell = functools.partial(print, file=sys.stderr, flush=True)
         report["smallest_slice"] = compile_step.smallest_slice(config, topology, program, tell)

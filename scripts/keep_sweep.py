@@ -4,9 +4,10 @@
     python -m scripts.keep_sweep --restore docs/results/allocation runs/allocation
 
 The first copies the report, its tables and pictures, and packs what the runs that have ended say of
-themselves into runs.tar.xz: their losses by document, settings and logs of attempts, without
-checkpoints. The second unpacks that into a sweep's folder: `--mode=sweep --report_only` makes the
-report again from it, and `--mode=sweep` goes on with the runs that are not there.
+themselves into runs.tar.xz: their losses by document, scores on the tasks, analyses, settings and
+logs of attempts, without checkpoints. The second unpacks that into a sweep's folder: `--mode=sweep
+--report_only` makes the report again from it, and `--mode=sweep` goes on with the runs that are not
+there.
 
 Commands and folders in the records are kept without where they lay on the machine.
 """
@@ -23,11 +24,12 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS, LOSSES, RUN
+from engram_jax.checkpoint.workdir import HELD_OUT_DOCUMENTS, LOSSES, RUN, TASK_SCORES
 from engram_jax.monitoring import goodput
 
 PACKED = "runs.tar.xz"
-OF_A_RUN = (LOSSES, RUN, HELD_OUT_DOCUMENTS, goodput.FILE)
+ANALYSIS = "analysis.json"  # of scripts/look_inside.py
+OF_A_RUN = (LOSSES, RUN, HELD_OUT_DOCUMENTS, TASK_SCORES, ANALYSIS, goodput.FILE)
 SHOWN = ("report.html", "report.md", "results.csv", "results.parquet", "*.png", "*.svg")
 
 

@@ -1,6 +1,7 @@
 """Analyse a pair of models over several seeds, and keep what was found as one page.
 
-    python -m scripts.look_inside runs/depth docs/results/depth --text=docs/results/depth/text.txt
+    python -m scripts.look_inside runs/depth docs/results/look_inside \\
+        --text=docs/results/look_inside/text.txt
 
 runs/depth is the folder of the sweep configs/experiments/depth.py. For every seed that both models
 have ended with, `--mode=analyse` compares them (LogitLens, similar layers, parts of the memory off)

@@ -20,12 +20,14 @@ from jax.sharding import NamedSharding
 
 from engram_jax.addressing import Addressing, build_addressing, load_tokenizer
 from engram_jax.addressing.fgrams import FgramAddressing, evenly
-from engram_jax.aot import PREFILL, TRAIN, step_cost
-from engram_jax.aot.compiling import DoesNotFitError, compile_with_text
+from engram_jax.aot import PREFILL, TRAIN, predict_report, step_cost
+from engram_jax.aot.compiling import STAGES, DoesNotFitError, compile_with_texts
+from engram_jax.aot.predict import Assumptions, examine
 from engram_jax.aot.topology import Topology, parse_topology, slice_topology, slices_of
 from engram_jax.config import PAPER, SCONE, Config
 from engram_jax.config.errors import UserError
 from engram_jax.hardware.xla_flags import options_of
+from engram_jax.model.describe import training_flops
 from engram_jax.model.program import PLANNED_DISTINCT, Program, build_program
 from engram_jax.serve.lower_steps import LoweredSteps, lower_steps
 from engram_jax.sharding.rules import BATCH, P, make_mesh
@@ -36,20 +38,28 @@ SHARE_OF_CANONICAL = 0.766  # of a tokenizer's ids, where neither is known (Deep
 
 
 def compile_step(
-    config: Config, topology_name: str, program_name: str = TRAIN, dump: Path | None = None
+    config: Config,
+    topology_name: str,
+    program_name: str = TRAIN,
+    dump: Path | None = None,
+    assumptions: Assumptions | None = None,
 ) -> dict[str, Any]:
-    """`step_cost.examine` of the compiled step, with the mesh and the cost of the row exchange.
+    """`step_cost.examine` of the compiled step, with the mesh, the cost of the row exchange and,
+    where it fits, its `predicted` time (`predict_report.predicted`; of several programs
+    `predict_report.together`, each with its own).
 
     topology_name: "v5p:4x4x8". program_name: "train": one update of the whole batch; "decode" or
       "prefill": what the inference engine runs for one more token of serve.sequences sequences, or
       for serve.prefill_chunk tokens of serve.prefill_sequences prompts.
     dump: a folder to keep the compiler's texts in, as NAME_PROGRAM_SLICE.STAGE.txt
       (`compiling.STAGES`; serving's programs with their names behind PROGRAM).
+    assumptions: of the prediction; default: `predict_report.assumed_of` the configuration.
 
     Raises UserError for an unknown slice and for a mesh that does not fit it or the model.
     """
     topology = slice_topology(topology_name)
     mesh = make_mesh(config.mesh, topology.devices)
+    assumptions = assumptions or predict_report.assumed_of(config)
     about: dict[str, Any] = {
         "name": config.name,
         "program": program_name,
@@ -68,7 +78,10 @@ def compile_step(
         about["state_bytes"] = _state_bytes(abstract_state(program))
         if program.layouts:
             about["exchange"] = exchange_of(program)
-        return about | _examined(program, *_train(program), topology, keep(label))
+        tokens = about["global_batch_tokens"]
+        flops = tokens * training_flops(config)
+        work = predict_report.Work(assumptions, tokens, flops)
+        return about | _examined(program, *_train(program), topology, keep(label), work)
     serving = build_program(config, _addressing(config), mesh)
     steps = _lowered(serving, program_name)
     prompts = config.serve.prefill_sequences * config.serve.prefill_chunk
@@ -81,10 +94,15 @@ def compile_step(
             steps.cache if "rows" not in name else (),
             topology,
             keep(f"{label}_{name.replace(' ', '_')}"),
+            predict_report.Work(assumptions),
         )
         for name, lowered in steps.programs.items()
     }
-    return about | step_cost.together(parts, sum(about["state_bytes"].values()))
+    whole = step_cost.together(parts, sum(about["state_bytes"].values()))
+    if whole["fits"]:
+        times = [part["predicted"] for part in parts.values()]
+        whole["predicted"] = predict_report.together(times, about["global_batch_tokens"])
+    return about | whole
 
 
 def _examined(
@@ -93,16 +111,20 @@ def _examined(
     state: Any,
     topology: Topology,
     keep: Path | None,
+    work: predict_report.Work,
 ) -> dict[str, Any]:
     """The report of one program, compiled. state: its donated arguments; keep: as in
-    `compile_with_text`."""
+    `compile_with_texts`."""
     dim = program.config.model.engram.dim
     tables = [(layout.rows_per_device, dim) for layout in program.layouts.values()]
     try:
-        compiled, text, seconds = compile_with_text(lowered, options_of(program.mesh), keep=keep)
+        compiled, texts, seconds = compile_with_texts(lowered, options_of(program.mesh), keep=keep)
     except DoesNotFitError as error:
         return step_cost.does_not_fit(error, topology, state, tables)
-    return step_cost.examine(compiled, text, topology, state, tables, seconds)
+    optimized, scheduled = (texts[stage] for stage in STAGES)
+    report = step_cost.examine(compiled, optimized, topology, state, tables, seconds)
+    step = examine(scheduled, topology.name, work.assumptions)
+    return report | {"predicted": predict_report.predicted(step, work.tokens, work.flops)}
 
 
 def smallest_slice(
@@ -252,6 +274,7 @@ def as_table(found: dict[str, Any]) -> str:
     ]
     lines += [
         f"  {name:<10} temporaries {_gib(part['temp_bytes'])}, {_received(part)} received"
+        + (f", {predict_report.headline(part['predicted'])}" if "predicted" in part else "")
         for name, part in found.get("programs", {}).items()
     ]
     if "exchange" in found:
@@ -263,6 +286,8 @@ def as_table(found: dict[str, Any]) -> str:
             f" {e['planned_distinct']:.0%} distinct lookups need"
         )
     lines.append(step_cost.as_table(found))
+    if "predicted" in found:
+        lines.append(predict_report.as_table(found["predicted"]))
     if "smallest_slice" in found:
         lines.append(f"smallest slice that holds it: {found['smallest_slice'] or 'none'}")
     return "\n".join(lines)

@@ -76,16 +76,28 @@ def compile_with_text(
     stage: str = STAGES[0],
     keep: Path | None = None,
 ) -> tuple[jax.stages.Compiled, str, float]:
-    """Compile; return the program, the text of its optimized module, and the seconds it took.
+    """`compile_with_texts` with the text of one of STAGES alone."""
+    compiled, texts, seconds = compile_with_texts(lowered, options, keep=keep)
+    return compiled, texts[stage], seconds
 
-    The text is XLA's own dump: `compiled.as_text()` fails on programs with gathers on SparseCores.
-    The persistent compilation cache is bypassed, since a cached program comes without a dump.
+
+def compile_with_texts(
+    lowered: jax.stages.Lowered,
+    options: Mapping[str, Any] | None = None,
+    *,
+    keep: Path | None = None,
+) -> tuple[jax.stages.Compiled, dict[str, str], float]:
+    """Compile; return the program, the texts of its module by STAGES ("" where the compiler wrote
+    none), and the seconds it took.
+
+    The texts are XLA's own dumps, in a temporary folder: `compiled.as_text()` fails on programs
+    with gathers on SparseCores. "after_codegen" also has the VMEM that kernels use and the
+    compiler's estimates of cycles. The persistent compilation cache is bypassed, since a cached
+    program comes without a dump.
 
     Args:
       lowered: from `jax.jit(...).lower(...)`.
       options: XLA's compiler options (hardware/xla_flags.py).
-      stage: which of STAGES; "after_codegen" also has the VMEM that kernels use and the compiler's
-        estimates of cycles.
       keep: a path without its ending; the texts are kept as KEEP.STAGE.txt, one for each stage that
         the compiler reached. The folder is made.
 
@@ -106,7 +118,8 @@ def compile_with_text(
             if keep is not None:
                 _keep(Path(folder), keep)
         seconds = time.perf_counter() - start
-        return compiled, _dumped(Path(folder), f"{stage}.txt"), seconds
+        texts = {stage: _dumped(Path(folder), f"{stage}.txt") for stage in STAGES}
+        return compiled, texts, seconds
 
 
 def _keep(folder: Path, keep: Path) -> None:

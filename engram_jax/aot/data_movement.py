@@ -133,10 +133,13 @@ def _places(module: Module, computation: Computation, place: _Place) -> Iterator
 
 def collectives_in(module: Module, computation: Computation) -> Iterator[Collective]:
     """The collectives among a computation's own instructions, each counted as run once."""
-    starts = any(
-        'custom_call_target="AsyncCollectiveStart"' in i.attributes
-        for i in computation.instructions.values()
-    )
+    yield from collectives_by_name(module, computation).values()
+
+
+def collectives_by_name(module: Module, computation: Computation) -> dict[str, Collective]:
+    """The same by the names of their instructions, in the order of the schedule."""
+    starts = starts_collective(computation)
+    found = {}
     for instruction in computation.instructions.values():
         # The done of an asynchronous pair is skipped: "all-gather-done" is not in KINDS.
         kind = instruction.opcode.removesuffix("-start")
@@ -160,7 +163,7 @@ def collectives_in(module: Module, computation: Computation) -> Iterator[Collect
                 "all-reduce": Fraction(2 * (n - 1), n),
                 "all-to-all": Fraction(n - 1, n),
             }.get(kind, Fraction(1))
-        yield Collective(
+        found[instruction.name] = Collective(
             kind,
             instruction.op_name or instruction.name,
             1,
@@ -168,6 +171,23 @@ def collectives_in(module: Module, computation: Computation) -> Iterator[Collect
             math.ceil(n_bytes * sum(a.padded_bytes for a in arrays)),
             n,
         )
+    return found
+
+
+def starts_collective(computation: Computation) -> bool:
+    """Whether it is the inside of a fusion that starts a collective, which others continue."""
+    return _calls(computation, "AsyncCollectiveStart")
+
+
+def ends_collective(computation: Computation) -> bool:
+    """Whether it is the inside of the fusion that ends such a collective."""
+    return _calls(computation, "AsyncCollectiveDone")
+
+
+def _calls(computation: Computation, target: str) -> bool:
+    return any(
+        f'custom_call_target="{target}"' in i.attributes for i in computation.instructions.values()
+    )
 
 
 def _is_scattered(instruction: Instruction, computation: Computation, n: int) -> bool:

@@ -47,6 +47,7 @@ from engram_jax.config.schema import (
     ModelConfig,
     TasksConfig,
     TokenizerConfig,
+    YarnConfig,
 )
 from engram_jax.config.serving_schema import (
     ALL_LAYERS,
@@ -126,6 +127,7 @@ __all__ = [
     "TasksConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "YarnConfig",
     "config_from_dict",
     "default_config_dict",
     "parse_config",

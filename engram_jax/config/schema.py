@@ -52,6 +52,24 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """Rotary embedding for contexts longer than the trained ones (YaRN, arXiv 2309.00071).
+
+    scale: s, how many times as long; 1 = plain rotary embedding.
+    original_length: tokens of the context that the model was trained with before.
+    alpha: pairs that turn at most so often in `original_length` have their frequency divided by s.
+    beta: pairs that turn at least so often keep theirs.
+    mscale: f; attention scores are multiplied with (0.1 f ln s + 1)^2.
+    """
+
+    scale: float = 1.0
+    original_length: int = 4096
+    alpha: float = 1.0
+    beta: float = 32.0
+    mscale: float = 0.707
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Multi-head latent attention without query compression (DeepSeek-V2/V3).
 
@@ -69,6 +87,7 @@ class AttentionConfig:
     rope_dim: int = 16
     v_dim: int = 32
     rope_theta: float = 10000.0
+    yarn: YarnConfig = field(default_factory=YarnConfig)
 
 
 @dataclass(frozen=True)

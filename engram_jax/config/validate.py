@@ -39,6 +39,7 @@ from engram_jax.config.schema import (
     GenerateConfig,
     TasksConfig,
     TokenizerConfig,
+    YarnConfig,
 )
 from engram_jax.config.serving_schema import DEVICE, DISK, HOST, SECRETS
 from engram_jax.config.training_schema import (
@@ -58,6 +59,7 @@ from kernels_pallas.engram_gate.quantise import RECIPES
 _POSITIVE = {
     "model": "d_model layers norm_eps init_std",
     "model.attention": "heads kv_lora_rank nope_dim rope_dim v_dim rope_theta",
+    "model.attention.yarn": "original_length alpha",
     "model.ffn": "dense_dim routed_scaling",
     "model.hyper": "streams sinkhorn_iterations",
     "model.engram": "heads_per_order d_mem",
@@ -73,6 +75,7 @@ _POSITIVE = {
     "serve": "sequences page prefill_chunk prefill_sequences queue max_body max_answer host",
 }
 _NOT_NEGATIVE = {
+    "model.attention.yarn": "mscale",
     "model.ffn": "routed_experts shared_experts bias_update_rate",
     "model.hyper": "eps",
     "model.engram": "conv_kernel init_std seed",
@@ -156,6 +159,7 @@ def validate(config: Config) -> None:
     model = config.model
     rope = model.attention.rope_dim
     require(rope % 2 == 0, "model.attention.rope_dim", rope, "even (RoPE rotates pairs)")
+    _yarn(model.attention.yarn)
     _feed_forward(model.ffn, model.layers)
     validate_memory(config)
     qwen = model.engram.hash_dialect == QWEN
@@ -168,6 +172,12 @@ def validate(config: Config) -> None:
     validate_training(config)
     _generate(config.generate, config.tokenizer.vocab_size)
     validate_serving(config.serve, config.model.engram)
+
+
+def _yarn(yarn: YarnConfig) -> None:
+    key = "model.attention.yarn"
+    require(yarn.scale >= 1, f"{key}.scale", yarn.scale, "1 (no extension) or more")
+    require(yarn.beta > yarn.alpha, f"{key}.beta", yarn.beta, f"above {key}.alpha = {yarn.alpha}")
 
 
 def _feed_forward(ffn: FeedForwardConfig, layers: int) -> None:

@@ -63,14 +63,17 @@ class Plan:
         return self.folder / launch.name
 
     def trials(self) -> tuple[Launch, ...]:
-        """The runs that choose each family's learning rate, for the families of the part."""
+        """The runs that choose the learning rate of the part's families that have several."""
         experiment = self.experiment
-        families = dict.fromkeys(point.family for point in self.points)
         return tuple(
             Launch(experiment.point(experiment.tune[family]), experiment.tune_seed, rate)
-            for family in families
+            for family in self._families()
+            if len(experiment.rates[family]) > 1
             for rate in experiment.rates[family]
         )
+
+    def _families(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(point.family for point in self.points))
 
     def runs(self, rates: Mapping[str, float]) -> tuple[Launch, ...]:
         """The runs of the part whose family has a rate, seed by seed."""
@@ -126,7 +129,7 @@ class Plan:
 
     def chosen_rates(self) -> dict[str, float]:
         """Of every family whose trials have all finished or diverged, the rate of the lowest
-        held-out loss that is finite; no rate of a family without one."""
+        held-out loss that is finite; no rate of a family without one. A family's only rate."""
         best: dict[str, tuple[float, float]] = {}
         open_families = set()
         for launch in self.trials():
@@ -136,7 +139,9 @@ class Plan:
                 open_families.add(family)
             elif math.isfinite(loss):
                 best[family] = min(best.get(family, (loss, launch.rate)), (loss, launch.rate))
-        return {family: rate for family, (_, rate) in best.items() if family not in open_families}
+        tried = {family: rate for family, (_, rate) in best.items() if family not in open_families}
+        rates = self.experiment.rates
+        return tried | {name: rates[name][0] for name in self._families() if len(rates[name]) == 1}
 
     def _trial_loss(self, launch: Launch) -> float | None:
         """Infinite of one that diverged, None of one that has not ended well."""

@@ -76,32 +76,37 @@ class Sweep:
     show: Callable[[Sweep], None]
     finished: Callable[[], object]
     progress: dict[str, Progress] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float] = field(init=False)
     stopping: bool = False
     _process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self.rates = self.plan.chosen_rates()
 
     def run(self) -> bool:
         """Run what is not done; whether all of it is done, or has diverged, now.
 
-        First the trials of every family's learning rate; the best of them is then used.
+        The trials of learning rates come first. What others run is waited for, and meanwhile the
+        runs of the families that have their rate are made.
         """
         for folder in ("logs", "locks"):
             (self.plan.folder / folder).mkdir(parents=True, exist_ok=True)
         with self._signals():
-            self._until_settled(self.plan.trials)
-            self.rates = self.plan.chosen_rates()
-            self._until_settled(lambda: self.plan.runs(self.rates))
+            self._until_settled()
         self.show(self)
         families = {point.family for point in self.plan.points}
-        wanted = (*self.plan.trials(), *self.plan.runs(self.rates))
         return families == set(self.rates) and all(
-            self.of(launch).state in ENDED for launch in wanted
+            self.of(launch).state in ENDED for launch in self._wanted()
         )
 
-    def _until_settled(self, wanted: Callable[[], Sequence[Launch]]) -> None:
+    def _wanted(self) -> tuple[Launch, ...]:
+        return (*self.plan.trials(), *self.plan.runs(self.rates))
+
+    def _until_settled(self) -> None:
         """Run every launch that is open, and wait for those that others run."""
-        launches = wanted()
         while not self.stopping:
+            self.rates = self.plan.chosen_rates()
+            launches = self._wanted()
             for launch in launches:
                 self._look(launch)
             self.show(self)
@@ -110,7 +115,7 @@ class Sweep:
                 self._take(launches[states.index(State.OPEN)])
             elif State.ELSEWHERE in states:
                 self._sleep(_WAIT)
-            else:
+            elif self.plan.chosen_rates() == self.rates:
                 return
 
     def of(self, launch: Launch) -> Progress:

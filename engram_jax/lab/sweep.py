@@ -134,7 +134,8 @@ def _report(plan: Plan) -> bool:
         print(f"report: {path}")
         return True
     print(f"no run in {plan.folder} is finished: no report")
-    for reason in dict.fromkeys(map(plan.missing, plan.trials())):
+    first = (*plan.trials(), *plan.runs(plan.chosen_rates()))
+    for reason in dict.fromkeys(map(plan.missing, first)):
         if reason != "not finished":
             print(reason)
     return False

@@ -29,7 +29,7 @@ from engram_jax.layers import splash
 from engram_jax.layers.attention import MASKED, causal_attention, softmax
 from engram_jax.layers.linear import linear
 from engram_jax.layers.norm import RMSNorm, compute_dtype
-from engram_jax.layers.rope import apply_rope, rope_tables
+from engram_jax.layers.rope import apply_rope, rope_tables, yarn_softmax_factor
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 PAGED_BLOCK = 256  # tokens of a paged cache that attention takes at a time
@@ -60,7 +60,8 @@ class MLA(nnx.Module):
     ):
         self.config = config
         self.dtype = dtype
-        self.scale = (config.nope_dim + config.rope_dim) ** -0.5
+        width = config.nope_dim + config.rope_dim
+        self.scale = width**-0.5 * yarn_softmax_factor(config.yarn)
 
         def matrix(rows: int, columns: int) -> nnx.Param:
             values = jax.random.normal(rngs.params(), (rows, columns), param_dtype)
@@ -236,7 +237,7 @@ class MLA(nnx.Module):
         """Rotated queries [B, S, h, n + p], latents [B, S, r], rotated keys [B, S, p]."""
         config = self.config
         x = x.astype(self.dtype)
-        cos, sin = rope_tables(positions, config.rope_dim, config.rope_theta)
+        cos, sin = rope_tables(positions, config.rope_dim, config.rope_theta, config.yarn)
         query = linear(x, self.q_proj[...].astype(self.dtype))
         query = query.reshape(*x.shape[:2], -1, config.nope_dim + config.rope_dim)
         nope, rope = jnp.split(query, [config.nope_dim], axis=-1)

@@ -14,7 +14,7 @@ MODES = {
     "export-memory": "writes a checkpoint's tables into a file to serve from",
     "count-memory": "counts which rows the training text reads, for a warm cache",
     "describe": "counts parameters and FLOPs; allocates nothing",
-    "compile": "compiles a step for a TPU slice that need not be there",
+    "compile": "compiles a step for a TPU slice that need not be there, and predicts its time",
     "sweep": "runs an experiment of many models (docs/lab.md)",
 }
 OPENS_A_RUN = ("train", "evaluate", "lm-eval", "generate", "serve", "explore", "export-memory")
@@ -30,6 +30,9 @@ MODES_OF_FLAGS = {
     "topology": ("compile",),
     "program": ("compile",),
     "dump_hlo": ("compile",),
+    "unknown": ("compile",),
+    "overflow": ("compile",),
+    "pairs": ("compile",),
     "profile": ("train",),
     "tasks": ("evaluate", "lm-eval"),
     "limit": ("lm-eval",),

@@ -34,7 +34,14 @@ from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, Sampled, Step
 from engram_jax.serve.logit_rules import LogitRules, check_rules, no_adjustments
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.prefetch import Prefetch
-from engram_jax.serve.request import Completion, Delta, Finish, Logprob, SamplingParams
+from engram_jax.serve.request import (
+    Completion,
+    Delta,
+    Finish,
+    Logprob,
+    PromptLogprobs,
+    SamplingParams,
+)
 from engram_jax.serve.row_fetch import LayerMemory
 from engram_jax.serve.scheduler import Schedule
 from engram_jax.serve.scheduler import Sequence as Running
@@ -430,7 +437,7 @@ class Engine:
             self._end(s, Finish.LENGTH)
 
     def _tell(self, s: Running, told: list[tuple[int, Logprob | None]], **what: Any) -> None:
-        prompt, s.prompt_logprobs = tuple(s.prompt_logprobs), []
+        prompt, s.prompt_logprobs = s.prompt_logprobs or (), PromptLogprobs()
         tokens = tuple(token for token, _ in told)
         logprobs = tuple(logprob for _, logprob in told if logprob is not None)
         what |= {"tokens": tokens, "logprobs": logprobs, "prompt_logprobs": prompt}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from engram_jax.config import GenerateConfig
 from engram_jax.config.errors import UserError
@@ -193,6 +195,59 @@ class Logprob:
     top: Mapping[int, float] = field(default_factory=dict)
 
 
+class PromptLogprobs(Sequence[Logprob]):
+    """Log-probabilities of a prompt's tokens, held as the arrays that the device computed: an entry
+    is made when it is asked for."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._length = 0
+
+    def add(self, tokens: np.ndarray, own: np.ndarray, ids: np.ndarray, top: np.ndarray) -> None:
+        """The next tokens [t], their log-probabilities [t], the likeliest tokens [t, n] and theirs
+        [t, n]; copied."""
+        self._parts.append((tokens.copy(), own.copy(), ids.copy(), top.copy()))
+        self._length += len(tokens)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Logprob]:
+        for part in self._parts:
+            for at in range(0, len(part[0]), _TOGETHER):
+                yield from _entries(part, slice(at, at + _TOGETHER))
+
+    @overload
+    def __getitem__(self, at: int) -> Logprob: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Logprob, ...]: ...
+    def __getitem__(self, at: int | slice) -> Logprob | tuple[Logprob, ...]:
+        if isinstance(at, slice):
+            return tuple(self[i] for i in range(self._length)[at])
+        at = range(self._length)[at]
+        for part in self._parts:
+            if at < len(part[0]):
+                return _entries(part, slice(at, at + 1))[0]
+            at -= len(part[0])
+        raise AssertionError("the parts are as long as the whole")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_TOGETHER = 8  # entries that are made at once: one element of an array takes a microsecond
+
+
+def _entries(part: tuple[np.ndarray, ...], at: slice) -> list[Logprob]:
+    columns = [array[at].tolist() for array in part]
+    return [
+        Logprob(token, own, dict(zip(*listed, strict=True)))
+        for token, own, *listed in zip(*columns, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Delta:
     """What a step added to one request.
@@ -211,7 +266,7 @@ class Delta:
     tokens: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[Logprob, ...] = ()
-    prompt_logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: Sequence[Logprob] = ()
     finish: Finish | None = None
     error: str = ""
     sampled: int = 0
@@ -225,7 +280,7 @@ class Completion:
     text: str
     finish: Finish
     logprobs: tuple[Logprob, ...] = ()
-    prompt_logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: Sequence[Logprob] = ()
     error: str = ""
     sampled: int = 0
 
@@ -239,7 +294,7 @@ class Completion:
             text="".join(d.text for d in deltas),
             finish=last.finish,
             logprobs=tuple(p for d in deltas for p in d.logprobs),
-            prompt_logprobs=tuple(p for d in deltas for p in d.prompt_logprobs),
+            prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs), ()),
             error=last.error,
             sampled=sum(d.sampled for d in deltas),
         )

@@ -29,7 +29,7 @@ import numpy as np
 
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.prefixes import Prefix, Prefixes
-from engram_jax.serve.request import Finish, QueueFullError, SamplingParams
+from engram_jax.serve.request import Finish, PromptLogprobs, QueueFullError, SamplingParams
 from engram_jax.serve.waiting import Waiting, in_turns
 
 
@@ -59,7 +59,7 @@ class Sequence:
     pending: bool = False
     finish: Finish | None = None
     saved: Any = None
-    prompt_logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = field(default_factory=PromptLogprobs)
     request: Hashable = None
     age: int = -1
     shares: int = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,26 +46,20 @@ def next_ids(size: int, rows: Sequence[tuple[int, Running]]) -> np.ndarray | Non
     return found
 
 
-def add_prompt(s: Running, fed: Logprobs, row: int, start: int, count: int) -> None:
-    """Keep what a step has found: `count` tokens of the prompt were computed behind `start`."""
+def add_prompt(s: Running, fed: Any, row: int, start: int, count: int) -> None:
+    """Keep what a step has found, Logprobs of NumPy's arrays: `count` tokens of the prompt were computed behind `start`."""
     first = max(start + 1, s.params.prompt_logprobs_from)
-    following = s.prompt[first : start + 1 + count].tolist()
+    following = s.prompt[first : start + 1 + count]
     skipped = first - start - 1
     at, most = (row, slice(skipped, skipped + len(following))), s.params.logprobs or 0
-    # As lists first: an element of an array takes a microsecond, and these are thousands.
-    chosen, ids = fed.chosen[at].tolist(), fed.ids[at][:, :most].tolist()
-    top = fed.top[at][:, :most].tolist()
-    s.prompt_logprobs += [
-        Logprob(token, own, dict(zip(*likeliest, strict=True)))
-        for token, own, *likeliest in zip(following, chosen, ids, top, strict=True)
-    ]
+    s.prompt_logprobs.add(following, fed.chosen[at], fed.ids[at][:, :most], fed.top[at][:, :most])
 
 
 def add_next(s: Running, own: Logprobs, values: np.ndarray, row: int) -> None:
     """Keep the log-probabilities [B, MAX_NEXT] of `next_ids`; own: of the token that was drawn."""
-    top = one(0, own, (row,), s.params.logprobs).top
-    pairs = zip(s.params.next_ids, values[row][: len(s.params.next_ids)].tolist(), strict=True)
-    s.prompt_logprobs += [Logprob(token, value, top) for token, value in pairs]
+    tokens, most = np.asarray(s.params.next_ids, np.int32), s.params.logprobs or 0
+    ids, top = (np.broadcast_to(a[row, :most], (len(tokens), most)) for a in (own.ids, own.top))
+    s.prompt_logprobs.add(tokens, values[row, : len(tokens)], ids, top)
 
 
 def one(token: int, found: Logprobs, at: tuple[int, ...], alternatives: int | None) -> Logprob:

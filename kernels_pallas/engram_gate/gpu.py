@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.engram_gate import quantise
 from kernels_pallas.engram_gate.quantise import BLOCK, E4M3, MX, Quantised
 from kernels_pallas.engram_gate.reference import gate_of_score
@@ -95,14 +95,18 @@ def forward(
         _kernel(dict(zip(names, refs, strict=True)), m=m, t=t, c=c, d=d, eps=eps, recipe=recipe,
                 blocks=blocks)  # fmt: skip
 
+    out_shape = [
+        jax.ShapeDtypeStruct((m, t, d), streams.dtype),
+        jax.ShapeDtypeStruct((t, 4 * m), jnp.float32),
+    ]
     return tuple(
         pl.pallas_call(
             kernel,
             grid=(pl.cdiv(t, blocks.tokens),),
-            out_shape=[
-                jax.ShapeDtypeStruct((m, t, d), streams.dtype),
-                jax.ShapeDtypeStruct((t, 4 * m), jnp.float32),
-            ],
+            out_shape=out_shape,
+            cost_estimate=cost.estimate(
+                2 * t * c * (m + 1) * d, (*operands.values(), *out_shape), transcendentals=t * m
+            ),
             compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
             interpret=interpret,
             name="engram_gate",

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.engram_gate.fp8_tpu import Projection, projection
 from kernels_pallas.engram_gate.quantise import BLOCK, E4M3, Quantised
 from kernels_pallas.engram_gate.reference import gate_of_score
@@ -166,18 +166,27 @@ def forward(
             dict(zip(names, refs, strict=True)), p, m=m, d=d, n=n, chunk=blocks.chunk, eps=eps
         )
 
+    out_shape = [
+        jax.ShapeDtypeStruct((m, t, d), streams.dtype),
+        jax.ShapeDtypeStruct((t, 4 * m), jnp.float32),
+    ]
+    passes = pl.cdiv(t, bt)  # over the weights
+    of_tokens = {"rows", "row_scales", "streams", "mask"}
     return pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(t, bt), key_steps + n),
+        grid=(passes, key_steps + n),
         in_specs=[specs[name] for name in operands],
         out_specs=[
             pl.BlockSpec((m, bt, bd), lambda i, j: (0, i, jnp.maximum(j - key_steps, 0))),
             pl.BlockSpec((bt, 4 * m), lambda i, j: (i, 0)),
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct((m, t, d), streams.dtype),
-            jax.ShapeDtypeStruct((t, 4 * m), jnp.float32),
-        ],
+        out_shape=out_shape,
+        cost_estimate=cost.estimate(
+            2 * t * p.depth * (m + 1) * d,
+            [*(a for name, a in operands.items() if name in of_tokens), *out_shape],
+            *((a, passes) for name, a in operands.items() if name not in of_tokens),
+            transcendentals=t * m,
+        ),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem_limit()

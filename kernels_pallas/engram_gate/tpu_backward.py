@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.engram_gate.fp8_tpu import dot
 from kernels_pallas.engram_gate.reference import slope_of_gate
 from kernels_pallas.engram_gate.tpu import CHUNK, LANES, MAX_COLUMNS, Blocks, fitted, longest
@@ -138,12 +138,21 @@ def backward(
     def kernel(*refs: Any) -> None:
         _backward_kernel(dict(zip(names, refs, strict=True)), m=m, t=t, d=d, n=n, blocks=blocks)
 
+    of_weights = {"weights", "gain", "bias"}  # read once in each pass over the tokens' blocks
     d_projected, d_streams, d_gain, d_bias = pl.pallas_call(
         kernel,
         grid=(parts, n + m * n),
         in_specs=[spec for _, spec in operands.values()],
         out_specs=[spec for _, spec in results.values()],
         out_shape=[shape for shape, _ in results.values()],
+        cost_estimate=cost.estimate(
+            2 * t * c * (m + 1) * d,
+            [
+                *(array for name, (array, _) in operands.items() if name not in of_weights),
+                *(shape for shape, _ in results.values()),
+            ],
+            *((array, parts) for name, (array, _) in operands.items() if name in of_weights),
+        ),
         scratch_shapes=[pltpu.VMEM((bt, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem_limit()

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.mhc import coefficients
 from kernels_pallas.mhc.tpu_blocks import PARTS, Width, split, total
 
@@ -67,8 +67,10 @@ def pre(
             dict(zip(names, refs, strict=True)), p, n, d, iterations, eps, transpose, blocks, lanes
         )
 
+    own = 1 if x.dtype == jnp.bfloat16 else PARTS  # of the streams: `split`
+    flops = 2 * p * n * d * lanes * PARTS * own
     return tuple(
-        _call(kernel, p, blocks, interpret, "mhc_pre")(
+        _call(kernel, p, blocks, interpret, "mhc_pre", flops, p * count)(
             [
                 jax.ShapeDtypeStruct((p, d), x.dtype),
                 jax.ShapeDtypeStruct((p, n), jnp.float32),
@@ -100,7 +102,8 @@ def merge(
         _merge_kernel(dict(zip(names, refs, strict=True)), p, n, d, blocks)
 
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _call(kernel, p, blocks, interpret, "mhc_merge")(out, x, y, post, res)
+    flops = 2 * p * d * n * (n + 1)
+    return _call(kernel, p, blocks, interpret, "mhc_merge", flops)(out, x, y, post, res)
 
 
 def _tuned(op: str, n: int, d: int) -> Blocks:
@@ -109,13 +112,24 @@ def _tuned(op: str, n: int, d: int) -> Blocks:
 
 
 def _call(
-    kernel: Callable[..., None], p: int, blocks: Blocks, interpret: bool, name: str
+    kernel: Callable[..., None],
+    p: int,
+    blocks: Blocks,
+    interpret: bool,
+    name: str,
+    flops: int,
+    transcendentals: int = 0,
 ) -> Callable[..., Any]:
     def call(out_shape: Any, *operands: jax.Array) -> Any:
         return pl.pallas_call(
             kernel,
             grid=(pl.cdiv(p, blocks.tokens),),
             out_shape=out_shape,
+            cost_estimate=cost.estimate(
+                flops,
+                (*operands, *jax.tree.leaves(out_shape)),
+                transcendentals=transcendentals,
+            ),
             compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
             interpret=interpret,
             name=name,

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.mhc import coefficients
 from kernels_pallas.mhc.tpu_blocks import (
     LANES,
@@ -92,6 +92,12 @@ def forward(
         )  # fmt: skip
 
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    stacked = stacked_parts(fn, n)
+    out_shape = [
+        jax.ShapeDtypeStruct((p, d), x.dtype),
+        *(jax.ShapeDtypeStruct((k, p), jnp.float32) for k in (n, n * n, width.kept)),
+    ]
+    parts = 1 if x.dtype == jnp.bfloat16 else PARTS  # of the streams: `split`
     return tuple(
         pl.pallas_call(
             kernel,
@@ -108,10 +114,12 @@ def forward(
                 pl.BlockSpec((bt, d), lambda i: (i, 0)),
                 *(pl.BlockSpec((k, bt), lambda i: (0, i)) for k in (n, n * n, width.kept)),
             ],
-            out_shape=[
-                jax.ShapeDtypeStruct((p, d), x.dtype),
-                *(jax.ShapeDtypeStruct((k, p), jnp.float32) for k in (n, n * n, width.kept)),
-            ],
+            out_shape=out_shape,
+            cost_estimate=cost.estimate(
+                2 * p * n * d * width.stacked * parts,
+                (base, scale, x, stacked, *out_shape),
+                transcendentals=p * width.count,
+            ),
             scratch_shapes=[
                 pltpu.VMEM((bt, width.stacked), jnp.float32),
                 pltpu.VMEM((width.stacked, bt // LANES, LANES), jnp.float32),
@@ -123,7 +131,7 @@ def forward(
             ),
             interpret=interpret,
             name="mhc_pre",
-        )(base, scale, x, stacked_parts(fn, n))
+        )(base, scale, x, stacked)
     )
 
 

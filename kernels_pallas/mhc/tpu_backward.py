@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.mhc import coefficients
 from kernels_pallas.mhc.tpu_blocks import (
     LANES,
@@ -114,6 +114,14 @@ def backward(
     in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     streams = pl.BlockSpec((n, bt, d), lambda h, s: (0, token_block(h, s), 0))
     groups, lanes = bt // LANES, jnp.float32
+    operands = base, scale, x, stacked_parts(fn, n, of_fn), kept, g, g_post, g_res
+    out_shape = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct((halves, n, width.part, d), jnp.float32),
+        jax.ShapeDtypeStruct((halves, 2 * width.part, LANES), jnp.float32),
+    ]
+    e_rows = pl.cdiv(PARTS * width.part, ROWS) * ROWS
+    parts = 1 if x.dtype == jnp.bfloat16 else PARTS  # of the streams: `split`
     dx, dfn, sums = pl.pallas_call(
         kernel,
         grid=(halves, steps),
@@ -134,18 +142,19 @@ def backward(
             pl.BlockSpec((None, n, width.part, d), lambda h, s: (h, 0, 0, 0)),
             pl.BlockSpec((None, 2 * width.part, LANES), lambda h, s: (h, 0, 0)),
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct((halves, n, width.part, d), jnp.float32),
-            jax.ShapeDtypeStruct((halves, 2 * width.part, LANES), jnp.float32),
-        ],
+        out_shape=out_shape,
+        cost_estimate=cost.estimate(
+            2 * p * n * d * (width.stacked * len(passes) + e_rows * parts),
+            (*operands, *out_shape),
+            transcendentals=p * width.count,
+        ),
         scratch_shapes=[
             pltpu.VMEM((LANES, groups, LANES), lanes),
             pltpu.VMEM((LANES, groups, LANES), lanes),
             pltpu.VMEM((width.stacked, groups, LANES), lanes),
             pltpu.VMEM((iterations, 2 * n, groups, LANES), lanes),
             pltpu.VMEM((bt, LANES), lanes),
-            pltpu.VMEM((pl.cdiv(PARTS * width.part, ROWS) * ROWS, bt), jnp.bfloat16),
+            pltpu.VMEM((e_rows, bt), jnp.bfloat16),
             pltpu.VMEM((len(passes), bt, width.stacked), jnp.bfloat16),
             pltpu.VMEM((n, bt, blocks.columns), jnp.float32),
         ],
@@ -154,7 +163,7 @@ def backward(
         ),
         interpret=interpret,
         name="mhc_pre_backward",
-    )(base, scale, x, stacked_parts(fn, n, of_fn), kept, g, g_post, g_res)
+    )(*operands)
     c = width.count
     dfn = jnp.moveaxis(dfn.sum(0)[:, :c], 1, 2).reshape(n * d, c)
     dbase, times_h = sums.sum((0, 2)).reshape(2, width.part)[:, :c]

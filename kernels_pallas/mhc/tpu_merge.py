@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.mhc.tpu_blocks import (
     LANES,
     ROWS,
@@ -77,6 +77,7 @@ def forward(
         in_specs=[streams, one, rows(n), rows(n * n)],
         out_specs=streams,
         out_shape=jax.ShapeDtypeStruct((n, p, d), x.dtype),
+        cost_estimate=cost.estimate(2 * p * d * n * (n + 1), (x, y, post, res, x)),
         scratch_shapes=_scratch(bt),
         compiler_params=_params(),
         interpret=interpret,
@@ -112,6 +113,9 @@ def backward(
             in_specs=[streams, one, rows(n), rows(n * n), streams],
             out_specs=[streams, one, rows(n), rows(n * n)],
             out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, y, post, res)],
+            cost_estimate=cost.estimate(
+                4 * p * d * n * (n + 1), (x, y, post, res, g, x, y, post, res)
+            ),
             scratch_shapes=_scratch(bt),
             compiler_params=_params(),
             interpret=interpret,

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 
 UNMEASURED = "the kernel has not been measured on a GPU; implementation 'pallas' takes it"
 TILE = 128
@@ -70,6 +70,9 @@ def forward(
         program,
         grid=(pl.cdiv(t, blocks.tokens), m, b),
         out_shape=jax.ShapeDtypeStruct(u.shape, u.dtype),
+        cost_estimate=cost.estimate(
+            2 * kernel * u.size, (u, filters, bits, u), transcendentals=u.size
+        ),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="short_conv",

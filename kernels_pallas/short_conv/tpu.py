@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.short_conv import openings
 
 LANES, SUBLANES = 128, 8
@@ -157,12 +157,20 @@ def forward(
         refs = dict(zip(names, refs, strict=True))
         _forward(refs, before=before, dilation=dilation, eps=eps, chunk=blocks.chunk)
 
+    out_shape = jax.ShapeDtypeStruct(u.shape, out_dtype)
+    again = {"bits": m, "filters": b, "gain": b}  # for every stream, for every sequence
     return pl.pallas_call(
         program,
         grid=(b, m, pl.cdiv(t, blocks.tokens)),
         in_specs=[spec for _, spec in operands.values()],
         out_specs=tokens,
-        out_shape=jax.ShapeDtypeStruct(u.shape, out_dtype),
+        out_shape=out_shape,
+        cost_estimate=cost.estimate(
+            2 * kernel * u.size,
+            [out_shape],
+            *((array, again.get(name, 1)) for name, (array, _) in operands.items()),
+            transcendentals=u.size,
+        ),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

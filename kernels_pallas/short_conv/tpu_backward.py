@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import cost, tuning
 from kernels_pallas.short_conv import openings
 from kernels_pallas.short_conv.tpu import (
     LANES,
@@ -103,6 +103,13 @@ def backward(
         refs = dict(zip(names, refs, strict=True))
         _backward(refs, before=before, dilation=dilation, eps=eps, chunk=blocks.chunk)
 
+    out_shape = [
+        jax.ShapeDtypeStruct(u.shape, u.dtype),
+        jax.ShapeDtypeStruct((b, m, kernel, d), jnp.float32),
+    ]
+    again = {"bits": m, "filters": b}  # for every stream, for every sequence
+    rows_before = jax.ShapeDtypeStruct((m, b, n * before, d), u.dtype)  # of "earlier": of u
+    arrays = {name: array for name, (array, _) in operands.items()} | {"earlier": rows_before}
     du, d_filters = pl.pallas_call(
         program,
         grid=(b, m, n),
@@ -111,10 +118,13 @@ def backward(
             tokens,
             pl.BlockSpec((None, None, kernel, d), lambda b, m, i: (b, m, 0, 0)),
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct(u.shape, u.dtype),
-            jax.ShapeDtypeStruct((b, m, kernel, d), jnp.float32),
-        ],
+        out_shape=out_shape,
+        cost_estimate=cost.estimate(
+            6 * kernel * u.size,  # the convolution again, its transpose, the filters
+            out_shape,
+            *((array, again.get(name, 1)) for name, array in arrays.items()),
+            transcendentals=u.size,
+        ),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

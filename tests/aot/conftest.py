@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -27,5 +29,19 @@ def shard_mapped(tpu_slice):
             for shape in shapes
         ]
         return compile_with_text(jax.jit(mapped).lower(*arguments), options)[1]
+
+    return text
+
+
+@pytest.fixture(scope="session")
+def compiled(tpu_slice):
+    """`compiled("v5p:2x2x1", f, x, ...)` -> text of f, its arguments whole on every device."""
+
+    @functools.cache
+    def text(name, f, *args):
+        _, mesh = tpu_slice(name)
+        whole = NamedSharding(mesh, PartitionSpec())
+        lowered = jax.jit(f, in_shardings=whole, out_shardings=whole).lower(*args)
+        return compile_with_text(lowered, stage="after_codegen")[1]
 
     return text

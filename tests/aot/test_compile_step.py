@@ -12,12 +12,15 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import meshes, predicted
+from configs import engram_tiny
 from engram_jax.aot.compile_step import _train
 from engram_jax.aot.compiling import compile_with_text, memory_of
 from engram_jax.checkpoint import table_order
-from engram_jax.config import MeshConfig
+from engram_jax.config import Config, MeshConfig, parse_config
 from engram_jax.memory.exchange import stored_order
 from engram_jax.memory.table import TableLayout
+from engram_jax.model.describe import training_flops
 from engram_jax.sharding.rules import make_mesh
 from engram_jax.training.state import build_training, table_format
 from tests.runs import ROOT, flags_of, launched
@@ -63,9 +66,37 @@ def assert_no_table_is_copied(report: dict) -> None:
     assert report["aliased_fraction"] == 1.0, report["not_aliased"]
 
 
+def assert_predicted(found: dict, report: dict) -> None:
+    """The sums are of parts, phases and what was assumed; rates are of the step's tokens."""
+    for parts in (found["by_part"], found["by_phase"]):
+        for k in (0, 1):
+            assert sum(p[k] for p in parts.values()) == pytest.approx(found["seconds"][k], abs=1e-5)
+    assert 0 < found["seconds"][0] < found["seconds"][1]
+    assert found["by_phase"]["backward"][1] > 0 and found["by_part"]["matmul"][1] > 0
+    rates = [report["global_batch_tokens"] / s for s in reversed(found["seconds"])]
+    assert found["tokens_per_s"] == pytest.approx(rates, rel=1e-2)
+    # Of the model's count, 197 TFLOP/s and four devices.
+    config = tiny_of(TINY)
+    used = [r * training_flops(config) / (4 * 197e12) for r in found["tokens_per_s"]]
+    assert found["utilisation"] == pytest.approx(used, abs=2e-6)
+    # An expert axis of 2 with 3 experts a token: 3 rounds; and as many as told of the exchange.
+    assert found["assumed"] == {"unknown": 3, "overflow": 5, "pairs": 100}
+    assert {loop["rounds"] for loop in found["open_loops"] if loop["communicates"]} == {5}
+    lines = [place["lines"] for place in found["places"]]
+    assert len(lines) == 10 and all(lines) and any("engram_jax/" in p[0] for p in lines)
+    assert not any(line.startswith("/") for p in lines for line in p)
+
+
+def tiny_of(overrides: dict) -> Config:
+    config = engram_tiny.get_config()
+    config.update_from_flattened_dict(overrides)
+    return parse_config(config)
+
+
 def test_a_training_step_that_fits(tmp_path):
     dump = tmp_path / "made" / "hlo"
-    code, report, err = compiled("engram_tiny", "v5e:2x2", f"--dump_hlo={dump}", **TINY)
+    flags = f"--dump_hlo={dump}", "--overflow=5", "--pairs=100"
+    code, report, err = compiled("engram_tiny", "v5e:2x2", *flags, **TINY)
     assert code == 0, err
     assert set(report) >= KEYS
     assert report["fits"] and report["peak_hbm_bytes"] < report["hbm_capacity_bytes"]
@@ -79,6 +110,7 @@ def test_a_training_step_that_fits(tmp_path):
     ids_and_rows = {exchange["rows_received"] * 4: 1, exchange["bytes_received"]: 2}
     assert {c["bytes"] // c["count"]: c["count"] for c in first} == ids_and_rows
     assert exchange["bytes_received"] == exchange["rows_received"] * 80 * 4
+    assert_predicted(report["predicted"], report)
     texts = {path.name: path.read_text() for path in dump.iterdir()}
     name = "engram_tiny_train_v5e_2x2"
     assert set(texts) == {f"{name}.after_optimizations.txt", f"{name}.after_codegen.txt"}
@@ -113,6 +145,9 @@ def test_the_engine_s_step(program, tmp_path):
     code, report, err = compiled("engram_tiny", "v5e:2x2", *flags, **TINY)
     assert code == 0, err
     assert report["program"] == program and report["fits"]
+    times = [part["predicted"]["seconds"] for part in report["programs"].values()]
+    whole = report["predicted"]["seconds"]
+    assert whole == pytest.approx([sum(t) for t in zip(*times, strict=True)], abs=1e-5)
     assert list(report["programs"]) == ["first", "rows 1", "span 1", "sample"]
     for name in ("first", "rows_1", "span_1", "sample"):
         file = tmp_path / f"engram_tiny_{program}_{name}_v5e_2x2.after_codegen.txt"
@@ -156,6 +191,7 @@ def test_restored_tables_lie_as_the_step_wants_them(tpu_slice):
             "must be train, decode or prefill",
         ),
         (["--mode=compile", "--topology=v5e:2x2", "--config.mesh.expert=3"], "must make 4"),
+        (["--mode=compile", "--topology=v5e:2x2", "--unknown=-1"], "must be a number from 0 on"),
     ],
 )
 def test_refusals(arguments, line):
@@ -167,11 +203,17 @@ def test_refusals(arguments, line):
 @pytest.mark.slow
 @pytest.mark.proof
 def test_four_layers_of_engram27b():
-    layers = {"model.layers": 4, "model.engram.layers": (1, 3), "train.accumulation": 10}
-    code, report, err = compiled("engram27b", "v5p:4x4x8", **layers)
+    """They fit, and are predicted no slower than their record."""
+    layers = predicted.OVERRIDES[predicted.SHORT[0]]
+    code, report, err = compiled("engram27b", predicted.SHORT[1], **layers)
     assert code == 0, err
     assert_no_table_is_copied(report)
     assert report["peak_hbm_bytes"] < 12 * GIB
+    record = predicted.find(meshes.stored(predicted.DEFAULT), predicted.SHORT)
+    if record is None:
+        pytest.skip(f"no prediction is stored for {meshes.versions()}")
+    slower = predicted.slower(record["predicted"], report["predicted"])
+    assert not slower, slower
 
 
 @pytest.mark.slow

@@ -41,14 +41,6 @@ def test_names():
     assert Candidate(fsdp=4).name == "fsdp 4, 1 microbatch"
 
 
-@pytest.mark.parametrize(
-    ("config", "expert", "rounds"),
-    [("engram27b", 8, 1.5), ("engram27b", 4, 3), ("moe27b", 2, 6), ("engram27b", 1, 1)],
-)
-def test_rounds_of_a_loop_over_chunks(config, expert, rounds):
-    assert meshes.chunks(Candidate(fsdp=128 // expert, expert=expert).of(config)) == rounds
-
-
 ONE_COPY = """HloModule m
 
 ENTRY %main () -> f32[] {

@@ -108,7 +108,6 @@ def test_one_token(run_tiny):
     assert ran.pictures() == 5
 
 
-@pytest.mark.proof
 def test_the_tiny_model_and_its_report(run_tiny):
     settings = {"STEPS": 30, "MORE": flags(MODEL | MEMORY | FEWER)}
     wanted = {"first": "metrics[0]['loss']", "held_out": "held_out", "off": "off.loss"}
@@ -126,7 +125,6 @@ def test_the_tiny_model_and_its_report(run_tiny):
     assert ran.pictures() == 4  # the loss, and three of the report
 
 
-@pytest.mark.proof
 def test_the_allocation_law(run_tiny):
     """What was trained has the parameters that the solver says, and the base's."""
     budget = MODEL | {"model.ffn.routed_experts": 60, "model.ffn.dense_dim": 512}
@@ -201,7 +199,6 @@ def test_knowledge_on_and_off(run_tiny):
     assert ran.pictures() == 4
 
 
-@pytest.mark.proof
 def test_from_laptop_to_slice(run_tiny, tpu_slice):
     more = flags(MODEL | {"train.eval_every": 1000, "train.checkpoint_every": 1000})
     ran = run_tiny(

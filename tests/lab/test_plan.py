@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -52,6 +53,15 @@ def test_a_part_tries_only_its_families_rates(plan):
         "rows=101,seed=4,rate=0.02",
         "rows=101,seed=1,rate=0.02",
     ]
+
+
+def test_a_family_with_one_rate_has_it_without_a_trial(plan):
+    rates = {"MoE": (0.01,), "Engram": (0.01, 0.02)}
+    whole = plan()
+    one = dataclasses.replace(whole, experiment=dataclasses.replace(whole.experiment, rates=rates))
+    assert names(one.trials()) == ["rows=50,seed=0,rate=0.01", "rows=50,seed=0,rate=0.02"]
+    assert one.chosen_rates() == {"MoE": 0.01}
+    assert names(one.runs(one.chosen_rates())) == [f"rows=0,seed={s},rate=0.01" for s in (0, 1)]
 
 
 def test_a_report_is_of_the_whole_experiment(plan):

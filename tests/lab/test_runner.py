@@ -196,6 +196,30 @@ def test_a_run_that_another_sweep_has_is_waited_for(make, monkeypatch):
     assert len(done) == 1
 
 
+def test_while_another_tries_rates_the_families_that_have_theirs_run(make, monkeypatch):
+    monkeypatch.setattr(runner, "_WAIT", 0.1)
+    sweep, stream, _ = make(["rows=0", "rows=50"], ["0", "1"])
+    waits = sweep.plan.trials()[-1]
+    assert waits.point.family == "Engram"
+    (sweep.plan.folder / "locks").mkdir(parents=True)
+    lock = try_lock(sweep.plan.folder / "locks" / waits.name)
+    assert lock is not None
+    shown = []
+
+    def other():  # it ends when nothing is left to do without it
+        while "rows=0,seed=1,rate=0.01: done" not in stream.getvalue():
+            time.sleep(0.01)
+        shown.append(stream.getvalue())
+        lock.close()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert sweep.run()
+    thread.join()
+    assert sweep.rates == {"MoE": 0.01, "Engram": 0.01}
+    assert "rows=50,seed=1" not in shown[0]
+
+
 def test_the_process_that_trains_holds_the_lock(make):
     """So a sweep that is killed leaves it locked until its process has ended, too."""
     sweep, *_ = make(["rows=15"])

@@ -42,6 +42,7 @@ def blocked_once(monkeypatch):
     monkeypatch.setattr(data.TrainIterator, "__next__", standing_still)
 
 
+@pytest.mark.slow
 def test_a_profile_has_its_steps_and_no_others(corpus, tmp_path, undisturbed):
     """In a process of its own: JAX's profiler crashes where libtpu is loaded and no TPU is there,
     as the tests of aot/ do."""

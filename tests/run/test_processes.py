@@ -135,7 +135,6 @@ def test_four_processes(corpus, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 def test_eight_devices_then_four_then_one(corpus, alone, tmp_path):
     eight = tmp_path / "eight"
     run_among(1, *arguments(corpus, eight, fsdp=2, expert=2, tensor=2), devices=8)
@@ -149,7 +148,7 @@ def test_eight_devices_then_four_then_one(corpus, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [pytest.param(False, marks=pytest.mark.proof), True])
+@pytest.mark.parametrize("kept", [False, True])
 def test_two_processes_start_from_another_run(corpus, alone, tmp_path, kept):
     """As one does (train.init_from), with a fresh optimizer or the other run's moments."""
     keys = FLOAT64 | {"train__init_from": f"{alone}@{MIDDLE}", "train__init_optimizer": kept}

@@ -33,7 +33,6 @@ STEPS = SMALL["train.steps"]
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 def test_control_c_is_treated_as_sigterm_is(corpus, undisturbed, tmp_path):
     process = start(corpus, tmp_path)
     outcome = signal_when(process, lambda: last_step(tmp_path) >= 4, signal.SIGINT)

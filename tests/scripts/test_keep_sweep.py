@@ -30,6 +30,8 @@ def sweep(tmp_path):
         write(folder / f"logs/{name}.json", [attempt])
         write(folder / f"logs/{name}.log", "what it printed")
     write(folder / "x=1/losses.json", {"step": 4})
+    for name in ("task_scores", "analysis"):
+        write(folder / f"x=1/{name}.json", {"of": name})
     np.savez(folder / "x=1/held_out_documents.npz", nats=np.arange(3.0))
     write(folder / "report.md", "# Report")
     write(folder / "x.svg", "<svg/>")
@@ -43,6 +45,7 @@ def test_round_trip(sweep, tmp_path, capsys):
     with tarfile.open(tmp_path / "kept" / PACKED) as archive:
         names = set(archive.getnames())
     runs = {"x=1/run.json", "x=1/losses.json", "x=1/held_out_documents.npz", "x=2/run.json"}
+    runs |= {"x=1/task_scores.json", "x=1/analysis.json"}
     assert names == runs | {f"logs/x={n}.json" for n in (1, 2, 3)}
     write(tmp_path / "again/x=1/losses.json", {"step": 5})  # there already: stays
     restore(tmp_path / "kept", tmp_path / "again")

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from engram_jax.config.errors import UserError
-from engram_jax.serve.request import Completion, Finish, QueueFullError, SamplingParams
+from engram_jax.serve.request import (
+    Completion,
+    Finish,
+    Logprob,
+    PromptLogprobs,
+    QueueFullError,
+    SamplingParams,
+)
 from tests.serve.served import GREEDY, LENGTHS, make_engine, prompts, served
 from tests.tiny import VOCAB
 
@@ -109,3 +117,24 @@ def test_streaming_gives_a_token_at_a_time_and_can_be_left(engine, expected):
 def test_impossible_settings(values, words):
     with pytest.raises(UserError, match=words):
         SamplingParams(**values)
+
+
+def test_log_probabilities_of_a_prompt_are_entries_in_order():
+    """Whatever the parts they came in; copies, for the arrays are the engine's."""
+    rng = np.random.default_rng(0)
+    whole, found, parts = [], PromptLogprobs(), (3, 20, 1)
+    for tokens in parts:
+        ids, own = rng.integers(9, size=(tokens, 5)), rng.normal(size=(tokens, 5))
+        found.add(ids[:, 0], own[:, 0], ids[:, 1:3], own[:, 1:3])
+        for row in range(tokens):
+            top = {int(ids[row, 1]): own[row, 1], int(ids[row, 2]): own[row, 2]}
+            whole.append(Logprob(int(ids[row, 0]), own[row, 0], top))
+        ids[:], own[:] = 0, 0.0
+    assert len(found) == 24 and found == tuple(whole) and list(found) == whole
+    for i in (0, 3, 22, 23, -1, -24):
+        assert found[i] == whole[i]
+    assert found[2:24:7] == tuple(whole[2:24:7]) and found != tuple(whole[:-1])
+    for beyond in (24, -25):
+        with pytest.raises(IndexError):
+            found[beyond]
+    assert not PromptLogprobs() and PromptLogprobs() == ()

@@ -15,8 +15,10 @@ from tests.tiny import VOCAB
 
 
 @pytest.mark.slow
-@pytest.mark.proof
-@pytest.mark.parametrize(("over_http", "host"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("over_http", "host"),
+    [(False, False), (False, True), pytest.param(True, True, marks=pytest.mark.proof)],
+)
 def test_random_requests(over_http, host):
     result = soak.measure(requests=200, over_http=over_http, host=host, seed=100_000)
     figures = {figure.name: figure.value for figure in result.figures}

@@ -155,7 +155,7 @@ def test_it_learns_a_repeated_batch():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("memory", [ROWWISE_ADAM, DENSE_ADAM])
+@pytest.mark.parametrize("memory", [ROWWISE_ADAM, pytest.param(DENSE_ADAM, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing_and_halts(memory):
     keys = {} if memory == ROWWISE_ADAM else {"optimizer.memory_optimizer": memory}
     program, state, step = stepping(**keys)

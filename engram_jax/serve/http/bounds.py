@@ -46,13 +46,11 @@ def listed_numbers(request: CompletionRequest) -> int:
     A token of an answer is one, and with `logprobs` = k each has k + 1 log-probabilities; with
     `echo` or log-probabilities of the prompt a choice also has its prompt's.
     """
-    numbers = 0
-    for place, params in enumerate(request.params):
-        tokens = params.max_tokens
-        if request.echo or params.prompt_logprobs:
-            tokens += len(request.prompts[place // request.n].ids)
-        numbers += tokens * (1 if params.logprobs is None else params.logprobs + 2)
-    return numbers
+    params = request.sampling
+    tokens = params.max_tokens * request.choices
+    if request.echo or params.prompt_logprobs:
+        tokens += request.n * request.prompt_tokens
+    return tokens * (1 if params.logprobs is None else params.logprobs + 2)
 
 
 def check_answer_size(request: CompletionRequest, most: int) -> int:
@@ -60,9 +58,9 @@ def check_answer_size(request: CompletionRequest, most: int) -> int:
     Raises ApiError."""
     numbers = listed_numbers(request)
     if numbers > most:
-        params = request.params[0]
+        params = request.sampling
         both = request.echo or params.prompt_logprobs
-        parts = [f"{len(request.params)} choices"]
+        parts = [f"{request.choices} choices"]
         parts += ["tokens of prompt and answer" if both else "max_tokens"]
         parts += [] if params.logprobs is None else [f"logprobs + 2 = {params.logprobs + 2}"]
         raise ApiError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from engram_jax.addressing.detokenizer import BROKEN
@@ -40,10 +41,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A checked request. Choice i of the answer continues prompt i // n with `params[i]`."""
+    """A checked request. Choice i of the answer continues prompt i // n.
+
+    sampling: of the first choice; others have other seeds. seed: as it was asked for.
+    """
 
     prompts: tuple[Prompt, ...]
-    params: tuple[SamplingParams, ...]
+    sampling: SamplingParams
+    seed: int | None
     n: int
     echo: bool
     logprobs: int | None
@@ -58,8 +63,18 @@ class CompletionRequest:
     request_id: str | None = None
 
     @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.n
+
+    @cached_property
     def sequences(self) -> list[tuple[tuple[int, ...], SamplingParams]]:
-        return [(self.prompts[i // self.n].ids, p) for i, p in enumerate(self.params)]
+        """The prompt and the parameters of every choice; hundreds take milliseconds."""
+        seeds = [
+            self.sampling.seed,
+            *(_seed(self.seed, i % self.n) for i in range(1, self.choices)),
+        ]
+        each = (replace(self.sampling, seed=seed) for seed in seeds)
+        return [(self.prompts[i // self.n].ids, params) for i, params in enumerate(each)]
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,14 +117,13 @@ def parse_request(
         "prompt_logprobs": of_prompt is not None or (echo and bool(wanted)),
     }
     try:
-        params = tuple(
-            SamplingParams(seed=_seed(seed, i % n), **common) for i in range(len(prompts) * n)
-        )
+        sampling = SamplingParams(seed=_seed(seed, 0), **common)
     except UserError as error:
         raise ApiError(400, str(error)) from None
     return CompletionRequest(
         prompts=prompts,
-        params=params,
+        sampling=sampling,
+        seed=seed,
         n=n,
         echo=echo,
         logprobs=logprobs,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from engram_jax.addressing.detokenizer import Detokenizer, bytes_of, follows_text, text_of
 from engram_jax.serve.http.completion_request import CompletionRequest, Prompt
 from engram_jax.serve.request import Completion, Delta, Finish, Logprob
+
+LISTED = 64  # of a prompt; the entries of more are made while they are encoded
+Made = Callable[[Iterable[Any]], Any]  # a list of it, or an iterator
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Choice:
         self.generated = 0
 
     def add(self, delta: Delta) -> dict[str, Any] | None:
-        """What it adds to the choice, in the form of a chunk; None if that is nothing.
+        """What it adds to the choice, in the form of a chunk; None if that is nothing. Its lists of
+        more than `LISTED` log-probabilities are iterators, for serve/http/encode.py.
 
         Clients that score a continuation (lm-eval) echo it, ask for one more token and drop the
         last entry: of such a request that token is listed even where it is the end of sequence.
@@ -119,20 +124,17 @@ class Choice:
         self._begun = True
         if echoed:
             text = self._texts.prompt(self._prompt).text + text
+        prompt = delta.prompt_logprobs
+        made: Made = iter if len(prompt) > LISTED else list
         listed = None
         if request.logprobs is not None:
-            entries = [
-                *([None] if echoed else []),
-                *(delta.prompt_logprobs if echoed else ()),
-                *delta.logprobs,
-            ]
-            listed = self._listed(ids, entries)
+            before = ([None], prompt) if echoed else ()
+            listed = self._listed(ids, lambda: chain(*before, delta.logprobs), made)
         extra: dict[str, Any] = {"token_ids": ids} if request.return_token_ids else {}
         if request.return_token_ids and first:
             extra["prompt_token_ids"] = list(self._prompt.ids)
         if request.prompt_logprobs is not None:
-            found = [self._of_prompt(entry) for entry in delta.prompt_logprobs]
-            extra["prompt_logprobs"] = [None, *found]
+            extra["prompt_logprobs"] = made(chain([None], map(self._of_prompt, prompt)))
         reason = delta.finish.value if delta.finish else None
         ended = self._last is not None and self._last == self._eos
         if reason and ended and not request.ignore_eos:
@@ -145,19 +147,24 @@ class Choice:
             **extra,
         }
 
-    def _listed(self, ids: list[int], entries: Sequence[Logprob | None]) -> dict[str, Any]:
+    def _listed(
+        self, ids: list[int], entries: Callable[[], Iterator[Logprob | None]], made: Made
+    ) -> dict[str, Any]:
         parts: list[Listed] = []
         if self._places is None:
             parts = [self._texts.prompt(self._prompt)] if self._request.echo else []
             whole = self._texts.tokenizer
-            inside = whole is None or follows_text(whole, self._prompt.ids)
-            self._places = Places(self._texts, inside, sum(len(part.text) for part in parts))
+            behind = whole is None or follows_text(whole, self._prompt.ids)
+            self._places = Places(self._texts, behind, sum(len(part.text) for part in parts))
         parts.append(self._places.add(ids, self._request.skip_special_tokens))
-        pairs = zip(entries, [inside for part in parts for inside in part.inside], strict=True)
+        inside = [inside for part in parts for inside in part.inside]
+        pairs = zip(entries(), inside, strict=True)
         return {
             "tokens": [token for part in parts for token in part.tokens],
-            "token_logprobs": [None if e is None else _finite(e.logprob) for e in entries],
-            "top_logprobs": [None if e is None else self._top(e, inside) for e, inside in pairs],
+            "token_logprobs": made(None if e is None else _finite(e.logprob) for e in entries()),
+            "top_logprobs": made(
+                None if e is None else self._top(e, inside) for e, inside in pairs
+            ),
             "text_offset": [at for part in parts for at in part.offsets],
         }
 
@@ -196,7 +203,7 @@ class Answer:
     ):
         texts = TokenTexts(tokenizer, request.tokens_as_ids)
         self._request = request
-        self.choices = [Choice(request, i, texts, eos) for i in range(len(request.params))]
+        self.choices = [Choice(request, i, texts, eos) for i in range(request.choices)]
         self._head = {
             "id": f"cmpl-{request.request_id or request_id or uuid.uuid4().hex}",
             "object": "text_completion",

@@ -198,7 +198,9 @@ class App:
             most=self._limits.sequences,
             eos_id=self._eos,
         )
-        return request, check_answer_size(request, self._limits.answer)
+        numbers = check_answer_size(request, self._limits.answer)
+        _ = request.sequences  # made here, and not on the event loop
+        return request, numbers
 
     async def _answer(
         self,
@@ -212,7 +214,7 @@ class App:
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         exchange: Exchange = scope["exchange"]
-        timing, errors = Timing(self._times, exchange.began, len(request.params)), set[str]()
+        timing, errors = Timing(self._times, exchange.began, request.choices), set[str]()
 
         def listen(place: int, delta: Delta) -> None:
             timing.note(place, delta)
@@ -227,11 +229,11 @@ class App:
             timing.accepted = True
             request_id = exchange.request_id
             answer = Answer(request, self._name, self._tokenizer, self._eos, request_id)
-            arriving = until_all_end(deltas, len(request.params))
+            arriving = until_all_end(deltas, request.choices)
             if request.stream:
                 exchange.ended_as = await stream(answer, arriving, send, self._encoder, request_id)
                 return
-            whole: list[list[Delta]] = [[] for _ in request.params]
+            whole: list[list[Delta]] = [[] for _ in range(request.choices)]
             async for arrived in arriving:
                 for place, delta in arrived:
                     whole[place].append(delta)

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import Send
 
-from engram_jax.serve.http.completion_response import Answer
+from engram_jax.serve.http.completion_response import LISTED, Answer
 from engram_jax.serve.http.encode import Encoder
 from engram_jax.serve.http.engine_thread import CLOSED, FAILED
 from engram_jax.serve.http.json_fields import MISTAKE, ApiError
@@ -19,7 +19,6 @@ from engram_jax.serve.request import Delta, Finish
 
 LOG = logging.getLogger(__name__)
 UNREADABLE = "rows of the memory could not be read; the server's log says which"
-LISTED = 64  # log-probabilities of a prompt that the event loop lists itself
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

@@ -177,8 +177,35 @@ def test_pieces_are_made_when_their_turn_comes():
     assert [c["index"] for c in found["choices"]] == [0, 1, 2]
 
 
-def test_a_piece_is_small_whatever_the_answer():
+def test_a_part_is_small_whatever_the_answer():
     """What holds Python's lock at once: some dozens of numbers, and nothing of a list's length."""
     top = {f"token {i}": -0.123456789 for i in range(21)}
-    value = {"logprobs": {"tokens": ["a"] * 10_000, "top_logprobs": [top] * 1000}}
-    assert max(map(len, pieces(value))) < PIECE
+    made = ({**top} if i else None for i in range(1000))
+    value = {"logprobs": {"tokens": ["a"] * 10_000, "top_logprobs": [top] * 1000, "made": made}}
+    assert max(map(len, pieces(value))) < 4 * len(json.dumps(top))
+
+
+def test_who_encodes_rests(monkeypatch):
+    """A rest for every half millisecond of work, as many times as long as asked; and what passes
+    between two pieces is not work."""
+    now, rests = [0.0], []
+
+    def sleep(seconds):
+        rests.append((now[0], seconds))
+        now[0] += seconds
+
+    def parts():
+        for _ in range(40):
+            now[0] += 0.0002
+            yield b"x" * 10
+
+    monkeypatch.setattr("engram_jax.serve.http.encode.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("engram_jax.serve.http.encode.time.sleep", sleep)
+    found = gathered(parts(), size=150, rest=3.0)
+    lengths = []
+    for piece in found:
+        lengths.append(len(piece))
+        now[0] += 1.0  # it is sent
+    assert lengths == [150, 150, 100]
+    assert [seconds for _, seconds in rests] == pytest.approx([3 * 0.0006] * 13)
+    assert b"".join(gathered(parts(), size=150)) == b"x" * 400 and len(rests) == 13

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import json
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import predict_step
-from benchmarks.predict_step import Links, predict
 from engram_jax.aot.compiling import compile_with_text
+from engram_jax.aot.predict import predict
+from engram_jax.aot.prices import Links
 from engram_jax.aot.topology import parse_topology
 from engram_jax.config import MeshConfig
 from engram_jax.sharding.rules import make_mesh
@@ -22,20 +19,6 @@ N = 4096
 MATRIX = jax.ShapeDtypeStruct((N, N), jnp.bfloat16)
 SQUARE = 2 * N * N  # bytes of it
 PRODUCT = 2 * N**3 / 459e12  # seconds of one product at v5p's peak
-
-
-@pytest.fixture(scope="session")
-def compiled(tpu_slice):
-    """`compiled("v5p:2x2x1", f, x, ...)` -> text of f, its arguments whole on every device."""
-
-    @functools.cache
-    def text(name, f, *args):
-        _, mesh = tpu_slice(name)
-        whole = NamedSharding(mesh, P())
-        lowered = jax.jit(f, in_shardings=whole, out_shardings=whole).lower(*args)
-        return compile_with_text(lowered, stage="after_codegen")[1]
-
-    return text
 
 
 def product(a, b):
@@ -187,8 +170,12 @@ def test_a_kernel_takes_its_bytes_or_the_flops_it_declares():
     arrays = "bf16[1024,1024]{1,0}", "bf16[1024,1024]{1,0}"
     by_bytes = 2 * 1024 * 1024 * 2 / 2765e9
     assert only_kernel(kernel("k.1", *arrays)) == pytest.approx(by_bytes)
-    told = ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"459000000000"}}}'
+    declared = ', backend_config={"custom_call_config":{"cost_estimate":{%s}}}'
+    told = declared % '"flops":"459000000000"'
     assert only_kernel(kernel("k.1", *arrays, more=told)) == pytest.approx(1e-3)
+    # It reads one operand several times, or a few rows of it.
+    told = declared % '"bytes_accessed":"27650000","flops":"1000"'
+    assert only_kernel(kernel("k.1", *arrays, more=told)) == pytest.approx(1e-5)
 
 
 def test_a_grouped_product_by_its_shapes():
@@ -232,19 +219,3 @@ def test_what_the_compiler_has_no_estimate_for():
     found = predict(text, "v5p:4x4x8")
     assert found["unpriced"] == pytest.approx({k: v / 2765e9 for k, v in expected.items()})
     assert found["sum_s"] == pytest.approx(sum(expected.values()) / 2765e9)
-
-
-def test_the_command(compiled, tmp_path, capsys, monkeypatch):
-    file = tmp_path / "x.after_codegen.txt"
-    file.write_text(compiled("v5p:2x2x1", product, MATRIX, MATRIX))
-    command = ["predict_step", str(file), "--slice", "v5p:2x2x1", "--json", "--top", "1"]
-    monkeypatch.setattr("sys.argv", command)
-    predict_step.main()
-    first, place = capsys.readouterr().out.splitlines()
-    assert json.loads(first) == predict_step.rounded(predict(file.read_text(), "v5p:2x2x1"))
-    assert place.split()[:4] == ["0.3", "ms", "matmul", "rest"] and "bf16[4096, 4096]" in place
-
-    monkeypatch.setattr("sys.argv", [*command[:3], "v5p:4x4"])
-    with pytest.raises(SystemExit):
-        predict_step.main()
-    assert "v5p:AxBxC" in capsys.readouterr().err
