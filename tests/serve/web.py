@@ -135,6 +135,16 @@ def head(length: int) -> bytes:
     return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
+def read_until(connection: socket.socket, end: bytes) -> bytes:
+    """What arrives up to `end`: a head and its body may come in several parts."""
+    got = b""
+    while not got.endswith(end):
+        part = connection.recv(65536)
+        assert part, got
+        got += part
+    return got
+
+
 def read_all(connection: socket.socket) -> bytes:
     got = b""
     while part := connection.recv(65536):

@@ -27,7 +27,7 @@ from engram_jax.config.errors import UserError
 from engram_jax.serve.http import completion_request
 from engram_jax.serve.http.api_keys import KeyCheck
 from engram_jax.serve.http.arriving import Arriving
-from engram_jax.serve.http.bounds import check_answer_size, check_prompt_sizes
+from engram_jax.serve.http.bounds import check_answer_size, check_body, check_prompt_sizes
 from engram_jax.serve.http.completion_response import Answer
 from engram_jax.serve.http.cross_origin import cross_origin
 from engram_jax.serve.http.encode import SMALL, Encoder, pieces
@@ -186,6 +186,7 @@ class App:
 
     def _parse(self, body: bytes) -> tuple[completion_request.CompletionRequest, int]:
         """The request, and how many tokens and log-probabilities its answer may list."""
+        check_body(body, self._capacity)
         fields = parse_json(body)
         self._check_model(fields)
         if self._runner.state != "ok":

@@ -11,7 +11,7 @@ import pytest
 
 from engram_jax.serve.http.completion_fields import CHAT, UNSUPPORTED
 from tests.serve.served import SERVE
-from tests.serve.web import EOS, NAME, Running, tokenizer
+from tests.serve.web import EOS, NAME, Running, read_until, tokenizer
 from tests.tiny import VOCAB
 
 D, E = 3, 4  # the ids of "d" and "e"
@@ -31,11 +31,7 @@ def server(web_engine):
 
 def stream_of(connection):
     """The text of a stream, to its end."""
-    got = b""
-    while not got.endswith(b"0\r\n\r\n"):
-        part = connection.recv(65536)
-        assert part, got
-        got += part
+    got = read_until(connection, b"0\r\n\r\n")
     connection.close()
     *events, last = re.findall(rb"data: (.+)\n\n", got)
     assert last == b"[DONE]"

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engram_jax.serve.http.bounds import check_answer_size, listed_numbers
+from engram_jax.serve.http.bounds import check_answer_size, check_body, listed_numbers
 from engram_jax.serve.http.completion_request import parse_request
 from engram_jax.serve.http.encode import PIECE, gathered, pieces
 from engram_jax.serve.http.json_fields import ApiError, Fields
 from engram_jax.serve.http.responses import Limits
+from tests.properties import examples
 from tests.serve.served import SERVE, make_engine
 from tests.serve.web import EOS, QUEUE, Running, read_all, tokenizer
 
@@ -49,6 +52,44 @@ def test_prompts(web, beside, prompt, words):
     assert answer.status == 400 and words in answer.error["message"], answer.error["message"]
     assert answer.error["param"] == "prompt"
     assert len(answer.body) < 500
+
+
+RAW = {
+    # body, whether it is refused before its JSON is read
+    "a text": (b'{"prompt": "%s"}', True),
+    "no spaces": (b'{"n":1,"prompt":"%s","seed":1}', True),
+    "many spaces": (b'{"prompt"\r\n :\t [ \n"%s", "b"]}', True),
+    "escapes": (b'{"prompt": "%s\\"\\\\"}', True),
+    "the end is missing": (b'{"prompt": "%s', False),
+    "in the second text": (b'{"prompt": ["b", "%s"]}', False),
+    "another field": (b'{"prompt": "b", "user": "%s"}', False),
+    "as if it were the key": (b'{"user": "\\"prompt\\": \\"%s", "prompt": "b"}', False),
+    "a text with the key": (b'{"user": "\\"prompt", "prompt": "b", "x": "%s"}', False),
+    "a number": (b'{"prompt": %s}', False),
+}
+
+
+@pytest.mark.parametrize(("body", "refused"), RAW.values(), ids=RAW)
+def test_before_the_json_is_read(body, refused):
+    """Where it cannot tell, what reads the JSON does."""
+    for size, too_long in ((MOST, False), (MOST + 20, True)):
+        sent = body % (b"1" * size)
+        if refused and too_long:
+            with pytest.raises(ApiError, match="must have at most") as error:
+                check_body(sent, CAPACITY)
+            assert error.value.body["error"]["code"] == LONG
+        else:
+            check_body(sent, CAPACITY)
+
+
+@examples(200)
+@given(st.text(min_size=0, max_size=300), st.booleans(), st.booleans())
+def test_never_more_than_the_json_has(text, ascii_only, nested):
+    """No prompt that the limit allows is refused, however it is escaped."""
+    body = json.dumps({"user": text, "prompt": [text] if nested else text}, ensure_ascii=ascii_only)
+    body = body.encode("utf-8", "surrogatepass")
+    size = len(text.encode("utf-8", "replace"))
+    check_body(body, -(-size // 64))
 
 
 @pytest.fixture(scope="module")
