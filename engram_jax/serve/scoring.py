@@ -47,7 +47,8 @@ def next_ids(size: int, rows: Sequence[tuple[int, Running]]) -> np.ndarray | Non
 
 
 def add_prompt(s: Running, fed: Any, row: int, start: int, count: int) -> None:
-    """Keep what a step has found, Logprobs of NumPy's arrays: `count` tokens of the prompt were computed behind `start`."""
+    """Keep what a step has found (Logprobs, as NumPy's arrays): `count` tokens of the prompt were
+    computed behind `start`."""
     first = max(start + 1, s.params.prompt_logprobs_from)
     following = s.prompt[first : start + 1 + count]
     skipped = first - start - 1
