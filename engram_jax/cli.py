@@ -44,7 +44,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config.name>.")
 _JSON = flags.DEFINE_bool(
-    "json", False, "describe, evaluate, analyse, compile: one JSON object on standard output."
+    "json",
+    False,
+    "describe, evaluate, lm-eval, analyse, compile: one JSON object on standard output.",
 )
 _BASE = flags.DEFINE_string(
     "base", None, "describe: a configuration file whose budget this one is compared with."
@@ -76,8 +78,26 @@ _PAIRS = flags.DEFINE_float(
     "compile: (token, expert) pairs of a device in a grouped product whose buffer is larger, for"
     " the predicted time; 0: the buffer is full.",
 )
-_TASKS = flags.DEFINE_bool(
-    "tasks", False, "evaluate: on the synthetic tasks of the run's text, not on held-out text."
+_TASKS = flags.DEFINE_flag(
+    command_line.switch_or_names(
+        "tasks",
+        "evaluate: on the synthetic tasks of the run's text, not on held-out text. lm-eval: the"
+        " tasks, groups and tags, a,b, or paper: the benchmarks of the paper.",
+    )
+)
+_LIMIT = flags.DEFINE_float(
+    "limit", None, "lm-eval: the first so many documents of a task, or a share below 1."
+)
+_NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "lm-eval: examples before a question; default: each task's own."
+)
+_INCLUDE_PATH = flags.DEFINE_string(
+    "include_path", None, "lm-eval: a folder with tasks of your own."
+)
+_UNSAFE_CODE = flags.DEFINE_bool(
+    "confirm_run_unsafe_code",
+    False,
+    "lm-eval: allow tasks that run code which the model writes. It is not run in a sandbox.",
 )
 _PROFILE = flags.DEFINE_string(
     "profile", None, "train: START:STOP, the steps to record a trace of."
@@ -95,7 +115,8 @@ _JOIN_SECONDS = flags.DEFINE_float(
 _STEP = flags.DEFINE_string(
     "step",
     "latest",
-    "evaluate, analyse, generate, serve, explore, export-memory: latest, best or a step number.",
+    "evaluate, lm-eval, analyse, generate, serve, explore, export-memory: latest, best or a step"
+    " number.",
 )
 _ACCEPT = flags.DEFINE_list(
     "accept_changes",
@@ -105,7 +126,8 @@ _ACCEPT = flags.DEFINE_list(
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "export-memory, count-memory: the file to write. analyse: the page, in place of the workdir's.",
+    "export-memory, count-memory: the file to write. analyse: the page, in place of the workdir's."
+    " lm-eval: a file for the results, JSON.",
 )
 _FORMAT = flags.DEFINE_string(
     "format", "", "export-memory: float32, bfloat16 or fp8; default: as the tables are."
@@ -202,6 +224,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if mode != "serve" and (given := SECRETS & command_line.overrides(sys.argv, "config").keys()):
         raise UserError(f"--config.{min(given)}: only for --mode=serve; a run records its command")
     _check_neighbours()
+    _check_tasks()
     run_settings.check_accepted(_ACCEPT.value)
     parse_step(_STEP.value)
     if mode == "sweep":
@@ -212,6 +235,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             )
     if mode in NEEDS_SERVE:
         require("serve", f"--mode={mode}")
+    if mode == "lm-eval":
+        require("eval", f"--mode={mode}")
     return list(argv[:1])
 
 
@@ -229,6 +254,20 @@ def _check_neighbours() -> None:
         raise UserError(f"--tasks: not with --neighbours={chosen}, which scores held-out text")
     if chosen and _ACCEPT.value:
         raise UserError("--neighbours: takes the run as it is; leave --accept_changes out")
+
+
+def _check_tasks() -> None:
+    """Refuse tasks without names, or with names that nothing reads, and limits that cut nothing."""
+    names, limit, shots = _TASKS.value, _LIMIT.value, _NUM_FEWSHOT.value
+    if _MODE.value == "lm-eval":
+        if names is True or not names:
+            raise UserError("--tasks: missing; names of lm-eval's tasks, a,b, or paper")
+    elif names not in (True, False):
+        raise UserError(f"--tasks={','.join(names)}: must be --tasks alone for --mode=evaluate")
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise UserError(f"--limit={limit:g}: must be a whole number, or above 0 and below 1")
+    if shots is not None and shots < 0:
+        raise UserError(f"--num_fewshot={shots}: must be at least 0")
 
 
 @command_line.reported
@@ -308,6 +347,29 @@ def _evaluate_neighbours(config: Config, workdir: Path) -> None:
         result = rag.evaluate_rag(config, workdir, step, of_rag)
     neighbours.write_record(workdir, result)
     processes.log(json.dumps(json_value(result)) if _JSON.value else neighbours.table(result))
+
+
+def _lm_eval(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.distributed import processes
+    from engram_jax.hardware.storage import write_text
+    from engram_jax.harness import evaluate
+    from engram_jax.harness.loading import Asked
+
+    include = (
+        None if _INCLUDE_PATH.value is None else local_path("--include_path", _INCLUDE_PATH.value)
+    )
+    output = None if _OUTPUT.value is None else local_path("--output", _OUTPUT.value)
+    if output is not None:
+        _writable_folder("output", str(output.parent))
+    asked = Asked(_TASKS.value, _NUM_FEWSHOT.value, include, _UNSAFE_CODE.value, _LIMIT.value)
+    found = evaluate.evaluate_tasks(config, workdir, _STEP.value, asked, accept)
+    if not found:  # not process 0
+        return
+    if output is not None:
+        write_text(output, evaluate.as_json(found))
+    processes.log(evaluate.as_json(found) if _JSON.value else evaluate.table(found))
+    if found["left_out"] and "paper" not in _TASKS.value:
+        sys.exit(1)
 
 
 def _analyse(config: Config, workdir: Path, accept: Accepted) -> None:
@@ -420,6 +482,7 @@ def _sweep(config: Config, workdir: Path, accept: Accepted) -> None:
 _RUN: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "lm-eval": _lm_eval,
     "analyse": _analyse,
     "generate": _generate,
     "serve": _serve,

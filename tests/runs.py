@@ -96,6 +96,7 @@ def in_mode(mode: str) -> list[str]:
     needed = {
         "generate": ["--prompt=a"],
         "export-memory": [f"--output={NEVER_WRITTEN}"],
+        "lm-eval": ["--tasks=a"],
     }
     return [f"--mode={mode}", *needed.get(mode, [])]
 

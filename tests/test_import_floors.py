@@ -26,7 +26,7 @@ FLOORS: tuple[str, ...] = (
     "model data training/optim",
     "training checkpoint",
     "evaluation analysis report serve",
-    "run serve/http aot lab",
+    "run serve/http aot lab harness",
     "api explore",
 )
 FLOOR_OF = {folder: n for n, folders in enumerate(FLOORS) for folder in folders.split()}

@@ -79,9 +79,10 @@ def test_the_lock_of_the_site_meets_its_requirements(python):
 
 def test_every_import_is_declared():
     texts = PROJECT["dependencies"] + OPTIONAL["lab"] + OPTIONAL["report"] + OPTIONAL["serve"]
-    texts += OPTIONAL["wandb"] + OPTIONAL["mlflow"]  # in no lock file
+    texts += OPTIONAL["wandb"] + OPTIONAL["mlflow"] + OPTIONAL["eval"]  # in no lock file
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     unlocked = {"wandb": ["wandb"], "mlflow": ["mlflow-skinny"]}
+    unlocked |= {name: [name] for name in ("lm_eval", "datasets", "evaluate")}
     owners = {**unlocked, **importlib.metadata.packages_distributions()}
     for path in [*(ROOT / "engram_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

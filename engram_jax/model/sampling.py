@@ -124,6 +124,11 @@ def log_probabilities(
     """
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    top, ids = jax.lax.top_k(drawable_logits(logits, drawable), alternatives)
+    drawn = drawable_logits(logits, drawable)
+    if alternatives == 1:  # the same as of top_k, which sorts
+        ids = jnp.argmax(drawn, axis=-1, keepdims=True)
+        top = jnp.take_along_axis(drawn, ids, axis=-1)
+    else:
+        top, ids = jax.lax.top_k(drawn, alternatives)
     own = jnp.take_along_axis(logits, chosen[..., None], axis=-1)
     return (own - total)[..., 0], top - total, ids.astype(jnp.int32)

@@ -85,6 +85,38 @@ def parse_command_line(
         raise UserError(f"unexpected argument {rest[1]!r}: must be of the form --flag=value")
 
 
+class _SwitchOrNames(flags.ArgumentParser):
+    """Reads "true" as True, "false" as False, and a,b as ("a", "b")."""
+
+    def parse(self, argument: Any) -> bool | tuple[str, ...]:
+        if isinstance(argument, bool | tuple):
+            return argument
+        if argument in ("true", "false"):
+            return argument == "true"
+        names = tuple(name.strip() for name in argument.split(","))
+        if not all(names):
+            raise ValueError("has an empty name")
+        return names
+
+    def flag_type(self) -> str:
+        return "switch, or names"
+
+
+class _AsGiven(flags.ArgumentSerializer):
+    """The inverse."""
+
+    def serialize(self, value: bool | tuple[str, ...]) -> str:
+        return str(value).lower() if isinstance(value, bool) else ",".join(value)
+
+
+def switch_or_names(name: str, about: str) -> flags.Flag:
+    """A flag to be defined that is given alone, --NAME, or with names, --NAME=a,b; its value is
+    True or the names, False without it."""
+    made = flags.Flag(_SwitchOrNames(), _AsGiven(), name, False, about)
+    made.boolean = True  # absl: it needs no value
+    return made
+
+
 def _unknown_flag(name: str, flag_values: flags.FlagValues, config_flag: str) -> UserError:
     """Says what a wrong flag may mean: keys of that name, else the most similar flag, else key."""
     known = flag_values.get_flags_for_module(flag_values.find_module_defining_flag(config_flag))

@@ -6,6 +6,7 @@ from __future__ import annotations
 MODES = {
     "train": "trains the model, or goes on with the run in --workdir",
     "evaluate": "scores a checkpoint on held-out text, on tasks, or with its text beside it",
+    "lm-eval": "scores a checkpoint on benchmarks, by lm-evaluation-harness (docs/lm_eval.md)",
     "analyse": "looks inside a checkpoint: depth, memory, gates (docs/analysis.md)",
     "generate": "continues --prompt",
     "serve": "answers OpenAI's completions over HTTP (docs/serving.md)",
@@ -16,14 +17,14 @@ MODES = {
     "compile": "compiles a step for a TPU slice that need not be there, and predicts its time",
     "sweep": "runs an experiment of many models (docs/lab.md)",
 }
-OPENS_A_RUN = ("train", "evaluate", "generate", "serve", "explore", "export-memory")
+OPENS_A_RUN = ("train", "evaluate", "lm-eval", "generate", "serve", "explore", "export-memory")
 # And stored rows: serve/open_engine.py.
 NEEDS_SERVE = ("serve", "explore", "export-memory", "count-memory")
 # They look at no device and read no data; a sweep's processes do.
 WITHOUT_PROCESSES = ("describe", "compile", "sweep")
 # The flags that only some modes read. The others do not ignore them, they refuse them.
 MODES_OF_FLAGS = {
-    "json": ("describe", "evaluate", "compile", "analyse"),
+    "json": ("describe", "evaluate", "lm-eval", "compile", "analyse"),
     "base": ("describe",),
     "prompt": ("generate",),
     "topology": ("compile",),
@@ -33,10 +34,14 @@ MODES_OF_FLAGS = {
     "overflow": ("compile",),
     "pairs": ("compile",),
     "profile": ("train",),
-    "tasks": ("evaluate",),
-    "step": ("evaluate", "analyse", "generate", "serve", "explore", "export-memory"),
+    "tasks": ("evaluate", "lm-eval"),
+    "limit": ("lm-eval",),
+    "num_fewshot": ("lm-eval",),
+    "include_path": ("lm-eval",),
+    "confirm_run_unsafe_code": ("lm-eval",),
+    "step": (*("evaluate", "lm-eval", "analyse", "generate", "serve", "explore", "export-memory"),),
     "accept_changes": OPENS_A_RUN,
-    "output": ("export-memory", "count-memory", "analyse"),
+    "output": ("export-memory", "count-memory", "analyse", "lm-eval"),
     "format": ("export-memory",),
     "tokens": ("count-memory", "explore", "analyse"),
     "what": ("analyse",),
@@ -61,6 +66,7 @@ _BEGINS_AGAIN = "the run is as it was, and the same command begins again"
 AFTER_INTERRUPT = {
     "train": "the same command goes on from the last checkpoint",
     "evaluate": f"nothing was scored; {_BEGINS_AGAIN}",
+    "lm-eval": f"nothing was written; {_BEGINS_AGAIN}",
     "analyse": f"nothing was written; {_BEGINS_AGAIN}",
     "generate": f"nothing is kept; {_BEGINS_AGAIN}",
     "serve": f"no request was being answered; {_BEGINS_AGAIN}",

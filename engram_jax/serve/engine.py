@@ -28,8 +28,9 @@ from jax.sharding import NamedSharding
 from engram_jax.addressing import drawable_ids
 from engram_jax.config.errors import UserError
 from engram_jax.model.program import Program, Weights
+from engram_jax.serve import scoring
 from engram_jax.serve.device_state import DeviceState
-from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, Logprobs, Sampled, StepBatch
+from engram_jax.serve.engine_steps import PAGES_FROM, EngineSteps, Sampled, StepBatch
 from engram_jax.serve.logit_rules import LogitRules, check_rules, no_adjustments
 from engram_jax.serve.pages import Pages
 from engram_jax.serve.prefetch import Prefetch
@@ -55,10 +56,12 @@ class _Flight:
 
     rows: (row of the batch, sequence, tokens before, tokens computed, whether the sampled token is
       the sequence's next one).
+    following: log-probabilities of `next_ids`, where a prompt has them.
     """
 
     sampled: Sampled
     rows: list[tuple[int, Running, int, int, bool]]
+    following: jax.Array | None = None
 
 
 class Engine:
@@ -123,8 +126,8 @@ class Engine:
         tokens = np.asarray(prompt, np.int32)
         sequence = Running(number, tokens, params, self._prefetch.empty_history(), text)
         sequence.request, sequence.salt = request, params.cache_salt
-        # Every token of a prompt is computed where its logits are wanted.
-        sequence.shares = not params.prompt_logprobs
+        if params.prompt_logprobs:  # a token is computed where its logits are wanted
+            sequence.shares = params.prompt_logprobs_from - 1
         self._schedule.submit(sequence)
         self._open[number] = sequence
         return number
@@ -141,6 +144,13 @@ class Engine:
             raise UserError(
                 f"prompt of {len(prompt)} tokens and max_tokens = {params.max_tokens}: must be at"
                 f" most {self.capacity} together"
+            )
+        if not all(0 <= token < vocab for token in params.next_ids):
+            raise UserError(f"next_ids = {params.next_ids}: must be from 0 to {vocab - 1}")
+        if params.prompt_logprobs_from > len(prompt):
+            raise UserError(
+                f"prompt_logprobs_from = {params.prompt_logprobs_from}: must be at most the"
+                f" prompt's {len(prompt)} tokens"
             )
         if params.top_k > vocab:
             raise UserError(f"top_k = {params.top_k}: must be at most {vocab}, 0 = all")
@@ -179,9 +189,13 @@ class Engine:
         }
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        ended: Callable[[], object] = lambda: None,
     ) -> list[Completion]:
-        """The completion of every prompt; params: for all, or one each. Nothing else may run."""
+        """The completion of every prompt; params: for all, or one each. Nothing else may run.
+        ended: called when one has ended."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         for prompt, own in zip(prompts, each, strict=True):
             self.check(prompt, own)
@@ -195,6 +209,8 @@ class Engine:
                 for delta in self.step():
                     if delta.request in deltas:  # else the end of one cancelled earlier
                         deltas[delta.request].append(delta)
+                        if delta.finish is not None:
+                            ended()
         finally:  # if interrupted, they would run on during the next call
             for number in deltas:
                 self.cancel(number)
@@ -288,12 +304,10 @@ class Engine:
         rows = [(row, s, count) for row, s, count in rows if s.slot >= 0]  # not ended, not evicted
         if not rows:
             return
-        targets = None
-        if any(s.params.prompt_logprobs for _, s, _ in rows):
-            targets = np.zeros_like(tokens)
-            for row, sequence, _ in rows:
-                part = sequence.prompt[sequence.computed + 1 :][: tokens.shape[1]]
-                targets[row, : len(part)] = part
+        targets, listed = None, 0
+        if scored := [s for _, s, count in rows if scoring.is_scored(s, count)]:
+            targets = scoring.targets(tokens.shape, rows)
+            listed = scoring.listed(scored, self._steps.alternatives)
         batch = self._batch(len(tokens), rows)
         device_tokens = jax.device_put(tokens, self._replicated)
         flow, self._state.cache = self._steps.first(
@@ -302,10 +316,18 @@ class Engine:
         for _, sequence, count in rows:
             sequence.computed += count
             self._counts["prompt_tokens"] += count
-        self._run(batch, flow, rows, asked, targets)
+        self._run(batch, flow, rows, asked, targets, listed)
         self._keep([s for _, s, _ in rows if s.finish is None])
 
-    def _run(self, batch: StepBatch, flow: Any, rows: Any, asked: Any, targets: Any = None) -> None:
+    def _run(
+        self,
+        batch: StepBatch,
+        flow: Any,
+        rows: Any,
+        asked: Any,
+        targets: Any = None,
+        listed: int = 0,
+    ) -> None:
         """Run all spans after the first, and the sampler."""
         steps, weights = self._steps, self._weights
         self._prefetch.advance(asked, rows)
@@ -324,13 +346,22 @@ class Engine:
         ruled = [(row, s) for row, s, _ in alive if s.params.adjusts and not s.prefilling]
         logprobs = any(s.params.logprobs is not None for _, s, _ in alive)
         sampled, self._state.cache = steps.sample(
-            weights, self._state.cache, batch, flow, targets, logprobs=logprobs or bool(ruled)
+            weights,
+            self._state.cache,
+            batch,
+            flow,
+            targets,
+            logprobs=logprobs or bool(ruled),
+            listed=listed,
         )
+        following = scoring.next_ids(len(batch.seed), [(row, s) for row, s, _ in alive])
+        if following is not None:
+            following = steps.following(sampled.logits, jax.device_put(following, self._replicated))
         if ruled:
             sampled, self._state.cache = steps.redraw(
                 self._state.cache, batch, sampled, self._rules(len(batch.seed), ruled)
             )
-        flight = _Flight(sampled, [])
+        flight = _Flight(sampled, [], following)
         for row, sequence, count in alive:
             done = not sequence.prefilling
             sequence.pending = done and sequence.params.max_tokens > 0
@@ -367,20 +398,16 @@ class Engine:
         for flight in flights:
             sampled = flight.sampled
             tokens = np.asarray(sampled.tokens)
-            own, fed = jax.device_get((sampled.logprobs, sampled.prompt))
+            own, fed, after = jax.device_get((sampled.logprobs, sampled.prompt, flight.following))
             for row, sequence, start, count, last in flight.rows:
                 if sequence.finish is not None:
                     continue
                 if fed is not None and sequence.params.prompt_logprobs:
-                    self._prompt_logprobs(sequence, fed, row, start, count)
+                    scoring.add_prompt(sequence, fed, row, start, count)
+                if last and after is not None and not sequence.generated:
+                    scoring.add_next(sequence, own, after, row)
                 if last:
                     self._token(sequence, int(tokens[row]), own, row)
-
-    def _prompt_logprobs(self, s: Running, fed: Any, row: int, start: int, count: int) -> None:
-        following = s.prompt[start + 1 : start + 1 + count]
-        at, most = (row, slice(len(following))), s.params.logprobs or 0
-        found = fed.chosen[at], fed.ids[at][:, :most], fed.top[at][:, :most]
-        s.prompt_logprobs.add(following, *found)
 
     def _token(self, s: Running, token: int, own: Any, row: int) -> None:
         """A new token of a sequence: keep it, or end the sequence."""
@@ -397,7 +424,7 @@ class Engine:
         s.generated.append(token)
         logprob: Logprob | None = None
         if own is not None and params.logprobs is not None:
-            logprob = _logprob(token, own, (row,), params.logprobs)
+            logprob = scoring.one(token, own, (row,), params.logprobs)
         told, text, stopped = [(token, logprob)], "", False
         if s.text is not None:
             late = len(s.generated) > params.min_tokens
@@ -448,9 +475,3 @@ class Engine:
     def close(self) -> None:
         """Stop the threads that fetch rows."""
         self._prefetch.close()
-
-
-def _logprob(token: int, found: Logprobs, at: tuple[int, ...], alternatives: int | None) -> Logprob:
-    count = alternatives or 0
-    top = zip(found.ids[at][:count].tolist(), found.top[at][:count].tolist(), strict=True)
-    return Logprob(token, float(found.chosen[at]), dict(top))

@@ -28,7 +28,7 @@ from engram_jax.model.sampling import (
 from engram_jax.model.switches import of_orders
 from engram_jax.model.transformer import Transformer, spans
 from engram_jax.serve.logit_rules import Adjustments, entries
-from engram_jax.serve.request import MAX_LOGPROBS
+from engram_jax.serve.request import MAX_LOGPROBS, MAX_NEXT
 from engram_jax.sharding.rules import P, row_major
 
 
@@ -136,7 +136,8 @@ class EngineSteps:
         self._middle = [
             program.jit(partial(self._run_span, i), **how) for i in range(1, len(self.spans))
         ]
-        self._sample = program.jit(self._run_sample, static_argnames=("logprobs", "prompt"), **how)
+        self._sample = program.jit(self._run_sample, static_argnames=("logprobs", "listed"), **how)
+        self.following = program.jit(self._following, out_shardings=replicated)
         self._redraw = program.jit(self._run_redraw, out_shardings=replicated)
         self.fresh = program.jit(self._fresh, out_shardings=cache)
         self.swap_out = program.jit(self._swap_out, out_shardings=replicated)
@@ -215,12 +216,11 @@ class EngineSteps:
         targets: Any = None,
         *,
         logprobs: bool,
+        listed: int = 0,
     ) -> tuple[Sampled, Cache]:
         """Sample the next tokens, also stored in the cache. targets int32 [B, S]: the prompt token
-        after each input one, whose log-probability is wanted."""
-        return self._sample(
-            weights, cache, batch, flow, targets, logprobs=logprobs, prompt=targets is not None
-        )
+        after each input one, whose log-probability is wanted, with the `listed` likeliest."""
+        return self._sample(weights, cache, batch, flow, targets, logprobs=logprobs, listed=listed)
 
     def redraw(
         self, cache: Cache, batch: StepBatch, sampled: Sampled, rules: Adjustments
@@ -309,20 +309,20 @@ class EngineSteps:
         targets: Any,
         *,
         logprobs: bool,
-        prompt: bool,
+        listed: int,
     ) -> tuple[Sampled, Cache]:
         model = self._model(weights)
         last = jnp.maximum(batch.valid - 1, 0)[:, None, None, None]
         # Always computed separately from the prompt's logits: another shape may round differently.
         logits = model.logits(model.finish(jnp.take_along_axis(flow.x, last, axis=1)))[:, 0]
         fed = None
-        if prompt:
+        if targets is not None:
             all_logits = model.logits(model.finish(flow.x))
-            fed = self._logprobs(all_logits, targets)
+            fed = self._logprobs(all_logits, targets, listed)
         tokens = self._choose(logits, batch)
         own = None
         if logprobs:
-            own = self._logprobs(logits, tokens)
+            own = self._logprobs(logits, tokens, self.alternatives)
         kept = cache.tokens.at[batch.slot].set(tokens, mode="drop")
         return Sampled(tokens, logits, own, fed), Cache(cache.pool, cache.tails, kept)
 
@@ -338,7 +338,7 @@ class EngineSteps:
         other = adjust_logits(logits, rules.ids, rules.bias, rules.factor, rules.less, rules.only)
         tokens = jnp.where(rules.used, self._choose(other, batch, rules.min_p), tokens)
         # Of the model's own distribution, not of the one that was drawn from.
-        again = self._logprobs(logits, tokens)
+        again = self._logprobs(logits, tokens, self.alternatives)
 
         def pick(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(rules.used.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -346,8 +346,16 @@ class EngineSteps:
         own = jax.tree.map(pick, again, own)
         return tokens, own, kept.at[batch.slot].set(tokens, mode="drop")
 
-    def _logprobs(self, logits: jax.Array, tokens: jax.Array) -> Logprobs:
-        return Logprobs(*log_probabilities(logits, tokens, self.alternatives, self.drawable))
+    def _logprobs(self, logits: jax.Array, tokens: jax.Array, listed: int) -> Logprobs:
+        return Logprobs(*log_probabilities(logits, tokens, listed, self.drawable))
+
+    def _following(self, logits: jax.Array, ids: jax.Array) -> jax.Array:
+        """Log-probabilities float32 [B, MAX_NEXT] of tokens int32 [B, MAX_NEXT] under the logits
+        [B, V] behind the prompts (`Sampled.logits`)."""
+        assert ids.shape[1] == MAX_NEXT
+        logits = logits.astype(jnp.float32)
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return jnp.take_along_axis(logits, ids, axis=-1) - total
 
     def _choose(
         self, logits: jax.Array, batch: StepBatch, min_p: jax.Array | None = None

@@ -74,7 +74,7 @@ def lower_steps(program: Program, serve: ServeConfig, *, prefill: bool) -> Lower
         name = f"span {layer}"
         programs[name] = compiled[name].lower(network, cache, running, flow, rows, signs)
     programs["sample"] = compiled["sample"].lower(
-        network, cache, running, flow, None, logprobs=False, prompt=False
+        network, cache, running, flow, None, logprobs=False, listed=0
     )
     resident = weights if serve.memory == DEVICE else network
     return LoweredSteps(programs, resident, cache, kept)

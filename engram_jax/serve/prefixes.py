@@ -52,7 +52,8 @@ class Prefix:
 class Sharing(Protocol):
     """What a sequence tells of itself.
 
-    shares: whether it takes and gives units. salt: it shares with those that have the same.
+    shares: how many tokens of its prompt, from the first on, may be in units that it takes or
+      gives; 0 = none. salt: it shares with those that have the same.
     computed: tokens in its pages. shared: the units it holds, from the beginning on.
     """
 
@@ -60,7 +61,7 @@ class Sharing(Protocol):
     history: np.ndarray
     pages: list[int]
     computed: int
-    shares: bool
+    shares: int
     salt: Hashable
     shared: list[Prefix]
 
@@ -126,7 +127,7 @@ class Prefixes:
     def _tokens(self, s: Sharing, limit: int) -> bytes | None:
         """The tokens of the unit that the sequence is at or in, if it ends within the limit."""
         start = len(s.shared) * self.unit
-        if not self.unit or not s.shares or start + self.unit > limit:
+        if not self.unit or start + self.unit > min(limit, s.shares):
             return None
         return np.asarray(s.prompt[start : start + self.unit], np.int32).tobytes()
 

@@ -19,6 +19,7 @@ MAX_STOP_LENGTH = 1_000  # characters; so much text is held back at most
 MAX_LISTED = 1_000  # token ids that logit_bias, or allowed_ids, names
 MAX_BAD_WORDS = 32  # rows of token ids; HTTP's 16 words are two each
 MAX_SALT = 256  # characters
+MAX_NEXT = 32  # tokens of `next_ids`; a constant of the compiled step
 MAX_PENALTY = 2.0  # OpenAI's and vLLM's limit of the presence and the frequency penalty
 
 
@@ -45,6 +46,10 @@ class SamplingParams:
     logprobs: None = none; n = log-probabilities of the chosen and of the n likeliest tokens, of
       the model's own distribution (temperature 1, all tokens).
     prompt_logprobs: also those of the prompt's tokens from the second on; needs `logprobs`.
+    prompt_logprobs_from: the first of these tokens, counted from 0; what is before the token that
+      predicts it may be taken from other prompts (serve/prefixes.py), the same to the bit.
+    next_ids: with them, those of these tokens, each as the one behind the prompt, in this order
+      after the prompt's.
     min_tokens: no token of `stop_ids`, nor the end of sequence, is drawn among the first so many,
       and a stop string that is complete in their text does not count.
     include_stop: what stops the sequence belongs to it: the stop string, to its end, or the token.
@@ -75,6 +80,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    prompt_logprobs_from: int = 1
+    next_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     include_stop: bool = False
     skip_special_tokens: bool = True
@@ -128,6 +135,17 @@ class SamplingParams:
             not self.prompt_logprobs or self.logprobs is not None,
             "prompt_logprobs",
             "used with logprobs",
+        )
+        scored = self.prompt_logprobs
+        need(
+            self.prompt_logprobs_from == 1 or (scored and self.prompt_logprobs_from > 1),
+            "prompt_logprobs_from",
+            "at least 1, and used with prompt_logprobs",
+        )
+        need(
+            not self.next_ids or (scored and len(self.next_ids) <= MAX_NEXT),
+            "next_ids",
+            f"at most {MAX_NEXT} token ids, and used with prompt_logprobs",
         )
         need(
             0 <= self.min_tokens <= self.max_tokens,
@@ -239,7 +257,8 @@ class Delta:
     sampled: tokens that were drawn, those that end the answer included.
     text: complete characters only; empty without a tokenizer, or while a character or a possible
       stop string is incomplete.
-    logprobs: of `tokens`, if asked for. prompt_logprobs: once, with the first delta.
+    logprobs: of `tokens`, if asked for. prompt_logprobs: once, with the first delta; those of
+      `next_ids` are its last.
     finish: set on the last delta. error: one line, with Finish.ERROR.
     """
 

@@ -43,7 +43,7 @@ class Sequence:
     `LogitRules`, once it draws with some.
     request: what was submitted together with it shares this; None = it is a request of its own.
     age: the place in the order of admission; -1 = it waits.
-    shares, salt, shared: the beginning of its prompt (serve/prefixes.py).
+    shares, salt, shared: the beginning of its prompt (serve/prefixes.py); shares: -1 = all of it.
     """
 
     number: int
@@ -62,9 +62,13 @@ class Sequence:
     prompt_logprobs: PromptLogprobs = field(default_factory=PromptLogprobs)
     request: Hashable = None
     age: int = -1
-    shares: bool = True
+    shares: int = -1
     salt: Hashable = None
     shared: list[Prefix] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.shares < 0:
+            self.shares = len(self.prompt)
 
     @property
     def group(self) -> Hashable:
@@ -207,7 +211,7 @@ class Schedule:
         """Evict a sequence: free its slot and pages; it waits to be swapped in again."""
         self.evictions += 1
         self._leave(sequence)
-        sequence.shares = False  # it comes back with pages of its own
+        sequence.shares = 0  # it comes back with pages of its own
         self.evicted.append(sequence)
         self.evicted.sort(key=lambda s: s.age)
 

@@ -45,9 +45,9 @@ class Announced:
         self._announce(f"span {self._steps.layers[i - 1]}")
         return self._steps.span(i, *rest)
 
-    def sample(self, *rest: Any, logprobs: bool) -> Any:
+    def sample(self, *rest: Any, logprobs: bool, listed: int) -> Any:
         self._announce("sample with log-probabilities" if logprobs else "sample")
-        return self._steps.sample(*rest, logprobs=logprobs)
+        return self._steps.sample(*rest, logprobs=logprobs, listed=listed)
 
     def redraw(self, *rest: Any) -> Any:
         self._announce("sample with rules")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -34,6 +35,7 @@ TRAINING = ("cli", "run.loop", "training.step", "evaluation.held_out", "serve.op
 # What is behind `extras.installed` or `extras.lacks`, and imported by what asks there alone.
 BEHIND = {"hardware.numba_internals", "addressing.hash_numba", "report.figures", "lab.figures"}
 BEHIND |= {"report.analysis_figures"}
+BEHIND |= {"harness.lm", "harness.loading", "harness.evaluate"}
 
 # What is not promised, and the one file that may use it; names of a library that begin with "_" are
 # allowed nowhere else either.
@@ -120,6 +122,20 @@ def test_a_mode_without_its_extra_is_one_line(tmp_path, mode, package):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("package", PACKAGES["eval"])
+def test_lm_eval_without_its_extra_is_one_line(tmp_path, package, monkeypatch):
+    have = [p for p in PACKAGES["eval"] if p != package]
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name in have or found(name, *rest)
+    )
+    arguments = [TINY, f"--workdir={tmp_path / 'run'}", "--mode=lm-eval", "--tasks=a"]
+    with hidden(package):
+        ended = launched(*arguments)
+    refused(ended, "--mode=lm-eval", "the extra 'eval'", f"{package} is not", '-e ".[eval]"')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -163,6 +179,7 @@ def test_a_run_without_any_extra(tmp_path):
 # In no lock file: package -> distribution.
 UNLOCKED = {
     **{name: (name,) for name in ("wandb", "alembic", "sqlalchemy")},
+    **{name: (name,) for name in ("lm_eval", "datasets", "evaluate")},
     "mlflow": ("mlflow-skinny",),
 }
 

@@ -144,7 +144,9 @@ def test_ctrl_c_says_what_is_kept(mode, monkeypatch):
         "compile": ["--topology=v5p:2x2x1"],
         "export-memory": ["--output=x"],
         "count-memory": ["--output=x"],
+        "lm-eval": ["--tasks=a"],
     }
+    monkeypatch.setattr(cli, "require", lambda *arguments: None)  # whatever is installed
     outcome = launched(TINY, f"--mode={mode}", *needs.get(mode, []))
     assert (outcome.code, outcome.out) == (130, "")
     assert outcome.err == f"error: interrupted; {AFTER_INTERRUPT[mode]}\n"
@@ -177,7 +179,7 @@ def test_no_record_has_a_key(tmp_path):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "serve"])
 def test_no_other_mode_takes_a_key_by_its_command(mode):
     flags = [f"--config.serve.api_key={SECRET}", "--prompt=a"][: 2 if mode == "generate" else 1]
-    flags += {"compile": ["--topology=v5p:2x2x1"]}.get(mode, [])
+    flags += {"compile": ["--topology=v5p:2x2x1"], "lm-eval": ["--tasks=a"]}.get(mode, [])
     flags += ["--output=x"] if mode.endswith("-memory") else []
     outcome = launched(TINY, f"--mode={mode}", *flags)
     line = refused(outcome, "--config.serve.api_key: only for --mode=serve")

@@ -63,7 +63,9 @@ def test_any_load_is_served_with_the_states_of_its_own_tokens(seed):
         tokens[int(rng.integers(len(tokens))) :] = rng.integers(0, 3)
         most = int(rng.integers(1, longest - len(tokens) + 1))
         one = Sequence(number, tokens, SamplingParams(most), np.zeros(0, np.int32))
-        one.salt, one.shares = "ab"[rng.integers(2)], bool(rng.random() < 0.9)
+        one.salt = "ab"[rng.integers(2)]
+        if rng.random() < 0.3:  # its end alone is scored, or all of it
+            one.shares = int(rng.integers(len(tokens)))
         arriving.append(one)
 
     def compute(s, count):
@@ -105,6 +107,7 @@ def test_any_load_is_served_with_the_states_of_its_own_tokens(seed):
         for one in [*(s for s in schedule.admit() if s.shared), *schedule.adopt()]:
             assert tails[one.shared[-1].row] == tuple(one.prompt[: one.computed].tolist())
             assert one.shared[-1].salt == one.salt and one.prefilling
+            assert one.computed <= one.shares
         for one in schedule.running:
             check(one)
         units = stored(schedule)
@@ -177,7 +180,7 @@ def test_one_prompt_is_computed_once(engine):
 
 
 def test_rows_from_the_host_and_prompts_that_are_scored():
-    """Where a prompt's log-probabilities are asked for, it is computed whole."""
+    """Where all of a prompt's log-probabilities are asked for, it is computed whole."""
     program, weights = model()
     scored = dataclasses.replace(GREEDY, prompt_logprobs=True)
     params = [GREEDY, scored, GREEDY]

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness on the inference engine (the extra `eval`)."""
