@@ -13,8 +13,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-# as many as cores, from 2 to 4: a worker takes up to 2.5 GB
-PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 3 ? 4 : n + 1)))
+# as many as cores, from 2 to 4: a worker takes up to 2.5 GB. One more than cores made CI slower.
+PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n < 2 ? 2 : n)))
 # of `make mutate`: which modules (none: all five), mutants of each, the sample's seed, hours for all
 MODULE ?=
 SAMPLE ?= 50
