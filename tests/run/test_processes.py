@@ -128,7 +128,6 @@ def test_two_processes_and_back_to_one(corpus, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 def test_four_processes(corpus, alone, tmp_path):
     run_among(4, *arguments(corpus, tmp_path))
     assert_same_run(tmp_path, alone)
