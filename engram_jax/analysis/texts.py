@@ -12,6 +12,7 @@ from engram_jax.addressing import Addressing, LayerAddressing
 from engram_jax.analysis.usage import NgramCounts, count_ngrams
 from engram_jax.config import Config
 from engram_jax.data.array_store import Store
+from engram_jax.data.long_documents import Sequences
 from engram_jax.data.packing import Batch, PackedSequences
 from engram_jax.data.pipeline import trained_sequences
 from engram_jax.data.prepared import PreparedData
@@ -84,7 +85,7 @@ def hashed_layers(addressing: Addressing) -> list[LayerAddressing]:
 
 
 def ngrams_of(
-    addressing: Addressing, sequences: PackedSequences, numbers: np.ndarray
+    addressing: Addressing, sequences: Sequences, numbers: np.ndarray
 ) -> dict[int, NgramCounts]:
     """The n-grams of sequences by order, as Engram layers read them. numbers: int64 [n], which."""
     each = max(1, COUNTED // sequences.seq_len)

@@ -217,6 +217,10 @@ class DataConfig:
     near_duplicates: a training document of at least this Jaccard similarity (of word 5-grams) to a
       held-out one is left out; 0 = not looked for; needs the extra `lab`.
     workers: processes that make the batches; 0 = threads of this one.
+    keep_long: a training document longer than `seq_len` is cut from its beginning into whole
+      sequences; what remains is packed with the short ones. False = cut wherever a sequence ends.
+    long_share: share of the training sequences that are such whole ones, the same again if need
+      be, to about 1 %; 0 = as many as there are.
     """
 
     source: str = "local"
@@ -231,6 +235,8 @@ class DataConfig:
     max_document_bytes: int = 1 << 20
     near_duplicates: float = 0.0
     workers: int = 0
+    keep_long: bool = False
+    long_share: float = 0.0
     tasks: TasksConfig = field(default_factory=TasksConfig)
 
 

@@ -80,7 +80,7 @@ _NOT_NEGATIVE = {
     "model.hyper": "eps",
     "model.engram": "conv_kernel init_std seed",
     "mesh": "fsdp distinct",
-    "data": "max_megabytes workers near_duplicates",
+    "data": "max_megabytes workers near_duplicates long_share",
     "optimizer": "warmup_steps weight_decay memory_lr_multiplier decay_steps decay_share min_rate",
     "train": "keep_best seen_tokens hang_seconds ema_decay z_loss",
     "generate": "temperature",
@@ -241,6 +241,9 @@ def _data(data: DataConfig) -> None:
     require(similar <= 1, "data.near_duplicates", similar, "a Jaccard similarity, in [0, 1]")
     whole = similar == 0 or data.source != "tfds"
     require(whole, "data.near_duplicates", similar, "0 for data.source = 'tfds'")
+    share = data.long_share
+    require(share < 1, "data.long_share", share, "less than 1")
+    require(data.keep_long or not share, "data.long_share", share, "0 without data.keep_long")
     _tasks(data.tasks)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grain
@@ -20,6 +21,7 @@ from absl import flags
 
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
+from engram_jax.data.long_documents import LongSequences, Sequences, train_sequences
 from engram_jax.data.packing import Batch, PackedSequences
 from engram_jax.data.prepared import PreparedData
 from engram_jax.data.worker_process import belong_to_parent
@@ -38,7 +40,7 @@ _ENDLESS = 1 << 50  # sequences
 class _ReadRows:
     """Sequence numbers of a global batch [B] -> this process's rows as a batch."""
 
-    sequences: PackedSequences
+    sequences: Sequences
     rows: np.ndarray | slice
     addresses_fn: AddressesFn | None
 
@@ -129,7 +131,7 @@ def train_batches(
     Raises UserError when the store has less than one batch.
     """
     data, store = config.data, prepared.store_train
-    sequences = PackedSequences(store, data.seq_len, config.tokenizer.pad_id)
+    sequences = train_sequences(store, config)
     if len(sequences) < data.batch_size:
         raise UserError(
             f"the training text has {len(store):,} tokens = {len(sequences):,} sequences of "
@@ -137,8 +139,7 @@ def train_batches(
             f"{data.batch_size}; give more text or make one of them smaller"
         )
     batches = (
-        _numbers(len(sequences), data.seed)
-        .repeat(_ENDLESS // len(sequences))
+        _numbers(sequences, config)
         .batch(data.batch_size)
         .map(_ReadRows(sequences, slice(None) if rows is None else rows, addresses_fn))
     )
@@ -148,25 +149,64 @@ def train_batches(
         "batch_size": data.batch_size,
         "seq_len": data.seq_len,
     }
+    if data.keep_long:
+        identity |= {"keep_long": True, "long_share": data.long_share}
     return TrainIterator(batches, identity, data.workers)
 
 
-def _numbers(sequences: int, seed: int) -> grain.MapDataset:
-    """The sequence numbers in the order of the first epoch."""
-    return grain.MapDataset.range(sequences).seed(seed).shuffle()
+def _numbers(sequences: Sequences, config: Config) -> grain.MapDataset:
+    """The sequence numbers in the order of training, endless."""
+    parts = [_shuffled(part, config) for part in _parts(sequences, config)]
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, _shares(config))
+
+
+def _parts(sequences: Sequences, config: Config) -> list[range]:
+    """The numbers that are shuffled together: all; or those of long documents, and the others."""
+    if not (config.data.long_share and isinstance(sequences, LongSequences)):
+        return [range(len(sequences))]
+    return [range(sequences.long), range(sequences.long, len(sequences))]
+
+
+def _shares(config: Config) -> list[float]:
+    return [config.data.long_share, 1 - config.data.long_share]
+
+
+def _shuffled(part: range, config: Config) -> grain.MapDataset:
+    """Every epoch in another order, endless."""
+    numbers = grain.MapDataset.range(part.start, part.stop).seed(config.data.seed).shuffle()
+    return numbers.repeat(_ENDLESS // len(part))
 
 
 def trained_sequences(
     prepared: PreparedData, config: Config, batches: int
-) -> tuple[PackedSequences, np.ndarray]:
+) -> tuple[Sequences, np.ndarray]:
     """The training sequences, and which of them the first `batches` global batches contain: their
     numbers, int64 ascending, each once. All of them after an epoch."""
-    sequences = PackedSequences(prepared.store_train, config.data.seq_len, config.tokenizer.pad_id)
-    wanted = batches * config.data.batch_size
-    if wanted >= len(sequences):
-        return sequences, np.arange(len(sequences))
-    numbers = _numbers(len(sequences), config.data.seed)
-    return sequences, np.sort(np.asarray([int(numbers[i]) for i in range(wanted)], np.int64))
+    sequences = train_sequences(prepared.store_train, config)
+    parts, wanted = _parts(sequences, config), batches * config.data.batch_size
+    counts = [wanted] if len(parts) == 1 else _drawn(wanted, _shares(config))
+    found: list[int] = []
+    for part, count in zip(parts, counts, strict=True):
+        order = _shuffled(part, config)
+        all_of_them = count >= len(part)
+        found += part if all_of_them else [int(order[i]) for i in range(count)]
+    return sequences, np.sort(np.asarray(found, np.int64))
+
+
+def _drawn(wanted: int, shares: list[float]) -> list[int]:
+    """How many of the first `wanted` draws are of each part."""
+    numbers = grain.MapDataset.range(max(1, wanted))
+    sources = [numbers.map(partial(_tagged, i)) for i in range(len(shares))]
+    order, counts, at = grain.MapDataset.mix(sources, shares), [0] * len(shares), wanted
+    while at and not all(counts):  # the last draw of each says how many there were
+        at -= 1
+        source, number = order[at]
+        counts[source] = max(counts[source], number + 1)
+    return counts
+
+
+def _tagged(source: int, number: int) -> tuple[int, int]:
+    return source, number
 
 
 def validation_batches(

@@ -28,7 +28,7 @@ import numpy as np
 
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
-from engram_jax.data.packing import PackedSequences
+from engram_jax.data.long_documents import Sequences
 from engram_jax.data.placement import place_batch
 from engram_jax.distributed import processes
 from engram_jax.evaluation.held_out import Checkpoint, fetched
@@ -172,7 +172,7 @@ class HiddenStates:
         self._step = checkpoint.program.jit(partial(score_step, checkpoint.program))
 
     def __call__(
-        self, sequences: PackedSequences, numbers: np.ndarray
+        self, sequences: Sequences, numbers: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(hidden float32 [n, d], tokens int32 [n], nats float32 [n]) of the targets of a batch of
         sequences after another."""
@@ -250,7 +250,7 @@ def evaluate_knn(config: Config, workdir: Path, step: str, settings: Settings) -
 
 
 def _read(
-    model: HiddenStates, sequences: PackedSequences, numbers: np.ndarray, limit: int, config: Config
+    model: HiddenStates, sequences: Sequences, numbers: np.ndarray, limit: int, config: Config
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(keys, values, seconds) of the first `limit` targets of these sequences, 0 = all."""
     most = len(numbers) * sequences.seq_len

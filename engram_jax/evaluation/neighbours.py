@@ -25,7 +25,7 @@ from engram_jax.checkpoint.workdir import check_writable, file_of_step
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.config.extras import require
-from engram_jax.data.packing import PackedSequences
+from engram_jax.data.long_documents import Sequences
 from engram_jax.data.pipeline import trained_sequences
 from engram_jax.data.run_data import RunData
 from engram_jax.evaluation.held_out import Checkpoint, check_held_out, open_checkpoint
@@ -77,7 +77,7 @@ def open_neighbours(config: Config, workdir: Path, step: str, what: str) -> Chec
     return found
 
 
-def text_sequences(data: RunData, text: str, step: int) -> tuple[PackedSequences, np.ndarray]:
+def text_sequences(data: RunData, text: str, step: int) -> tuple[Sequences, np.ndarray]:
     """The training sequences, and the numbers of those that a neighbour may use, int64 ascending.
 
     text: TRAINED, those of the first `step` batches, or ALL.

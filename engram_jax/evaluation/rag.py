@@ -38,7 +38,8 @@ import numpy as np
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.data.array_store import Store
-from engram_jax.data.packing import Batch, PackedSequences
+from engram_jax.data.long_documents import Sequences
+from engram_jax.data.packing import Batch
 from engram_jax.distributed import processes
 from engram_jax.evaluation.held_out import Checkpoint, Evaluator
 from engram_jax.evaluation.neighbours import (
@@ -88,7 +89,7 @@ def chunks(store: Store, size: int) -> list[Chunk]:
     ]
 
 
-def passages(sequences: PackedSequences, numbers: np.ndarray, size: int) -> list[np.ndarray]:
+def passages(sequences: Sequences, numbers: np.ndarray, size: int) -> list[np.ndarray]:
     """The passages of these sequences: token ids, at most `size` each."""
     found: list[np.ndarray] = []
     for at in range(0, len(numbers), _BLOCK):

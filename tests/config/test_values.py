@@ -79,6 +79,8 @@ IMPOSSIBLE = [
     ("data.max_megabytes=-1", "-1", "0 or more"),
     ("data.max_document_bytes=10", "10", "64 or more"),
     ("data.near_duplicates=1.5", "1.5", "in [0, 1]"),
+    ("data.long_share=0.5", "0.5", "0 without data.keep_long"),
+    ("data.long_share=1", "1", "less than 1"),
     ("data.tasks.names=chess", "('chess',)", "different ones of facts, needle"),
     ("data.tasks.difficulties=hard", "('hard',)", "left out while data.tasks.names is empty"),
     ("data.tasks.share=0.5", "0.5", "left out while data.tasks.names is empty"),
@@ -423,7 +425,8 @@ def test_the_table_knows_every_key():
     any_value |= {"serve.memory_file", "serve.frequency_file"}
     any_value |= {"serve.access_log", "serve.api_key_file", "serve.share_prefixes"}
     any_value |= {"serve.accept_other_memory", "serve.accept_longer", "serve.parse_special"}
-    any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "train.hang_exit"}
+    any_value |= {"tokenizer.name", "tokenizer.path", "data.cache_dir", "data.keep_long"}
+    any_value |= {"train.hang_exit"}
     refused = {override.partition("=")[0] for override, *_ in IMPOSSIBLE}
     refused |= {each.partition("=")[0] for given, *_ in CASES for each in given.split()}
     keys = set(keys_of(config_lib.Config))
