@@ -38,7 +38,7 @@ from engram_jax.sharding.rules import P
 from engram_jax.tasks.drawing import Item
 from engram_jax.training.step import batch_addresses
 
-_MULTIPLE = 32  # lengths are rounded up to it
+_LEAST = 32  # tokens that a short item is padded to
 Batch = dict[str, np.ndarray]
 
 
@@ -181,20 +181,26 @@ def score(
         return []
     run = jit_scores(program, off, drawable) if compiled is None else compiled
     size = program.config.data.batch_size
-    length = -(-max(len(ids) for ids, _ in rows) // _MULTIPLE) * _MULTIPLE
     answers = max(len(ids) - shared for ids, shared in rows)
-    sums, greedy = [], []
-    for start in range(0, len(rows), size):
-        batch = _batch(rows[start : start + size], size, length, answers)
-        found = jax.device_get(run(weights, batch, masks(batch)))
-        sums.append(np.asarray(found[0], np.float64))
-        greedy.append(found[1])
-    flat, all_greedy = np.concatenate(sums), np.concatenate(greedy)
+    lengths = np.array([_padded(len(ids)) for ids, _ in rows])
+    flat, all_greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    for length in np.unique(lengths):  # few: each is a compiled program
+        alike = np.flatnonzero(lengths == length)
+        for start in range(0, len(alike), size):
+            at = alike[start : start + size]
+            batch = _batch([rows[i] for i in at], size, int(length), answers)
+            sums, greedy = jax.device_get(run(weights, batch, masks(batch)))
+            flat[at], all_greedy[at] = sums[: len(at)], greedy[: len(at)]
     scores, at = [], 0
     for item in encoded:
         scores.append(ItemScore(flat[at : at + len(item)], bool(all_greedy[at])))
         at += len(item)
     return scores
+
+
+def _padded(length: int) -> int:
+    """The least power of two of tokens, of _LEAST and more, that holds so many."""
+    return max(_LEAST, 1 << (length - 1).bit_length())
 
 
 def _batch(rows: Sequence[tuple[list[int], int]], size: int, length: int, answers: int) -> Batch:
