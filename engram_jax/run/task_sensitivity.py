@@ -18,6 +18,7 @@ from engram_jax.memory.exchange import natural_order
 from engram_jax.model.program import Weights
 from engram_jax.run.analysis_inputs import Given
 
+_TOLD = 5  # parts, after which a line says how far it is
 ITEMS = 40  # of a task, difficulty and frequency: its first ones
 
 
@@ -60,5 +61,10 @@ def task_effects(
 
         return score(program, weights, encoded, off, compiled=compiled[off], masks=masks)
 
-    on = scores(Part("nothing", (), ()))
-    return [{"part": part.name, "groups": summarise(items, on, scores(part))} for part in parts]
+    given.tell(f"scores of {len(items):,} items of the synthetic tasks")
+    on, effects = scores(Part("nothing", (), ())), []
+    for number, part in enumerate(parts):
+        if number % _TOLD == 0:
+            given.tell(f"the same with parts {number + 1} to {len(parts)} off, one at a time")
+        effects.append({"part": part.name, "groups": summarise(items, on, scores(part))})
+    return effects
