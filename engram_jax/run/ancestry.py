@@ -65,6 +65,8 @@ WITHOUT_MEANING = (
     *("model.engram.init_std", "model.engram.addresses"),
     *("model.engram.precision", "model.engram.fp8_recipe"),
 )
+# What a later stage of training is for; recorded among the changes, without being asked for.
+EXTENSION = "model.attention.yarn"
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def find_ancestor(
             f" {', '.join(unknown)}"
         )
     changes = _changes(stored, config)
-    if refused := [key for key in changes if not covers(accept, key)]:
+    if refused := [key for key in changes if not covers((*accept, EXTENSION), key)]:
         raise UserError(
             f"{KEY} = {text!r}: the model there is another: {listed(changes, refused)}; give the"
             " same, or accept what leaves the arrays' shapes as they are:"

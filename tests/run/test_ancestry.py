@@ -221,6 +221,14 @@ def test_what_leaves_the_shapes_may_be_accepted(corpus, undisturbed, tmp_path):
     assert ancestry.find_ancestor(free, tmp_path).changes == {}
 
 
+def test_a_longer_context_is_recorded_and_needs_no_flag(corpus, undisturbed):
+    config = small_config(
+        corpus, train__init_from=str(undisturbed), model__attention__yarn__scale=4.0
+    )
+    found = ancestry.find_ancestor(config, None)
+    assert found.changes == {"model.attention.yarn.scale": (1.0, 4.0)}
+
+
 def test_a_folder_with_an_at_sign(tmp_path):
     (tmp_path / "run@3").mkdir()
     assert ancestry.parse_source(f"{tmp_path}/run@3") == (tmp_path / "run@3", "latest")
