@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 
 import pytest
@@ -14,8 +15,36 @@ from tests.runs import CONFIGS, ROOT, configuration
 PAPER = ("dense4b", "moe27b", "engram27b", "engram40b")
 
 
-def test_the_configurations_of_the_issue_are_there():
-    assert {*PAPER, "engram_tiny", "moe_tiny", "deepseek_v41_memory"} <= set(CONFIGS)
+LONGER = {"engram27b_32k": "engram27b", "engram_tiny_2k": "engram_tiny"}
+
+
+def test_the_documented_configurations_are_there():
+    assert {*PAPER, *LONGER, "engram_tiny", "moe_tiny", "deepseek_v41_memory"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize(("longer", "short"), LONGER.items())
+def test_a_longer_stage_begins_with_the_short_model(longer, short):
+    """All of the model but YaRN is the short one's, and its scale is what the context grows by, but
+    the paper's: 10 for 8 times the tokens."""
+    ours, theirs = configuration(longer), configuration(short)
+    assert ours.train.init_from == f"runs/{short}"
+    yarn = ours.model.attention.yarn
+    assert yarn.original_length == theirs.data.seq_len
+    grown = ours.data.seq_len / yarn.original_length
+    assert yarn.scale == (10 if longer == "engram27b_32k" else grown) >= grown
+    attention = dataclasses.replace(ours.model.attention, yarn=theirs.model.attention.yarn)
+    assert dataclasses.replace(ours.model, attention=attention) == theirs.model
+    assert ours.tokenizer == theirs.tokenizer
+
+
+def test_the_papers_long_context_stage():
+    """Paper, section 5: 32,768 tokens, 5,000 steps, 30 B tokens; YaRN with s 10, alpha 1, beta 32
+    and f 0.707."""
+    config = configuration("engram27b_32k")
+    yarn, data = config.model.attention.yarn, config.data
+    assert (yarn.scale, yarn.alpha, yarn.beta, yarn.mscale) == (10, 1, 32, 0.707)
+    assert (data.seq_len, config.train.steps) == (32_768, 5000)
+    assert data.seq_len * data.batch_size * config.train.steps == pytest.approx(30e9, rel=0.06)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -45,7 +74,7 @@ def test_every_file_returns_a_new_configuration(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_models(name):
-    """FACTS section 4 (the paper's Table 1 and Appendix A, and what was derived)."""
+    """The paper's Table 1 and Appendix A, and what follows from them."""
     config = configuration(name)
     model, attention, ffn = config.model, config.model.attention, config.model.ffn
     assert (model.layers, model.d_model, model.hyper.streams) == (30, 2560, 4)

@@ -150,7 +150,7 @@ def test_counts_follow_from_the_equations(name):
     ],
 )
 def test_the_papers_table(name, total, active, engram, rho):
-    """FACTS section 4; billions. rho of Engram-40B is not printed there."""
+    """The paper's Table 1; billions. rho of Engram-40B is not printed there."""
     found = described(name)
     billions = [found[f"{part}_params"] / 1e9 for part in ("total", "active", "engram")]
     assert [f"{b:.2f}" for b in billions] == [total, active, engram]
