@@ -13,7 +13,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-# as many as cores, from 2 to 4: a worker takes up to 2.5 GB. One more than cores made CI slower.
+# as many as cores, from 2 to 4: a worker takes up to 2.5 GB, and one more than cores made CI slower.
+# worksteal: a module's tests stay together, and so does what they compile
 PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n < 2 ? 2 : n)))
 # of `make mutate`: which modules (none: all five), mutants of each, the sample's seed, hours for all
 MODULE ?=
@@ -34,13 +35,13 @@ demo: $(RUN_STAMP)
 	$(PY) launch.py --config=configs/engram_tiny.py
 
 test: $(TEST_STAMP) $(TOKENIZERS)
-	$(PY) -m pytest -n $(PYTEST_WORKERS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 test-proofs: $(TEST_STAMP) $(TOKENIZERS)
-	$(PY) -m pytest -n $(PYTEST_WORKERS) -m proof
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m proof
 
 test-slow: $(TEST_STAMP) $(TOKENIZERS)
-	$(PY) -m pytest -n $(PYTEST_WORKERS) -m "slow or not slow"
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "slow or not slow"
 
 mutate: $(TEST_STAMP) $(TOKENIZERS)
 	$(PY) scripts/mutate.py $(MODULE) --sample $(SAMPLE) --seed $(SEED) --hours $(HOURS)
