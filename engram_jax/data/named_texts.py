@@ -112,6 +112,14 @@ def read_documents(
             spool.close()
 
 
+def held_out_fingerprint(
+    config: Config, tokenizer: Any, eos_id: int, log: Callable[[str], None]
+) -> str:
+    """The fingerprint of the data that config.data's held-out split is of (data/prepared.py)."""
+    report = open_corpus(config.data, cache_root(config.data), log).report
+    return fingerprint_of(config, report, tokenizer, eos_id)
+
+
 def read_held_out(
     config: Config, tokenizer: Any, eos_id: int, log: Callable[[str], None]
 ) -> tuple[ReadText, str]:

@@ -1,7 +1,7 @@
 """LongPPL's key tokens: those that a model predicts well with a long context alone.
 
 Fang et al., "What is Wrong with Perplexity for Long-context Language Modeling?", arXiv 2410.23771,
-and the code published with it (PKU-ML/LongPPL, longppl/longppl.py). With l the log-likelihood of a
+and the code published with it (github.com/PKU-ML/LongPPL). With l the log-likelihood of a
 token (nats) under the evaluator, given its whole text and given a truncated context:
 
     key  <=>  l(whole) - l(truncated) > 2  and  l(whole) > -2
@@ -16,7 +16,7 @@ tokens those are key that lie in this text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,15 +86,14 @@ class Encoded:
 Encode = Callable[[str], Encoded]
 
 
-def cut(text: str, encoders: Sequence[Encode], context: int) -> list[str]:
+def cut(text: str, encoders: Sequence[Encode], context: int) -> Iterator[str]:
     """A document in consecutive texts, of at most `context` tokens of each tokenizer, and as many
-    as can be."""
-    found, start = [], 0
+    as can be; one at a time."""
+    start = 0
     while start < len(text):
         taken = _first(text, start, encoders, context)
-        found.append(text[start : start + taken])
+        yield text[start : start + taken]
         start += taken
-    return found
 
 
 def _first(text: str, start: int, encoders: Sequence[Encode], context: int) -> int:

@@ -29,11 +29,12 @@ from engram_jax.addressing import load_tokenizer, tokenizer_fingerprint
 from engram_jax.addressing.tokenizer import encode_batch
 from engram_jax.checkpoint.results import LONG_PPL, write_result
 from engram_jax.checkpoint.run_record import get_config
+from engram_jax.checkpoint.run_settings import check_text
 from engram_jax.checkpoint.workdir import TOKENIZER, check_trained, parse_checkpoint
 from engram_jax.config import Config, parse_config
 from engram_jax.config.errors import UserError, shown
 from engram_jax.data.cache import key_of
-from engram_jax.data.named_texts import read_documents
+from engram_jax.data.named_texts import HELD_OUT, held_out_fingerprint, read_documents
 from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree, gather
 from engram_jax.evaluation.held_out import perplexity
@@ -52,7 +53,7 @@ from engram_jax.evaluation.key_tokens import (
     spans_of,
 )
 from engram_jax.evaluation.part_scorer import PartScorer
-from engram_jax.evaluation.scored_model import open_scored
+from engram_jax.evaluation.scored_model import ScoredModel, open_scored
 from engram_jax.evaluation.text_scores import ALL, of_switches, parse_texts, quotient
 from engram_jax.model.program import check_decodes
 
@@ -196,6 +197,8 @@ def evaluate_long_ppl(
         del scorer, judge  # the memory of one model at a time
         model = open_scored(config, workdir, step, accept, tell)
         scorer = PartScorer(model, rule.context)
+    if HELD_OUT in named:
+        agree(partial(_check_held_out, model, workdir, accept, tell))
     tell(f"scoring {count:,} tokens with {model.loaded.name}")
     nats = whole_nats(scorer, [piece.model.ids for piece in flat])
     keys = [inside(p.model.offsets, s)[1:] for p, s in zip(flat, spans, strict=True)]
@@ -207,7 +210,7 @@ def evaluate_long_ppl(
         **dataclasses.asdict(rule),
         "texts": {},
     }
-    at, documents = 0, []
+    at, documents = 0, list[np.ndarray]()
     for name, found in pieces.items():
         part = slice(at, at + len(found))
         numbers = np.asarray([piece.document for piece in found])
@@ -236,6 +239,15 @@ def _of_evaluator(config: Config, there: Path, step: str, same: bool) -> tuple[C
     if found.model.engram.layers:
         check_decodes(found)
     return found, there, step
+
+
+def _check_held_out(
+    model: ScoredModel, workdir: Path, accept: Sequence[str], tell: Callable[[str], None]
+) -> None:
+    """Raises UserError if config.data has another text than the run's."""
+    loaded, config = model.loaded, model.program.config
+    found = held_out_fingerprint(config, loaded.tokenizer, loaded.eos_id, tell)
+    check_text(workdir, loaded.trained_on, found, accept)
 
 
 def _encoder(workdir: Path) -> tuple[Encode, str]:
