@@ -284,6 +284,8 @@ def _check_report() -> None:
     for flag in (_CONFIG, _WORKDIR):
         if flag.value is not None:
             raise UserError(f"--{flag.name}: not for --mode=report; name the runs in --runs")
+    if overridden := command_line.overrides(sys.argv, "config"):
+        raise UserError(f"--config.{min(overridden)}: not for --mode=report, which shows results")
 
 
 def _check_neighbours() -> None:

@@ -147,6 +147,7 @@ def test_what_cannot_be_shown(runs, tmp_path):
         ([f"--runs={a},{a}"], "is there twice"),
         ([], "--runs: missing"),
         ([f"--runs={a}", f"--workdir={a}"], "--workdir: not for --mode=report"),
+        ([f"--runs={a}", "--config.train.steps=3"], "config"),
     ):
         refused(launched("--mode=report", *given), words)
     made(tmp_path / "new")
