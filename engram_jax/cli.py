@@ -46,7 +46,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default ru
 _JSON = flags.DEFINE_bool(
     "json",
     False,
-    "describe, evaluate, lm-eval, analyse, compile: one JSON object on standard output.",
+    "describe, evaluate, lm-eval, long-ppl, report, analyse, compile: one JSON object on standard"
+    " output.",
 )
 _BASE = flags.DEFINE_string(
     "base", None, "describe: a configuration file whose budget this one is compared with."
@@ -86,7 +87,10 @@ _TASKS = flags.DEFINE_flag(
     )
 )
 _LIMIT = flags.DEFINE_float(
-    "limit", None, "lm-eval: the first so many documents of a task, or a share below 1."
+    "limit",
+    None,
+    "lm-eval: the first so many documents of a task, or a share below 1. long-ppl: the first so"
+    " many texts of each name.",
 )
 _NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "lm-eval: examples before a question; default: each task's own."
@@ -115,8 +119,8 @@ _JOIN_SECONDS = flags.DEFINE_float(
 _STEP = flags.DEFINE_string(
     "step",
     "latest",
-    "evaluate, lm-eval, analyse, generate, serve, explore, export-memory: latest, best or a step"
-    " number.",
+    "evaluate, lm-eval, long-ppl, analyse, generate, serve, explore, export-memory: latest, best or"
+    " a step number.",
 )
 _ACCEPT = flags.DEFINE_list(
     "accept_changes",
@@ -127,7 +131,7 @@ _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "export-memory, count-memory: the file to write. analyse: the page, in place of the workdir's."
-    " lm-eval: a file for the results, JSON.",
+    " lm-eval: a file for the results, JSON. report: a folder for the page in all its forms.",
 )
 _FORMAT = flags.DEFINE_string(
     "format", "", "export-memory: float32, bfloat16 or fp8; default: as the tables are."
@@ -160,6 +164,37 @@ _ENTITIES = flags.DEFINE_string(
 )
 _NGRAM = flags.DEFINE_string(
     "ngram", None, "analyse: a text; what the rows that its last tokens read answer to."
+)
+_TEXTS = flags.DEFINE_list(
+    "texts",
+    [],
+    "evaluate, long-ppl: the texts to score, NAME=PATH,NAME=PATH, and held_out for the run's own"
+    " split (docs/evaluation.md).",
+)
+_EVALUATOR = flags.DEFINE_string(
+    "evaluator",
+    "",
+    "long-ppl: WORKDIR or WORKDIR@STEP, the checkpoint that says which tokens are key; default: the"
+    " scored one.",
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context", 0, "long-ppl: tokens of a text, at most; 0 = the trained length.", lower_bound=0
+)
+_TRUNCATED = flags.DEFINE_integer(
+    "truncated",
+    0,
+    "long-ppl: tokens of the truncated context; 0 = 4,096, or an eighth of --context if that is"
+    " less.",
+    lower_bound=0,
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride",
+    0,
+    "long-ppl: tokens that share a truncated context; 0 = 1,024, or a thirty-second of --context.",
+    lower_bound=0,
+)
+_RUNS = flags.DEFINE_list(
+    "runs", [], "report: the checkpoints to put side by side, WORKDIR or WORKDIR@STEP, a,b,c."
 )
 _POINTS = flags.DEFINE_list(
     "points", [], "sweep: the points to run, for example rho=1,rho=0.8; default: all."
@@ -223,6 +258,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise UserError(f"--{name}: only for --mode={', '.join(modes)}")
     if mode != "serve" and (given := SECRETS & command_line.overrides(sys.argv, "config").keys()):
         raise UserError(f"--config.{min(given)}: only for --mode=serve; a run records its command")
+    if mode == "report":
+        _check_report()
     _check_neighbours()
     _check_tasks()
     run_settings.check_accepted(_ACCEPT.value)
@@ -240,6 +277,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return list(argv[:1])
 
 
+def _check_report() -> None:
+    """Refuse what a report reads nothing of."""
+    if not _RUNS.value:
+        raise UserError("--runs: missing; WORKDIR or WORKDIR@STEP of each checkpoint, a,b,c")
+    for flag in (_CONFIG, _WORKDIR):
+        if flag.value is not None:
+            raise UserError(f"--{flag.name}: not for --mode=report; name the runs in --runs")
+    if overridden := command_line.overrides(sys.argv, "config"):
+        raise UserError(f"--config.{min(overridden)}: not for --mode=report, which shows results")
+
+
 def _check_neighbours() -> None:
     """Refuse a neighbour's settings without it, and what neighbours cannot be evaluated with."""
     chosen = _NEIGHBOURS.value
@@ -252,6 +300,10 @@ def _check_neighbours() -> None:
             raise UserError(f"--{flag.name}: only with --neighbours{which}")
     if chosen and _TASKS.value:
         raise UserError(f"--tasks: not with --neighbours={chosen}, which scores held-out text")
+    if chosen and _TEXTS.value:
+        raise UserError(f"--texts: not with --neighbours={chosen}, which scores held-out text")
+    if _TASKS.value and _TEXTS.value and _MODE.value == "evaluate":
+        raise UserError("--texts: not with --tasks, which scores synthetic tasks")
     if chosen and _ACCEPT.value:
         raise UserError("--neighbours: takes the run as it is; leave --accept_changes out")
 
@@ -266,6 +318,11 @@ def _check_tasks() -> None:
         raise UserError(f"--tasks={','.join(names)}: must be --tasks alone for --mode=evaluate")
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
         raise UserError(f"--limit={limit:g}: must be a whole number, or above 0 and below 1")
+    if _MODE.value == "long-ppl":
+        if not _TEXTS.value:
+            raise UserError("--texts: missing; NAME=PATH,NAME=PATH or held_out")
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit={limit:g}: must be a whole number for --mode=long-ppl")
     if shots is not None and shots < 0:
         raise UserError(f"--num_fewshot={shots}: must be at least 0")
 
@@ -276,8 +333,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
-    config = command_line.config_of(_CONFIG.value, "config")
     tell_when_interrupted(AFTER_INTERRUPT[_MODE.value])
+    if _MODE.value == "report":
+        _RUN["report"](Config(), Path(), ())  # of the runs' own configurations nothing is read
+        return
+    config = command_line.config_of(_CONFIG.value, "config")
     workdir = local_path("--workdir", _WORKDIR.value or f"runs/{config.name}")
     command_line.leave_out_absent_tpu()
     if _MODE.value not in WITHOUT_PROCESSES:
@@ -317,11 +377,18 @@ def _train(config: Config, workdir: Path, accept: Accepted) -> None:
 
 def _evaluate(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.distributed import processes
-    from engram_jax.evaluation import held_out, tasks
+    from engram_jax.evaluation import held_out, tasks, text_scores
+    from engram_jax.monitoring.metrics import json_value
     from engram_jax.tasks import score_table
 
     if _NEIGHBOURS.value:
         _evaluate_neighbours(config, workdir)
+        return
+    if flags.FLAGS[_TEXTS.name].present:
+        check_writable(workdir)  # the result is written there
+        found = text_scores.evaluate_texts(config, workdir, _STEP.value, _TEXTS.value, accept)
+        shown = json.dumps(json_value(found)) if _JSON.value else text_scores.table(found)
+        processes.log(shown)
         return
     if _TASKS.value:
         check_writable(workdir)
@@ -361,6 +428,7 @@ def _lm_eval(config: Config, workdir: Path, accept: Accepted) -> None:
     output = None if _OUTPUT.value is None else local_path("--output", _OUTPUT.value)
     if output is not None:
         _writable_folder("output", str(output.parent))
+    check_writable(workdir)  # the result is kept there
     asked = Asked(_TASKS.value, _NUM_FEWSHOT.value, include, _UNSAFE_CODE.value, _LIMIT.value)
     found = evaluate.evaluate_tasks(config, workdir, _STEP.value, asked, accept)
     if not found:  # not process 0
@@ -370,6 +438,25 @@ def _lm_eval(config: Config, workdir: Path, accept: Accepted) -> None:
     processes.log(evaluate.as_json(found) if _JSON.value else evaluate.table(found))
     if found["left_out"] and "paper" not in _TASKS.value:
         sys.exit(1)
+
+
+def _long_ppl(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.distributed import processes
+    from engram_jax.evaluation import long_ppl
+    from engram_jax.monitoring.metrics import json_value
+
+    check_writable(workdir)  # the result is written there
+    lengths = _CONTEXT.value, _TRUNCATED.value, _STRIDE.value, int(_LIMIT.value or 0)
+    settings = long_ppl.Settings(tuple(_TEXTS.value), _EVALUATOR.value, *lengths)
+    found = long_ppl.evaluate_long_ppl(config, workdir, _STEP.value, settings, accept)
+    processes.log(json.dumps(json_value(found)) if _JSON.value else long_ppl.table(found))
+
+
+def _report(config: Config, workdir: Path, accept: Accepted) -> None:
+    from engram_jax.harness import results_page
+
+    output = None if _OUTPUT.value is None else _writable_folder("output", _OUTPUT.value)
+    print(results_page.report(_RUNS.value, output, _JSON.value))
 
 
 def _analyse(config: Config, workdir: Path, accept: Accepted) -> None:
@@ -483,6 +570,8 @@ _RUN: dict[str, Callable[[Config, Path, Accepted], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "lm-eval": _lm_eval,
+    "long-ppl": _long_ppl,
+    "report": _report,
     "analyse": _analyse,
     "generate": _generate,
     "serve": _serve,

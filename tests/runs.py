@@ -97,6 +97,8 @@ def in_mode(mode: str) -> list[str]:
         "generate": ["--prompt=a"],
         "export-memory": [f"--output={NEVER_WRITTEN}"],
         "lm-eval": ["--tasks=a"],
+        "long-ppl": ["--texts=a=b"],
+        "report": [f"--runs={NEVER_WRITTEN}"],
     }
     return [f"--mode={mode}", *needed.get(mode, [])]
 

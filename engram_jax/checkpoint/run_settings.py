@@ -35,6 +35,7 @@ FREE = (
     "train.log_activations",
     "train.loggers",
     "train.eval_every",
+    "train.evaluations",
     "train.checkpoint_every",
     "train.keep",
     "train.keep_best",

@@ -10,6 +10,7 @@ tokenizer.json, text.json    its tokenizer (checkpoint/run_tokenizer.py)
 task_items.json, task_scores.json   of synthetic tasks (data/mixed_tasks.py, evaluation/tasks.py)
 neighbours_NAME.json         of neighbours (evaluation/neighbours.py)
 analysis.html, analysis.json, analysis/   of --mode=analyse (run/analyse.py)
+evaluations/STEP/            of named texts, LongPPL and benchmarks (checkpoint/results.py)
 .lock                        held while a process trains here
 """
 
@@ -94,6 +95,17 @@ def parse_step(step: str) -> int | str | None:
     if step not in ("latest", "best") and not step.isdecimal():
         raise UserError(f"--step={step}: must be latest, best or a step number")
     return int(step) if step.isdecimal() else {"latest": None}.get(step, step)
+
+
+def parse_checkpoint(text: str, where: str) -> tuple[Path, str]:
+    """(workdir, step) of WORKDIR, which is its latest step, or WORKDIR@STEP. where: names flag or
+    key, and value. Raises UserError for another STEP."""
+    folder, at, step = text.rpartition("@")
+    if not at or Path(text).expanduser().is_dir():
+        return Path(text).expanduser(), "latest"
+    if not folder or (step not in ("latest", "best") and not step.isdecimal()):
+        raise UserError(f"{where}: after @ must stand latest, best or a step's number")
+    return Path(folder).expanduser(), step
 
 
 @contextlib.contextmanager

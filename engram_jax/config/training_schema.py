@@ -85,6 +85,9 @@ class TrainConfig:
     eval_batches: `validation_loss` is measured on the first `eval_batches` batches of the held-out
       split, every eval_every steps and at the end; the whole split's loss, `held_out_loss`, at the
       end and by --mode=evaluate.
+    evaluations: further texts that are scored while training, NAME=PATH or NAME=PATH@STEPS: a file
+      or folder, its first eval_batches batches, every STEPS steps (default eval_every) and at the
+      end; metrics evaluations/NAME/nats_per_token and bits_per_byte. They decide no checkpoint.
     checkpoint_every: steps between further checkpoints.
     keep: how many of the latest checkpoints are kept.
     keep_best: how many of those with the lowest validation loss are kept, too.
@@ -112,6 +115,7 @@ class TrainConfig:
     loggers: tuple[str, ...] = (TENSORBOARD,)
     eval_every: int = 500
     eval_batches: int = 16
+    evaluations: tuple[str, ...] = ()
     checkpoint_every: int = 500
     keep: int = 3
     keep_best: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engram_jax.config.errors import one_of, require
+from engram_jax.config.named_paths import NAMED, evaluated_path
 from engram_jax.config.path_patterns import EXCEPT
 from engram_jax.config.schema import (
     Config,
@@ -99,14 +100,22 @@ def _train(train: TrainConfig) -> None:
     require(decay < 1, "train.ema_decay", decay, "in [0, 1) (0 = no average)")
     kept = bool(train.init_from) or not train.init_optimizer
     require(kept, "train.init_optimizer", True, "false unless train.init_from names a run")
-    named = train.init_from == train.init_from.strip()
-    require(named, "train.init_from", train.init_from, "WORKDIR or WORKDIR@STEP, without spaces")
+    stripped = train.init_from == train.init_from.strip()
+    require(stripped, "train.init_from", train.init_from, "WORKDIR or WORKDIR@STEP, without spaces")
     for pattern in train.trainable:
         some = bool(pattern.removeprefix(EXCEPT).strip("/"))
         allowed = "patterns of paths, such as 'engrams', 'memory/1' or '!*/gain'"
         require(some, "train.trainable", pattern, allowed)
     twice = len(set(train.trainable)) == len(train.trainable)
     require(twice, "train.trainable", train.trainable, "different patterns")
+    found = []
+    for text in train.evaluations:
+        named = evaluated_path(text)
+        allowed = f"{NAMED}; with @STEPS (1 or more) behind it for a cadence of its own"
+        require(named is not None, "train.evaluations", text, allowed)
+        found.append(named.name if named else "")
+    different = "texts of different names"
+    require(len(set(found)) == len(found), "train.evaluations", train.evaluations, different)
     for name in train.loggers:
         require(name in LOGGERS, "train.loggers", name, one_of(LOGGERS))
     once = len(set(train.loggers)) == len(train.loggers)

@@ -76,8 +76,7 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
     tokenizer, path = open_tokenizer(config.tokenizer, corpus, cache, log)
     eos_id = find_eos(tokenizer, config.tokenizer)
     mixture = mixture_of(config.data, corpus.report)
-    mixed = [] if mixture is None else [mixture.identity]
-    key = key_of(corpus.report.digest, tokenizer_fingerprint(tokenizer), eos_id, *mixed)
+    key = fingerprint_of(config, corpus.report, tokenizer, eos_id)
 
     def make(folder: Path) -> None:
         log("data: tokenising")
@@ -107,6 +106,13 @@ def prepare(config: Config, log: Callable[[str], Any] = print) -> PreparedData:
     if tasks is not None:
         tasks.log(log)
     return PreparedData(tokenizer, path, eos_id, train, valid, corpus.report, key, tasks)
+
+
+def fingerprint_of(config: Config, report: SourceReport, tokenizer: Tokenizer, eos_id: int) -> str:
+    """`PreparedData.fingerprint` of a corpus with this report."""
+    mixture = mixture_of(config.data, report)
+    mixed = [] if mixture is None else [mixture.identity]
+    return key_of(report.digest, tokenizer_fingerprint(tokenizer), eos_id, *mixed)
 
 
 def check_targets(what: str, store: TokenStore, config: DataConfig) -> None:

@@ -6,7 +6,7 @@ import array
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from engram_jax.hardware.storage import write_text
 
 _BATCH_BYTES = 4 << 20  # text handed to the tokenizer's threads at a time
 _BATCH_DOCUMENTS = 1024
+_SIZES = "token_bytes.npy"
 _MOST_UNKNOWN = 0.5  # of the tokens
 _CHECKED = 1 << 24  # bytes of tokens.bin whose checksum is computed at a time
 
@@ -100,6 +101,16 @@ class TokenStore:
         """UTF-8 bytes of the text that became `tokens`."""
         return self._meta["text_bytes"]
 
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [tokens]: bytes of the text that each token stands for, 0 for ends of documents
+        (`bytes_of_tokens`). Of a store that was written with them."""
+        path = self.folder / _SIZES
+        sizes = load_array(path)
+        if sizes.shape != (len(self),) or int(sizes.sum(dtype=np.int64)) != self.text_bytes:
+            raise self._damaged(path, "damaged, does not add up to the text")
+        return sizes
+
     @property
     def bytes_per_token(self) -> float:
         """Bytes of text per token, ends of documents counted as tokens."""
@@ -120,16 +131,30 @@ class TokenStore:
 
 
 def write_store(
-    folder: Path, texts: Iterable[str], tokenizer: Tokenizer, eos_id: int, vocab_size: int
+    folder: Path,
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    eos_id: int,
+    vocab_size: int,
+    *,
+    text_of_tokens: bool = False,
 ) -> None:
-    """Tokenise `texts` into `folder` in batches: memory does not grow with the text."""
+    """Tokenise `texts` into `folder` in batches: memory does not grow with the text.
+
+    text_of_tokens: write how many bytes of the text each token stands for, too
+    (`TokenStore.token_bytes`), which takes 4 bytes of memory for each.
+    """
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    sizes: list[np.ndarray] = []
     starts, written, text_bytes, checksum = array.array("q", [0]), 0, 0, 0
     unknown, unknown_token = 0, unknown_id(tokenizer)
     with open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(texts):
-            for encoding in encode_batch(tokenizer, batch):
+            found = encode_batch(tokenizer, batch, offsets=text_of_tokens)
+            for text, encoding in zip(batch, found, strict=True):
                 ids = np.asarray([*encoding.ids, eos_id], dtype)
+                if text_of_tokens:
+                    sizes.append(bytes_of_tokens(text, encoding.offsets))
                 if unknown_token is not None:
                     unknown += int(np.count_nonzero(ids == unknown_token))
                 file.write(ids.tobytes())
@@ -145,9 +170,33 @@ def write_store(
                 )
     places = np.asarray(starts, np.int64)
     np.save(folder / "starts.npy", places)
+    if text_of_tokens:
+        np.save(folder / _SIZES, np.concatenate([np.zeros(0, np.int32), *sizes]))
     meta = {"dtype": dtype.name, "eos_id": eos_id, "text_bytes": text_bytes}
     meta |= {"unknown_tokens": unknown, "tokens.bin": checksum, "starts.npy": crc32(places)}
     write_text(folder / "store.json", json.dumps(meta))
+
+
+def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """How many UTF-8 bytes of a text each of its tokens stands for, int32 [tokens + 1]; the last is
+    of the token that ends the document. Their sum is the text's.
+
+    offsets: a token's characters, as the tokenizer tells them of the text as it was given. Of a
+    character that several tokens spell (an emoji in byte-level BPE) the first has all bytes. What
+    no token spells (blanks that a normaliser strips) belongs to the token behind it, at the end to
+    the last one; a text without a token to the end.
+    """
+    sizes = np.zeros(len(offsets) + 1, np.int32)
+    characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    width = 1 + sum((characters >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+    until = np.concatenate([[0], np.cumsum(width)])
+    if not len(offsets):
+        sizes[-1] = until[-1]
+        return sizes
+    ends = np.maximum.accumulate(np.asarray(offsets, np.int64)[:, 1])
+    ends[-1] = len(characters)
+    sizes[:-1] = np.diff(until[ends], prepend=0)
+    return sizes
 
 
 def crc32(values: np.ndarray) -> int:

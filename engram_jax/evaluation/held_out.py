@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -74,6 +74,17 @@ class Score:
         return f"{self.loss:.4f} ({self.batches:,} batches, {self.targets:,} predicted tokens)"
 
 
+class Scored(Protocol):
+    """What of a `TrainState` decides a loss."""
+
+    @property
+    def params(self) -> Any: ...
+    @property
+    def router_bias(self) -> Any: ...
+    @property
+    def memory(self) -> Any: ...
+
+
 class Evaluator:
     """Losses over held-out batches; each step is compiled once.
 
@@ -99,19 +110,21 @@ class Evaluator:
         other._nats_step, other.data = self._nats_step, data
         return other
 
-    def target_nats(self, state: TrainState) -> np.ndarray:
-        """The loss of every held-out target in order, float64 [n]; the same on all processes.
+    def target_nats(self, state: Scored, batches: int | None = None) -> np.ndarray:
+        """The loss of every target of the first `batches` held-out batches (None: all) in order,
+        float64 [n]; the same on all processes.
 
         Raises UserError as `check_held_out`.
         """
-        check_held_out(self.data)
-        batches = self.data.validation_batches(self.program.mesh)
-        found = [nats.reshape(-1) for nats in self.nats(state, batches)]
+        check_held_out(self.data, batches)
+        read = self.data.validation_batches(self.program.mesh, batches)
+        found = [nats.reshape(-1) for nats in self.nats(state, read)]
         flat = np.concatenate(found).astype(np.float64)
         # Sequence i predicts token i T + t + 1 at position t.
-        return flat[target_positions(self.data.prepared.store_valid) - 1]
+        places = target_positions(self.data.prepared.store_valid) - 1
+        return flat[places[places < len(flat)]]
 
-    def nats(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+    def nats(self, state: Scored, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """The losses of every batch's targets, [B, T], 0 where there is none. batches: this
         process's rows of each."""
         mesh, size = self.program.mesh, self.program.config.data.batch_size

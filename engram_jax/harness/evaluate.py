@@ -16,11 +16,13 @@ import jax
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import handle_non_serializable, make_table
 
+from engram_jax.checkpoint.results import LM_EVAL, write_result
 from engram_jax.checkpoint.run_settings import check_opened
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.distributed import processes
 from engram_jax.distributed.consensus import agree
+from engram_jax.evaluation.text_scores import of_switches
 from engram_jax.harness.lm import EngineLM
 from engram_jax.harness.loading import Asked, Loaded, load_tasks
 from engram_jax.harness.scorer import Scorer
@@ -43,6 +45,8 @@ def evaluate_tasks(
     lm-eval tells by task and group, the checkpoint's name, what the evaluation was asked for
     ("config"), and "left_out": name -> why.
 
+    The result is also written below `workdir` (checkpoint/results.py).
+
     accept: as in `open_engine`. Raises UserError if none of the tasks can be run, or for a
     checkpoint that does not fit.
     """
@@ -57,7 +61,17 @@ def evaluate_tasks(
         found = run(engine, trained.eos_id, loaded, missing, asked, tell, processes.warn)
     finally:
         engine.close()
-    return found | {"checkpoint": trained.name} if jax.process_index() == 0 else {}
+    if jax.process_index() > 0:
+        return {}
+    found = found | {"checkpoint": trained.name}
+    wanted = {"tasks": list(asked.tasks), "limit": asked.limit, "num_fewshot": asked.shots}
+    if accept:
+        wanted["changed_settings"] = list(accept)
+    kept = write_result(
+        workdir, LM_EVAL, trained, wanted | of_switches(config), json.loads(as_json(found))
+    )
+    tell(f"kept in {kept}")
+    return found
 
 
 def _load(asked: Asked) -> tuple[list[Loaded], dict[str, str]]:

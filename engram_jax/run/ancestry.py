@@ -38,7 +38,7 @@ from engram_jax.checkpoint.run_record import (
     step_number,
 )
 from engram_jax.checkpoint.run_settings import Changes, covers, listed
-from engram_jax.checkpoint.workdir import RUN, TOKENIZER, checkpoint_steps
+from engram_jax.checkpoint.workdir import RUN, TOKENIZER, checkpoint_steps, parse_checkpoint
 from engram_jax.config import DEVICE, FROZEN, Config
 from engram_jax.config.difference import differences
 from engram_jax.config.errors import UserError
@@ -86,12 +86,7 @@ class Ancestor:
 
 def parse_source(text: str) -> tuple[Path, str]:
     """(workdir, step) of WORKDIR or WORKDIR@STEP. Raises UserError for another STEP."""
-    folder, at, step = text.rpartition("@")
-    if not at or Path(text).expanduser().is_dir():
-        return Path(text).expanduser(), "latest"
-    if not folder or (step not in ("latest", "best") and not step.isdecimal()):
-        raise UserError(f"{KEY} = {text!r}: after @ must stand latest, best or a step's number")
-    return Path(folder).expanduser(), step
+    return parse_checkpoint(text, f"{KEY} = {text!r}")
 
 
 def find_ancestor(

@@ -34,6 +34,7 @@ from engram_jax.distributed.consensus import agree
 from engram_jax.distributed.preemption import Preemption
 from engram_jax.evaluation.held_out import Evaluator, check_held_out
 from engram_jax.evaluation.tasks import check_off
+from engram_jax.evaluation.trajectories import Trajectory, open_trajectories
 from engram_jax.hardware.cores import cores
 from engram_jax.hardware.memory import all_devices_bytes, machine_bytes
 from engram_jax.hardware.storage import replacing
@@ -139,6 +140,7 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
         processes.warn(warning)
     agree(lambda: check_samples(config, data.prepared.tokenizer))
     agree(lambda: check_held_out(data, config.train.eval_batches))
+    trajectories = open_trajectories(config, data, log)
     program = build_training(config, data.addressing)
     agree(lambda: check_fits(program))
     program = with_planned_exchange(program, data, log)
@@ -154,7 +156,10 @@ def _train(launch: Launch, preemption: Preemption) -> TrainState:
                 keep_best=config.train.keep_best,
             ) as checkpointer,
         ):
-            run = Run(launch, data, program, checkpointer, preemption, changes, ancestor)
+            run = Run(
+                *(launch, data, program, checkpointer, preemption, changes, ancestor),
+                trajectories=trajectories,
+            )
             state = run.loop()
         if preemption.stopped:
             return state
@@ -181,7 +186,7 @@ class Run:
     """One launch of a training run.
 
     changes: to the settings since the previous launch. ancestor: the checkpoint that a new run
-    starts from, None = its seed.
+    starts from, None = its seed. trajectories: further texts that are scored between steps.
     """
 
     def __init__(
@@ -193,6 +198,7 @@ class Run:
         preemption: Preemption | None = None,
         changes: Changes | None = None,
         ancestor: Ancestor | None = None,
+        trajectories: Sequence[Trajectory] = (),
     ):
         self.config, self.workdir, self.log = launch.config, launch.workdir, launch.log
         self.preemption = preemption or Preemption(self.log)  # not entered: handles no signal
@@ -203,6 +209,7 @@ class Run:
         self.first_step = int(self.state.step)
         self.writer = agree(lambda: self._records(data, changes or {}, origin))
         self.evaluator = Evaluator(program, data)
+        self.trajectories = trajectories
         self.utilisation = jit_utilisation(program)
         self.monitors = Monitors(
             self.config,
@@ -287,10 +294,15 @@ class Run:
             done = step + 1
             evaluate = done % train.eval_every == 0 or done == total
             save = evaluate or done % train.checkpoint_every == 0
-            if save or self.monitors.at_edge(done):
+            due = [each for each in self.trajectories if each.due(done, total)]
+            if save or due or self.monitors.at_edge(done):
                 self._read(pending, progress)
                 pending = None
                 self.monitors.end(done)
+            if due:
+                with self.monitors.pause(done, saves=False):
+                    for each in due:
+                        self.writer.write(done, each.score(self.evaluator, self.state))
             if save:
                 with self.monitors.pause(done):
                     self._pause(done, evaluate, progress)

@@ -84,12 +84,13 @@ class Monitors:
                 self.profile.end(step)
 
     @contextmanager
-    def pause(self, step: int) -> Iterator[None]:
-        """Around evaluating and saving the state after `step`."""
+    def pause(self, step: int, *, saves: bool = True) -> Iterator[None]:
+        """Around evaluating and, where it `saves`, saving the state after `step`."""
         self.watchdog.doing("evaluating or saving")
         with self.throughput.pause():
             yield
-            self.goodput.saved(step)
+            if saves:
+                self.goodput.saved(step)
         self.watchdog.doing("training", patience=1.0)
 
     def rates(self) -> dict[str, float]:

@@ -48,6 +48,9 @@ def test_tasks_and_shots(index, benchmark):
             assert own == benchmark.shots
         else:  # lm-eval lets a task that has none by itself have no others
             assert own != 0 or benchmark.shots == 0
+        listed = [str(m["metric"]) for m in leaf.get("metric_list", [])]
+        metric = benchmark.metric.partition(",")[0].replace("@1", "_at_k")
+        assert any(name.endswith(metric) for name in listed), listed
         runs_code = benchmark.name in ("HumanEval", "MBPP", "CRUXEval")
         assert bool(leaf.get("unsafe_code")) == runs_code
 

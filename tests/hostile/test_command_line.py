@@ -145,9 +145,12 @@ def test_ctrl_c_says_what_is_kept(mode, monkeypatch):
         "export-memory": ["--output=x"],
         "count-memory": ["--output=x"],
         "lm-eval": ["--tasks=a"],
+        "long-ppl": ["--texts=a=x"],
+        "report": ["--runs=x"],
     }
     monkeypatch.setattr(cli, "require", lambda *arguments: None)  # whatever is installed
-    outcome = launched(TINY, f"--mode={mode}", *needs.get(mode, []))
+    config = [] if mode == "report" else [TINY]
+    outcome = launched(*config, f"--mode={mode}", *needs.get(mode, []))
     assert (outcome.code, outcome.out) == (130, "")
     assert outcome.err == f"error: interrupted; {AFTER_INTERRUPT[mode]}\n"
 
@@ -179,7 +182,12 @@ def test_no_record_has_a_key(tmp_path):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "serve"])
 def test_no_other_mode_takes_a_key_by_its_command(mode):
     flags = [f"--config.serve.api_key={SECRET}", "--prompt=a"][: 2 if mode == "generate" else 1]
-    flags += {"compile": ["--topology=v5p:2x2x1"], "lm-eval": ["--tasks=a"]}.get(mode, [])
+    flags += {
+        "compile": ["--topology=v5p:2x2x1"],
+        "lm-eval": ["--tasks=a"],
+        "long-ppl": ["--texts=a=x"],
+        "report": ["--runs=x"],
+    }.get(mode, [])
     flags += ["--output=x"] if mode.endswith("-memory") else []
     outcome = launched(TINY, f"--mode={mode}", *flags)
     line = refused(outcome, "--config.serve.api_key: only for --mode=serve")

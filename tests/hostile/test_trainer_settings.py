@@ -104,6 +104,10 @@ CASES = [
     ("train.loggers=('',)", "''", "'tensorboard', 'wandb', 'mlflow'"),
     ("train.loggers=('wandb','wandb')", "('wandb', 'wandb')", "different ones of"),
     ("train.loggers=(True,)", "True", "text"),
+    ("train.evaluations=books", "'books'", "NAME=PATH"),
+    ("train.evaluations=a=x@0", "'a=x@0'", "@STEPS (1 or more)"),
+    ("train.evaluations==x", "'=x'", "NAME=PATH"),
+    ("train.evaluations=('a=x','a=y@3')", "('a=x', 'a=y@3')", "texts of different names"),
     # Keys that are not there.
     ("train.init=/none", "unknown key 'init'", "did you mean --config.train.init_from or"),
     (

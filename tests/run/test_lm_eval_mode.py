@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
+from engram_jax.checkpoint.results import LM_EVAL, read_results
 from engram_jax.config.errors import UserError
 from engram_jax.harness import evaluate
 from engram_jax.harness.loading import Asked
@@ -36,6 +38,14 @@ def _offline(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed, tmp_path_factory):
+    """A copy: results are written into it."""
+    workdir = tmp_path_factory.mktemp("scored") / "run"
+    shutil.copytree(undisturbed, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +74,16 @@ def test_the_table_of_a_checkpoint(corpus, undisturbed, folder, tmp_path):
     found = json.loads(done.out)
     assert json.loads(file.read_text()) == found
     assert found["left_out"] == {} and "step 24" in found["checkpoint"]
+    (record,) = read_results(undisturbed, 24)
+    assert record["kind"] == LM_EVAL and record["result"] == found
+    page = launched("--mode=report", f"--runs={undisturbed}", "--json")
+    (table,) = [t for t in json.loads(page.out)["tables"] if t["title"] == "Other tasks"]
+    told = {row["name"]: row["cells"][0] for row in table["rows"]}
+    rolling = found["results"]["rolling"]["bits_per_byte,none"]
+    assert told["rolling (bits_per_byte,none)"]["value"] == rolling
+    both = found["results"]["likelihood"]
+    (cell,) = [told[name] for name in told if name.startswith("likelihood (acc,")]
+    assert (cell["value"], cell["stderr"]) == (both["acc,none"], both["acc_stderr,none"])
 
     config = small_config(corpus)
     engine = open_engine(config, undisturbed, "latest")
