@@ -100,7 +100,7 @@ def test_a_training_step_that_fits(tmp_path):
     assert code == 0, err
     assert set(report) >= KEYS
     assert report["fits"] and report["peak_hbm_bytes"] < report["hbm_capacity_bytes"]
-    assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "sequence": 1, "tensor": 1}
     assert_no_table_is_copied(report)
     # The rows of the only table, forward and back, by the plan's capacity and in no other size;
     # what stands in a loop of unknown length is a further round.
