@@ -128,6 +128,21 @@ def test_a_slice_of_one_chip_runs_the_kernels(tpu_slice):
             assert f'kernel_name = "{kernel}"' in text, kernel
 
 
+def test_cut_sequences_run_the_kernels(tpu_slice):
+    """Lowered only: a device has 1,024 of 2,048 queries, and the convolution two chunks of 512
+    tokens with 16 before each."""
+    sizes = {"model.d_model": 128, "model.engram.d_mem": 128, "data.seq_len": 2048}
+    config = tiny_config(**{**sizes, "mesh.sequence": 2, "model.layers": 2})
+    mesh = make_mesh(config.mesh, tpu_slice("v5p:2x2x1")[0].devices)
+    text = _train(build_training(config, tiny_addressing(config), mesh))[0].as_text()
+    for name in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        (line, *_) = (x for x in text.splitlines() if f'kernel_name = "{name}' in x)
+        assert "tensor<2x2x1024x12xf32>" in line and "tensor<2x2x2048x12xf32>" in line, name
+    for name in ("short_conv", "short_conv_backward"):
+        (line,) = (x for x in text.splitlines() if f'kernel_name = "{name}"' in x)
+        assert "tensor<3x4x528x128xf32>" in line, name
+
+
 @pytest.mark.slow
 def test_bfloat16_tables_and_network():
     """Neither is the table converted before it is gathered from, nor copied to be rounded."""
