@@ -37,7 +37,13 @@ MORE_MESHES = {
     "experts in many rounds": (("fsdp", 4), ("expert", 2), ("distinct", 0.05)),
 }
 # Sequences cut over devices: 80 tokens are 4 or 8 chunks, of at least the convolution's 9 tokens.
-CUT = {"data.seq_len": 80, "optimizer.peak_lr": 3e-4}
+CUT = {
+    "data.seq_len": 80,
+    "data.batch_size": 4,
+    "train.accumulation": 1,
+    "model.layers": 2,
+    "optimizer.peak_lr": 3e-4,
+}
 CUT_MESHES = {
     "sequence, fsdp and experts": (("fsdp", 2), ("expert", 2), ("sequence", 2)),
     "sequence and tensor, rows in many rounds": (
@@ -52,7 +58,7 @@ FAST_CUT = next(iter(CUT_MESHES))
 def program_of(mesh: tuple, **overrides):
     """On one device, or on a mesh of eight."""
     keys = {"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in mesh}}
-    config = tiny_config(**keys, **overrides)
+    config = tiny_config(**{**keys, **overrides})
     devices = jax.devices()[: 1 if mesh == ONE else 8]
     return build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
 
@@ -67,7 +73,7 @@ def trained(mesh: tuple, steps: int, documents: float = 0.2, **overrides):
     metrics = []
     for number in range(steps):
         batch = random_batch(config, number, documents, accumulate_padding=True)
-        state, found = step(state, place_batch(program.mesh, batch, BATCH))
+        state, found = step(state, place_batch(program.mesh, batch, config.data.batch_size))
         metrics.append(jax.device_get(found))
     order = {
         k: jax.tree.map(lambda x, k=k: natural_order(program.mesh, program.layouts[k], x), table)
@@ -139,11 +145,11 @@ def test_what_is_read_of_cut_sequences_is_in_the_order_of_the_text():
         state = create_state(program)
         variables = state.params, state.router_bias, state.memory
         batch = random_batch(program.config, documents=0.03)
-        placed = place_batch(program.mesh, batch, BATCH)
+        placed = place_batch(program.mesh, batch, len(batch["tokens"]))
         nats, hidden = jax.jit(partial(score_step, program))(*variables, placed)
         lens = log_lens(program, variables, [batch])
         gates = jit_gates(program)(*variables, placed)
-        chosen = np.arange(3 * BATCH, dtype=np.int32).reshape(BATCH, 3) % 80
+        chosen = np.array([[0, 79], [40, 19], [41, 20], [60, 3]], np.int32)
         states = jit_states(program)(*variables, {**placed, "chosen": chosen})
         found.append([nats, hidden, lens.mean, lens.error, gates["1"], states])
     for mine, other in zip(*found, strict=True):
