@@ -49,13 +49,14 @@ class Candidate:
     data: int = 1
     fsdp: int = 1
     expert: int = 1
+    sequence: int = 1
     tensor: int = 1
     accumulation: int = 1
 
     @property
     def _axes(self) -> list[tuple[str, int]]:
-        sizes = (("data", self.data), ("fsdp", self.fsdp), ("expert", self.expert))
-        return [(k, n) for k, n in (*sizes, ("tensor", self.tensor)) if n > 1]
+        axes = ("data", "fsdp", "expert", "sequence", "tensor")
+        return [(k, getattr(self, k)) for k in axes if getattr(self, k) > 1]
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ class Candidate:
     def of(self, config_name: str) -> Config:
         """The configuration with this mesh."""
         config = importlib.import_module(f"configs.{config_name}").get_config()
-        for axis in ("data", "fsdp", "expert", "tensor"):
+        for axis in ("data", "fsdp", "expert", "sequence", "tensor"):
             config.mesh[axis] = getattr(self, axis)
         config.train.accumulation = self.accumulation
         return parse_config(config)
@@ -134,8 +135,9 @@ def shipped(config_name: str, slice_name: str) -> Candidate:
     config = parse_config(importlib.import_module(f"configs.{config_name}").get_config())
     generation, size = parse_topology(slice_name)
     mesh, devices = config.mesh, math.prod(size) * generation.devices_per_chip
-    fsdp = mesh.fsdp or devices // (mesh.data * mesh.expert * mesh.tensor)
-    return Candidate(mesh.data, fsdp, mesh.expert, mesh.tensor, config.train.accumulation)
+    fsdp = mesh.fsdp or devices // (mesh.data * mesh.expert * mesh.sequence * mesh.tensor)
+    axes = mesh.data, fsdp, mesh.expert, mesh.sequence, mesh.tensor
+    return Candidate(*axes, config.train.accumulation)
 
 
 def compile_candidate(config_name: str, slice_name: str, candidate: Candidate) -> dict[str, Any]:

@@ -106,12 +106,13 @@ def tiny(seed=0, **overrides):
     )
 
 
-def random_batch(config, seed=0, documents=True, accumulate_padding=False):
-    """A packed batch as the data pipeline makes it."""
+def random_batch(config, seed=0, documents=0.2, accumulate_padding=False):
+    """A packed batch as the data pipeline makes it. documents: the share of tokens that begin one,
+    beside the first; False = none."""
     rng = np.random.default_rng(seed)
     shape = (config.data.batch_size, config.data.seq_len)
     tokens = rng.integers(0, VOCAB, (shape[0], shape[1] + 1)).astype(np.int32)
-    first = rng.random(shape) < (0.2 if documents else 0)
+    first = rng.random(shape) < documents
     first[:, 0] = True
     segments = np.cumsum(first, axis=1).astype(np.int32)
     index = np.arange(shape[1])

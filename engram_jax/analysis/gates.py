@@ -56,7 +56,7 @@ def jit_gates(program: Program) -> jax.stages.Wrapped:
     """(params, router bias, memory, batch) -> layer id -> float32 [B, T, M], compiled."""
 
     def result(model: Transformer, output: Output, batch: Any) -> dict[str, jax.Array]:
-        return output.gates
+        return {k: program.shard_view.whole_sequences(gate) for k, gate in output.gates.items()}
 
     def run(params: Any, bias: Any, memory: Any, batch: Any) -> dict[str, jax.Array]:
         rows = fetch_rows(program, memory, batch_addresses(program, batch))[0]

@@ -28,7 +28,8 @@ def jit_lens(program: Program) -> jax.stages.Wrapped:
 
     def result(model: Transformer, output: Output, batch: Any) -> jax.Array:
         assert output.layers is not None
-        return lens(model, output.layers, output.hidden)
+        found = lens(model, output.layers, output.hidden)
+        return program.shard_view.whole_sequences(found, axis=2)
 
     return _jit(program, result, P(None, BATCH))
 
@@ -62,7 +63,8 @@ def jit_states(program: Program) -> jax.stages.Wrapped:
     def result(model: Transformer, output: Output, batch: Any) -> jax.Array:
         assert output.layers is not None
         places = batch["chosen"][None, :, :, None]
-        return jnp.take_along_axis(output.layers, places, axis=2).astype(jnp.float32)
+        layers = program.shard_view.whole_sequences(output.layers, axis=2)
+        return jnp.take_along_axis(layers, places, axis=2).astype(jnp.float32)
 
     return _jit(program, result, P(None, BATCH), "chosen")
 

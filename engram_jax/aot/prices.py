@@ -164,9 +164,8 @@ class Prices:
         if "gmm" in name or ("ragged" in name and "metadata" not in name):
             moved, flops = self._grouped_product(arrays, moved) or (moved, declared(call, "flops"))
         elif "splash" in name or "flash" in name:
-            queries = _queries(arrays)
-            told = declared(call, "flops")
-            flops = self._attention_flops(name, queries) if queries else told
+            found = _queries_and_keys(arrays)
+            flops = self._attention_flops(name, *found) if found else declared(call, "flops")
         else:
             flops = declared(call, "flops")
             moved = declared(call, "bytes_accessed") or moved
@@ -186,8 +185,9 @@ class Prices:
             )
         return moved, 2 * filled * matrices[0].dims[1] * matrices[0].dims[2]
 
-    def _attention_flops(self, name: str, queries: Array) -> float:
-        """Of one attention kernel, causal blocks only."""
+    def _attention_flops(self, name: str, queries: Array, keys: int) -> float:
+        """Of one attention kernel, causal blocks only. keys: tokens, more than of the queries where
+        sequences are cut over devices, of whose blocks each computes as many."""
         *batch, length, _ = queries.dims
         backward = 3 * QK_DIM + 2 * V_DIM  # scores, dp and dq, dk; and dv
         if "dkv" in name:
@@ -195,9 +195,9 @@ class Prices:
             width = backward if alone else 2 * QK_DIM + 2 * V_DIM
         else:
             width = 2 * QK_DIM + V_DIM if "dq" in name else QK_DIM + V_DIM
-        blocks = -(-length // BLOCK)
+        blocks = -(-keys // BLOCK)
         computed = (blocks + 1) / (2 * blocks)
-        return 2 * math.prod(batch) * length * length * computed * width
+        return 2 * math.prod(batch) * length * keys * computed * width
 
 
 def estimated_cycles(instruction: Instruction) -> int:
@@ -237,16 +237,17 @@ def _operands(instruction: Instruction, where: Computation) -> list[list[Array]]
     ]
 
 
-def _queries(arrays: list[Array]) -> Array | None:
-    """The queries among an attention kernel's arrays: [batch, heads, tokens, width], or without the
-    batch."""
+def _queries_and_keys(arrays: list[Array]) -> tuple[Array, int] | None:
+    """Among an attention kernel's arrays one that is as the queries: [batch, heads, tokens, width],
+    or without the batch; and the number of keys."""
     four = [
         a
         for a in arrays
         if len(a.dims) == 4 and a.dims[2] >= SHORTEST and a.dims[3] in (V_DIM, QK_DIM)
     ]
     three = [a for a in arrays if len(a.dims) == 3 and a.dims[1] >= SHORTEST]
-    return next(iter(four + three), None)
+    found = sorted(four or three, key=lambda a: a.dims[-2])
+    return (found[0], found[-1].dims[-2]) if found else None
 
 
 def _padded(arrays: Iterable[Array]) -> int:

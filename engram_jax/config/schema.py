@@ -244,11 +244,13 @@ class DataConfig:
 class MeshConfig:
     """The number of devices along each axis of the mesh (sharding/rules.py).
 
-    The tables are sharded by rows over all axes, the batch over all but `tensor`.
+    The tables are sharded by rows over all axes, the batch over `data`, `fsdp` and `expert`.
 
     data: replicas of the parameters (across slices).
     fsdp: shards of every weight; 0 = all devices that the other axes leave.
     expert: shards of the routed experts, by whole experts.
+    sequence: shards of the tokens of each sequence, for contexts that are long; attention gathers
+      the latent keys of the whole sequence.
     tensor: shards of attention heads and of inner widths, for the same tokens.
     distinct: share of a device's lookups that address different rows, for which the exchange of
       rows is planned; 0 = measured on the run's first batch (training) or 0.75 (compiling). More
@@ -259,6 +261,7 @@ class MeshConfig:
     data: int = 1
     fsdp: int = 0
     expert: int = 1
+    sequence: int = 1
     tensor: int = 1
     distinct: float = 0.0
     headroom: float = 1.1

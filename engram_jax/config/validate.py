@@ -65,7 +65,7 @@ _POSITIVE = {
     "model.engram": "heads_per_order d_mem",
     "model.product_keys": "sub_keys key_dim heads top_k dim expansion",
     "tokenizer": "vocab_size",
-    "mesh": "data expert tensor headroom",
+    "mesh": "data expert sequence tensor headroom",
     "data": "seq_len batch_size text_key",
     "data.tasks": "test_items",
     "optimizer": "peak_lr clip_norm muon_ns_steps muon_rms adam_eps",

@@ -187,10 +187,10 @@ def score(
     for length in np.unique(lengths):  # few: each is a compiled program
         alike = np.flatnonzero(lengths == length)
         for start in range(0, len(alike), size):
-            at = alike[start : start + size]
-            batch = _batch([rows[i] for i in at], size, int(length), answers)
+            these = alike[start : start + size]
+            batch = _batch([rows[i] for i in these], size, int(length), answers)
             sums, greedy = jax.device_get(run(weights, batch, masks(batch)))
-            flat[at], all_greedy[at] = sums[: len(at)], greedy[: len(at)]
+            flat[these], all_greedy[these] = sums[: len(these)], greedy[: len(these)]
     scores, at = [], 0
     for item in encoded:
         scores.append(ItemScore(flat[at : at + len(item)], bool(all_greedy[at])))

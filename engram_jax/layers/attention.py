@@ -53,6 +53,37 @@ def causal_attention(
     return parts[0] if count == 1 else jnp.concatenate(parts, axis=1)
 
 
+def attention_of_chunks(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segments: jax.Array,
+    key_segments: jax.Array,
+    starts: tuple[jax.Array, jax.Array],
+    scale: float,
+) -> jax.Array:
+    """`causal_attention` of the queries that one device has of sequences cut over several
+    (sharding/sequence.py: an early and a late chunk) to the keys of the whole sequences.
+
+    Args:
+      query: [B, 2 C, h, k]; segments: int32 [B, 2 C].
+      keys: [B, T, h, k]; values: [B, T, h, v]; key_segments: int32 [B, T], in natural order.
+      starts: where the chunks begin, int32 [] each; the first ends in the first half of T.
+
+    Returns:
+      [B, 2 C, h, v].
+    """
+    chunk, length = query.shape[1] // 2, keys.shape[1]
+    out = []
+    for part, (start, end) in enumerate(zip(starts, (length // 2, length), strict=True)):
+        mine = slice(part * chunk, (part + 1) * chunk)
+        same = segments[:, mine, None] == key_segments[:, None, :end]
+        causal = start + jnp.arange(chunk)[:, None] >= jnp.arange(end)
+        visible = (same & causal)[:, None]
+        out.append(_attend(query[:, mine], keys[:, :end], values[:, :end], visible, scale))
+    return jnp.concatenate(out, axis=1)
+
+
 def softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     """Over the last axis, of the visible entries; in the dtype of the scores."""
     return jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)

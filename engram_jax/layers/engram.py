@@ -58,6 +58,7 @@ from engram_jax.config import BF16, CONTEXT, FP8, LEARNED, PAPER, QWEN, V41, Eng
 from engram_jax.layers.constant_gate import constant_gate
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.short_conv import ShortConv
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 from kernels_pallas.dispatch import AUTO
 from kernels_pallas.engram_gate.api import engram_gate
 
@@ -173,6 +174,7 @@ class Engram(nnx.Module):
         streams: jax.Array,
         segments: jax.Array,
         mask: jax.Array | None = None,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array | None]:
         """What to add to the streams, and the gates.
 
@@ -182,13 +184,14 @@ class Engram(nnx.Module):
           segments: int32 [B, T], document numbers; the convolution does not cross them.
           mask: bool [B, T] or None; False = a token without memory, such as an image token: its
             gate and output are 0, and it adds nothing to the convolution of later tokens.
+          shard: the mesh, over which sequences may be cut.
 
         Returns:
           (out [B, T, M, d] in the streams' dtype, gate [B, T, M] float32; [B, T, 1] of one branch,
           None without a gate).
         """
         u, gate = self.gated_value(rows, streams, mask)
-        out = u if self.conv is None else self.conv(u, segments, mask)
+        out = u if self.conv is None else self.conv(u, segments, mask, shard)
         return self._to_streams(out, streams), gate
 
     def _to_streams(self, out: jax.Array, streams: jax.Array) -> jax.Array:

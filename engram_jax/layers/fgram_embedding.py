@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from engram_jax.layers.linear import linear
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 
 class FgramEmbedding(nnx.Module):
@@ -45,14 +46,15 @@ class FgramEmbedding(nnx.Module):
         streams: jax.Array,
         segments: jax.Array,
         mask: jax.Array | None = None,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, None]:
         """W e - h for every stream h, which is the token's embedding; 0 without an f-gram.
 
         rows: those without an f-gram are the table's spare row, all zeros. It is one of the rows
-          that are read, and never changes: no gradient reaches it. segments: not used.
+          that are read, and never changes: no gradient reaches it. segments, shard: not used.
         mask: bool [B, T] or None; False = a token without memory.
         """
-        del segments
+        del segments, shard
         found = jnp.any(rows != 0, axis=(2, 3))
         if mask is not None:
             found = found & mask

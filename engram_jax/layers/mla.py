@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 
 from engram_jax.config import AttentionConfig
 from engram_jax.layers import splash
-from engram_jax.layers.attention import MASKED, causal_attention, softmax
+from engram_jax.layers.attention import MASKED, attention_of_chunks, causal_attention, softmax
 from engram_jax.layers.linear import linear
 from engram_jax.layers.norm import RMSNorm, compute_dtype
 from engram_jax.layers.rope import apply_rope, rope_tables, yarn_softmax_factor
@@ -79,6 +79,10 @@ class MLA(nnx.Module):
     ) -> jax.Array:
         """Causal attention within each document.
 
+        Where sequences are cut over devices (sharding/sequence.py), a device has T / S tokens and
+        computes what they attend to, with the latents and rotated keys of the whole sequences,
+        r + p numbers per token, from which it computes all keys and values.
+
         Args:
           x: [B, T, d].
           positions: int32 [B, T], within the document.
@@ -89,14 +93,25 @@ class MLA(nnx.Module):
           [B, T, d] in `dtype`.
         """
         query, latent, key_rope = self._project(x, positions)
+        shards, key_segments = shard.axes.sequence, segments
+        if shards > 1:
+            entry = shard.gather_keys(jnp.concatenate([latent, key_rope], axis=-1))
+            latent, key_rope = jnp.split(entry, [self.config.kv_lora_rank], axis=-1)
+            key_segments = shard.whole_sequences(segments)
         up = linear(latent, self.kv_b_proj[...].astype(self.dtype))
-        up = up.reshape(*x.shape[:2], -1, self.config.nope_dim + self.config.v_dim)
+        up = up.reshape(*latent.shape[:2], -1, self.config.nope_dim + self.config.v_dim)
         keys, values = jnp.split(up, [self.config.nope_dim], axis=-1)
         shared = jnp.broadcast_to(key_rope[:, :, None], (*keys.shape[:3], key_rope.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
-        on_tpu = shard.platform == "tpu" and splash.usable(x.shape[1])
-        attend = splash.attention if on_tpu else causal_attention
-        mixed = attend(query, keys, values, segments, self.scale)
+        each = query, keys, values, segments
+        if shard.platform == "tpu" and splash.usable(x.shape[1]):
+            device = shard.sequence_index
+            mixed = splash.attention(*each, key_segments, self.scale, device=device, shards=shards)
+        elif shards > 1:
+            starts = shard.chunk_starts(x.shape[1] // 2)
+            mixed = attention_of_chunks(*each, key_segments, starts, self.scale)
+        else:
+            mixed = causal_attention(*each, self.scale)
         return self._output(mixed, shard)
 
     def init_cache(self, batch: int, capacity: int) -> MLACache:

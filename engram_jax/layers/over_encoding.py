@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from engram_jax.config import EngramConfig
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 
 class OverEncoding(nnx.Module):
@@ -53,13 +54,14 @@ class OverEncoding(nnx.Module):
         streams: jax.Array,
         segments: jax.Array | None = None,
         mask: jax.Array | None = None,
+        shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, None]:
         """What to add to the streams, and None: there is no gate.
 
         Args:
           rows: [B, T, H, dim] from the memory, order by order.
           streams: [B, T, M, d], all equal to the token's embedding.
-          segments: not read.
+          segments, shard: not read.
           mask: bool [B, T] or None; False = a token without memory: its embedding stays as it is.
 
         Returns:

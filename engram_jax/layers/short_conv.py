@@ -11,8 +11,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from engram_jax.layers.norm import RMSNorm
+from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 from kernels_pallas.dispatch import AUTO
 from kernels_pallas.short_conv.api import short_conv, short_conv_cached
+
+ALIGNED = 16  # tokens that chunks are extended by a multiple of: rows of a tile on TPUs
 
 
 class ShortConv(nnx.Module):
@@ -42,9 +45,34 @@ class ShortConv(nnx.Module):
         self.taps = nnx.Param(jnp.zeros((kernel, streams, d_model), param_dtype))
 
     def __call__(
-        self, u: jax.Array, segments: jax.Array, mask: jax.Array | None = None
+        self,
+        u: jax.Array,
+        segments: jax.Array,
+        mask: jax.Array | None = None,
+        shard: ShardView = UNSHARDED,
     ) -> jax.Array:
-        """u [B, T, M, d], segments int32 [B, T] -> [B, T, M, d], 0 where `mask` [B, T] is False."""
+        """u [B, T, M, d], segments int32 [B, T] -> [B, T, M, d], 0 where `mask` [B, T] is False.
+
+        Where sequences are cut over devices, a device convolves its chunks as sequences of their
+        own, after the tokens before them that the taps reach, whose outputs it drops.
+        """
+        reach = (self.taps.shape[0] - 1) * self.dilation
+        if shard.axes.sequence == 1 or reach == 0:
+            return self._convolved(u, segments, mask)
+        chunk = u.shape[1] // 2
+        count = min(chunk, -(-reach // ALIGNED) * ALIGNED)
+
+        def extended(x: jax.Array) -> jax.Array:
+            """[B, 2 C, ...] -> [2 B, count + C, ...]."""
+            parts = x.reshape(x.shape[0], 2, chunk, *x.shape[2:])
+            both = jnp.concatenate([shard.tokens_before(x, count), parts], axis=2)
+            return both.reshape(-1, *both.shape[2:])
+
+        masked = None if mask is None else extended(mask)
+        out = self._convolved(extended(u), extended(segments), masked)
+        return out[:, count:].reshape(u.shape)
+
+    def _convolved(self, u: jax.Array, segments: jax.Array, mask: jax.Array | None) -> jax.Array:
         return short_conv(
             u,
             self.norm.scale(),

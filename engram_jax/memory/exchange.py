@@ -42,9 +42,12 @@ from engram_jax.memory.row_gradients import (
 )
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding.rules import AXES, BATCH, P
+from engram_jax.sharding.sequence import device_order
 
 ROW_SHARDED = P(AXES)  # one shard per device
-LOOKUPS = P(BATCH, "tensor")  # addresses and rows [B, T, ...]: a tensor group shares the tokens
+# Addresses and rows [B, T, ...], T in device order (sharding/sequence.py): a tensor group, whose
+# devices have the same tokens, shares the lookups.
+LOOKUPS = P(BATCH, ("sequence", "tensor"))
 
 
 @jax.tree_util.register_dataclass
@@ -89,19 +92,23 @@ class Exchange:
     # ---- on all devices ------------------------------------------------------------------------
 
     def plan(self, addresses: jax.Array) -> ExchangePlan:
-        """addresses: int32 [B, T, H], rows of the table in natural order."""
-        return self._each(self._plan, (LOOKUPS,), _PLAN)(addresses)
+        """addresses: int32 [B, T, H], rows of the table in natural order, as the tokens."""
+        return self._each(self._plan, (LOOKUPS,), _PLAN)(self._of_devices(addresses))
 
     def fetch(
         self, rows: jax.Array, addresses: jax.Array, plan: ExchangePlan, dtype: Any
     ) -> jax.Array:
-        """The exact rows [B, T, H, dim] in `dtype`; rows: the table, [n L, dim] as stored."""
+        """The exact rows [B, T, H, dim] in `dtype`, their tokens in device order; rows: the table,
+        [n L, dim] as stored."""
         fetch = partial(self._fetch, dtype=jnp.dtype(dtype))
         specs = (ROW_SHARDED, LOOKUPS, _PLAN)
-        return self._each(fetch, specs, LOOKUPS)(rows, addresses, plan)
+        return self._each(fetch, specs, LOOKUPS)(rows, self._of_devices(addresses), plan)
+
+    def _of_devices(self, addresses: jax.Array) -> jax.Array:
+        return device_order(addresses, self.mesh.shape["sequence"])
 
     def send(self, gradients: jax.Array, plan: ExchangePlan) -> Sent:
-        """gradients: [B, T, H, dim], one per lookup."""
+        """gradients: [B, T, H, dim], one per lookup, in the order of `fetch`."""
         return self._each(self._send, (LOOKUPS, _PLAN), _SENT)(gradients, plan)
 
     def apply(

@@ -15,7 +15,8 @@ MemoryModule = Engram | FgramEmbedding | OverEncoding
 def memory_module(model: ModelConfig, **how: Any) -> MemoryModule:
     """A new module. how: dtype, param_dtype and rngs.
 
-    All of them map (rows, streams, segments, mask) to what is added to the streams, and gates.
+    All of them map (rows, streams, segments, mask, shard) to what is added to the streams, and
+    gates.
     """
     d, engram = model.d_model, model.engram
     if engram.form == OVER_ENCODING:

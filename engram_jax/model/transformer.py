@@ -226,7 +226,7 @@ class Transformer(nnx.Module):
         for stage in self.stage_list:
             if stage.name in self.engrams and rows[stage.name] is not None:
                 read = self._read(stage.name, rows[stage.name], beside)
-                out, gate = self.engrams[stage.name](read, x, segments, mask)
+                out, gate = self.engrams[stage.name](read, x, segments, mask, shard)
                 if keep:
                     added[stage.name], found[stage.name] = out, x
                 x = x + out

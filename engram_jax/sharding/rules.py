@@ -4,11 +4,11 @@
     data     the batch; every weight is replicated (its gradients are summed over the axis)
     fsdp     the batch and every weight; a layer's weights are all-gathered when the layer runs
     expert   the batch, and the routed experts by whole experts
+    sequence the tokens of each sequence (sharding/sequence.py); every weight is replicated
     tensor   attention heads and the inner widths of feed-forward layers; tokens are replicated
 
 The tables are sharded by rows over every device of the mesh, whatever its axes
-(memory/exchange.py). There is no sequence axis: 4,096 tokens of the paper's models fit a device at
-a time, and n-grams, convolution and attention would all have to reach across it.
+(memory/exchange.py).
 
 Weights other than experts are not also sharded by `expert`: 2,560 columns in 128 shards are 20
 columns each, which do not fill a tile of a TPU, and XLA then gathers them by an all-reduce of
@@ -33,8 +33,9 @@ from engram_jax.config import DENSE_ADAM, Config, MeshConfig
 from engram_jax.config.errors import UserError
 from engram_jax.sharding.parameters import PARAMETERS, ROUTED_EXPERTS, is_routed
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH = ("data", "fsdp", "expert")
+TOKENS = (*BATCH, "sequence")  # devices along these have different tokens
 P = PartitionSpec
 
 # Logical axis -> mesh axes that shard it. What has none is replicated.
@@ -61,11 +62,12 @@ class Axes:
     data: int = 1
     fsdp: int = 1
     expert: int = 1
+    sequence: int = 1
     tensor: int = 1
 
     @property
     def devices(self) -> int:
-        return self.data * self.fsdp * self.expert * self.tensor
+        return self.batch * self.sequence * self.tensor
 
     @property
     def batch(self) -> int:
@@ -84,12 +86,13 @@ ONE_DEVICE = Axes()
 
 def axes_for(config: MeshConfig, devices: int) -> Axes:
     """The mesh's axes on `devices` devices. Raises UserError if their product is another number."""
-    fixed = config.data * config.expert * config.tensor
+    fixed = config.data * config.expert * config.sequence * config.tensor
     fsdp = config.fsdp or devices // fixed
-    axes = Axes(config.data, fsdp, config.expert, config.tensor)
+    axes = Axes(config.data, fsdp, config.expert, config.sequence, config.tensor)
     if not fsdp or axes.devices != devices:
         product = f"data {config.data} x fsdp {config.fsdp or '(the rest)'}"
-        product += f" x expert {config.expert} x tensor {config.tensor}"
+        product += f" x expert {config.expert} x sequence {config.sequence}"
+        product += f" x tensor {config.tensor}"
         raise UserError(f"config.mesh: {product} must make {devices}, the number of devices")
     return axes
 
@@ -152,7 +155,6 @@ def check(config: Config, axes: Axes) -> None:
         ("model.d_model", model.d_model, weights, "fsdp"),
         ("model.attention.kv_lora_rank", attention.kv_lora_rank, weights, "fsdp"),
         ("model.attention.heads", attention.heads, axes.tensor, "tensor"),
-        ("data.seq_len", data.seq_len, axes.tensor, "tensor"),
     ]
     if not ffn.routed_experts or ffn.dense_layers:
         demands.append(("model.ffn.dense_dim", ffn.dense_dim, axes.tensor, "tensor"))
@@ -163,6 +165,7 @@ def check(config: Config, axes: Axes) -> None:
     if model.product_keys.layers:
         rows = model.product_keys.rows
         demands.append(("model.product_keys: sub_keys^2 / expansion", rows, weights, "fsdp"))
+    check_length("config.data.seq_len", data.seq_len, config, axes)
     for key, value, divisor, what in demands:
         if value % divisor:
             raise UserError(
@@ -173,6 +176,25 @@ def check(config: Config, axes: Axes) -> None:
         raise UserError(
             f"config.optimizer.memory_optimizer = {DENSE_ADAM!r}: is for comparison on one device;"
             f" this mesh has {axes.devices}"
+        )
+
+
+def check_length(what: str, length: int, config: Config, axes: Axes) -> None:
+    """Raises UserError, naming `what`, for sequences whose tokens the mesh cannot be given."""
+    shards, divisor, why = axes.sequence, axes.tensor, "tensor"
+    if shards > 1:
+        divisor, why = 2 * shards * axes.tensor, "2 x sequence x tensor"
+    if length % divisor:
+        raise UserError(
+            f"{what} = {length}: must be a multiple of {divisor} = {why} of the mesh {axes}"
+        )
+    engram = config.model.engram
+    reach = max(engram.conv_kernel - 1, 0) * engram.max_ngram if engram.layers else 0
+    if shards > 1 and length // (2 * shards) < reach:
+        raise UserError(
+            f"{what} = {length}: must be at least {2 * shards * reach} on the mesh {axes}: of each"
+            f" of its 2 x sequence parts, the short convolution reads the last {reach} tokens in"
+            " the next one"
         )
 
 

@@ -1,9 +1,10 @@
 """The collectives of code that runs on one device of the mesh, inside shard_map.
 
 The differentiated part of a training step is one shard_map over several devices: every device has
-its own sequences and its shards of the weights. `ShardView.all_gather` makes whole weights from the
-shards where they are needed; its transpose reduce-scatters the gradients. On a mesh of one device,
-and outside of shard_map (`UNSHARDED`), everything here is the identity.
+its own sequences, or its own parts of them, and its shards of the weights. `ShardView.all_gather`
+makes whole weights from the shards where they are needed; its transpose reduce-scatters the
+gradients. On a mesh of one device, and outside of shard_map (`UNSHARDED`), everything here is the
+identity.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from engram_jax.sharding import rules
+from engram_jax.sharding import rules, sequence
 from engram_jax.sharding.parameters import find
 from engram_jax.sharding.rules import ONE_DEVICE, Axes
 
@@ -75,13 +76,45 @@ class ShardView:
         padding = self.local_experts * self.axes.expert - self.experts
         return checkpoint_name(_gathered(x, dtype.name, gathers, inner, padding), GATHERED)
 
-    def psum_batch(self, x: Any) -> Any:
-        """The sum over all shards of the batch."""
-        return lax.psum(x, rules.BATCH) if self.axes.batch > 1 else x
+    def psum_tokens(self, x: Any) -> Any:
+        """The sum over all devices with different tokens."""
+        return lax.psum(x, rules.TOKENS) if self.axes.batch * self.axes.sequence > 1 else x
 
     def psum_tensor(self, x: jax.Array) -> jax.Array:
         """The sum of the partial results of a tensor group's devices for the same tokens."""
         return lax.psum(x, "tensor") if self.axes.tensor > 1 else x
+
+    def own_tokens(self, tree: Any) -> Any:
+        """This device's tokens of arrays [B, T, ...] that have those of whole sequences."""
+        shards = self.axes.sequence
+        return jax.tree.map(lambda x: sequence.own(x, shards), tree) if shards > 1 else tree
+
+    def whole_sequences(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """All tokens of the sequences of whose tokens, along `axis`, this device has its own."""
+        return sequence.whole(x, self.axes.sequence, axis) if self.axes.sequence > 1 else x
+
+    @property
+    def sequence_index(self) -> jax.Array | int:
+        """Which device of the sequence axis this is."""
+        return lax.axis_index(sequence.AXIS) if self.axes.sequence > 1 else 0
+
+    def chunk_starts(self, chunk: int) -> tuple[jax.Array, jax.Array]:
+        """Where in a cut sequence this device's chunks of so many tokens begin, int32 [] each."""
+        return sequence.chunk_starts(chunk, self.axes.sequence)
+
+    def tokens_before(self, x: jax.Array, count: int) -> jax.Array:
+        """The `count` tokens before each chunk of cut sequences: [B, T / S, ...] ->
+        [B, 2, count, ...]."""
+        return sequence.before(x, count, self.axes.sequence)
+
+    def gather_keys(self, x: jax.Array) -> jax.Array:
+        """As `whole_sequences`, of floats [B, T / S, ...], whose gradients are summed over the
+        devices in at least float32."""
+        shards = self.axes.sequence
+        if shards == 1:
+            return x
+        gathered = _gathered(x, x.dtype.name, ((1, (sequence.AXIS,)),), None, 0)
+        return sequence.natural_order(gathered, shards)
 
 
 UNSHARDED = ShardView()

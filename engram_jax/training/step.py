@@ -25,7 +25,7 @@ from engram_jax.model.program import Params, Program
 from engram_jax.model.switches import switched
 from engram_jax.model.trained import join_trained, split_trained
 from engram_jax.model.transformer import Output, Transformer
-from engram_jax.sharding.rules import BATCH, P, specs
+from engram_jax.sharding.rules import BATCH, P, check_length, specs
 from engram_jax.training.loss import cross_entropy, cross_entropy_and_z, target_nats
 from engram_jax.training.measures import activations, norms
 from engram_jax.training.optim import optimizer
@@ -69,7 +69,8 @@ def fetch_rows(
     program: Program, memory: Tables, addresses: Mapping[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], dict[str, ExchangePlan]]:
     """Rows [B, T, H, dim] of every Engram layer, in the dtype the network computes in, and the
-    plans to send their gradients back by."""
+    plans to send their gradients back by. Their tokens are in device order (sharding/sequence.py),
+    which is that of the text unless sequences are cut over devices."""
     dtype = program.config.model.dtype
     exchanges = program.exchanges()
     plans = {k: exchanges[k].plan(ids) for k, ids in addresses.items()}
@@ -101,10 +102,10 @@ def forward(
         inputs = output.hidden, model.unembedding(), batch["targets"], batch["loss_mask"]
         if not z_loss:
             loss = cross_entropy(*inputs)
-            return shard.psum_batch((loss, statistics(output, batch["segments"])))
+            return shard.psum_tokens((loss, statistics(output, batch["segments"])))
         loss, alone = cross_entropy_and_z(*inputs, z_loss=z_loss)
         stats = statistics(output, batch["segments"])
-        return shard.psum_batch((loss, {**stats, "cross_entropy": alone}))
+        return shard.psum_tokens((loss, {**stats, "cross_entropy": alone}))
 
     return run_network(program, params, rows, bias, batch, result, P(), measure=measure)
 
@@ -124,15 +125,18 @@ def run_network(
 ) -> Any:
     """`result(model, output, batch)` of the network on a batch.
 
-    One shard_map over several devices: each runs the network on its sequences, with weights
-    all-gathered when they are needed. Differentiating it leaves each device its own shards of the
-    gradients. One device runs the same function as it is.
+    One shard_map over several devices: each runs the network on its sequences, or its tokens of
+    them, with weights all-gathered when they are needed. Differentiating it leaves each device its
+    own shards of the gradients. One device runs the same function as it is.
 
+    rows: as `fetch_rows` gives them. result: gets what the device has; tokens of whole sequences
+    are `ShardView.whole_sequences`.
     out_specs: how the result is sharded, P() for what `result` has summed over the devices.
     measure, keep: see `Transformer.__call__`. extra: arrays [B, ...] of the batch that only
-    `result` reads.
+    `result` reads, whole. Raises UserError for sequences that the mesh cannot cut.
     """
     shard = program.shard_view
+    check_length("tokens of a sequence", batch["tokens"].shape[1], program.config, program.axes)
 
     def on_device(params: Params, rows: Any, bias: Params, batch: Batch) -> Any:
         stacks = {"blocks": params["blocks"]}  # a layer's weights are gathered when it runs
@@ -140,20 +144,23 @@ def run_network(
         model = program.model({**rest, **stacks}, bias)
         tokens, segments = batch["tokens"], batch["segments"]
         mask, beside = program.memory_mask(tokens), program.beside(tokens, segments)
-        positions = batch["positions"]
+        # Every device has the tokens of whole sequences, few bytes: n-grams need no other's.
+        mask, beside = shard.own_tokens((mask, beside))
+        mine = {k: shard.own_tokens(batch[k]) if k in INPUTS else batch[k] for k in batch}
+        tokens, segments, positions = mine["tokens"], mine["segments"], mine["positions"]
         how = {"measure": measure, "keep": keep}
         output = model(tokens, rows, positions, segments, mask, shard, beside, **how)
-        return result(model, output, batch)
+        return result(model, output, mine)
 
     inputs = {k: batch[k] for k in (*INPUTS, *extra)}
     if program.mesh.size == 1:  # shard_map's gradient would be all-reduced over one device
         with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):  # kernels look there
             return on_device(params, dict(rows), bias, inputs)
-    sequences = P(BATCH)
+    sequences, tokens = P(BATCH), P(BATCH, "sequence")
     run = jax.shard_map(
         on_device,
         mesh=program.mesh,
-        in_specs=(specs(params, program.axes), sequences, P(), sequences),
+        in_specs=(specs(params, program.axes), tokens, P(), sequences),
         out_specs=out_specs,
         check_vma=False,
     )
@@ -350,10 +357,12 @@ def score_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """As `score_step`, of rows that have been fetched: layer id -> [B, T, H, dim], None = the layer
     adds nothing."""
+    shard = program.shard_view
 
     def result(model: Transformer, output: Output, batch: Batch) -> tuple[jax.Array, jax.Array]:
         nats = target_nats(output.hidden, model.unembedding(), batch["targets"])
-        return jnp.where(batch["loss_mask"] > 0, nats, 0), output.hidden
+        nats = jnp.where(batch["loss_mask"] > 0, nats, 0)
+        return shard.whole_sequences(nats), shard.whole_sequences(output.hidden)
 
     return run_network(program, params, rows, bias, batch, result, P(BATCH))
 

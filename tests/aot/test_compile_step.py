@@ -100,7 +100,7 @@ def test_a_training_step_that_fits(tmp_path):
     assert code == 0, err
     assert set(report) >= KEYS
     assert report["fits"] and report["peak_hbm_bytes"] < report["hbm_capacity_bytes"]
-    assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "sequence": 1, "tensor": 1}
     assert_no_table_is_copied(report)
     # The rows of the only table, forward and back, by the plan's capacity and in no other size;
     # what stands in a loop of unknown length is a further round.
@@ -126,6 +126,21 @@ def test_a_slice_of_one_chip_runs_the_kernels(tpu_slice):
     for name in ("engram_gate", "short_conv", "mhc_pre", "mhc_merge"):
         for kernel in (name, f"{name}_backward"):
             assert f'kernel_name = "{kernel}"' in text, kernel
+
+
+def test_cut_sequences_run_the_kernels(tpu_slice):
+    """Lowered only: a device has 1,024 of 2,048 queries, and the convolution two chunks of 512
+    tokens with 16 before each."""
+    sizes = {"model.d_model": 128, "model.engram.d_mem": 128, "data.seq_len": 2048}
+    config = tiny_config(**{**sizes, "mesh.sequence": 2, "model.layers": 2})
+    mesh = make_mesh(config.mesh, tpu_slice("v5p:2x2x1")[0].devices)
+    text = _train(build_training(config, tiny_addressing(config), mesh))[0].as_text()
+    for name in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        (line, *_) = (x for x in text.splitlines() if f'kernel_name = "{name}' in x)
+        assert "tensor<2x2x1024x12xf32>" in line and "tensor<2x2x2048x12xf32>" in line, name
+    for name in ("short_conv", "short_conv_backward"):
+        (line,) = (x for x in text.splitlines() if f'kernel_name = "{name}"' in x)
+        assert "tensor<3x4x528x128xf32>" in line, name
 
 
 @pytest.mark.slow

@@ -203,6 +203,14 @@ def test_attention_leaves_out_what_the_causal_mask_does(name, width):
     assert only_kernel(text) == pytest.approx(flops / 459e12)
 
 
+def test_attention_of_a_cut_sequence_is_its_share():
+    """A quarter of the queries of 16,384 tokens, and all keys: 32 x 33 / 2 blocks of 4 devices."""
+    queries, keys = (f"bf16[2,32,{length},192]{{3,2,1,0}}" for length in (4096, 16384))
+    text = kernel("splash_mha_fwd_segmented.2", "bf16[2,32,4096,128]{3,2,1,0}", queries, keys)
+    flops = 2 * 2 * 32 * (32 * 33 / 2 / 4) * 512**2 * (192 + 128)
+    assert only_kernel(text) == pytest.approx(flops / 459e12)
+
+
 def test_what_the_compiler_has_no_estimate_for():
     text = module(
         "%table = f32[1000000,128]{1,0:T(8,128)} parameter(0)",

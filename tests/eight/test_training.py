@@ -8,6 +8,7 @@ import pytest
 
 from engram_jax.analysis.depth import log_lens, similarity
 from engram_jax.analysis.gates import jit_gates
+from engram_jax.analysis.layer_states import jit_states
 from engram_jax.analysis.sensitivity import losses_by_frequency, parts_of, sensitivity
 from engram_jax.analysis.table_rows import nearest_rows, read_rows, row_norms
 from engram_jax.analysis.usage import count_ngrams
@@ -35,26 +36,44 @@ MORE_MESHES = {
     "data": (("data", 8), ("fsdp", 1)),
     "experts in many rounds": (("fsdp", 4), ("expert", 2), ("distinct", 0.05)),
 }
+# Sequences cut over devices: 80 tokens are 4 or 8 chunks, of at least the convolution's 9 tokens.
+CUT = {
+    "data.seq_len": 80,
+    "data.batch_size": 4,
+    "train.accumulation": 1,
+    "model.layers": 2,
+    "optimizer.peak_lr": 3e-4,
+}
+CUT_MESHES = {
+    "sequence, fsdp and experts": (("fsdp", 2), ("expert", 2), ("sequence", 2)),
+    "sequence and tensor, rows in many rounds": (
+        *(("fsdp", 1), ("sequence", 4), ("tensor", 2)),
+        *(("distinct", 0.05), ("headroom", 1.0)),
+    ),
+    "sequence and data": (("data", 2), ("fsdp", 1), ("sequence", 4)),
+}
+FAST_CUT = next(iter(CUT_MESHES))
 
 
 def program_of(mesh: tuple, **overrides):
     """On one device, or on a mesh of eight."""
     keys = {"data.batch_size": BATCH, **{f"mesh.{k}": v for k, v in mesh}}
-    config = tiny_config(**keys, **overrides)
+    config = tiny_config(**{**keys, **overrides})
     devices = jax.devices()[: 1 if mesh == ONE else 8]
     return build_training(config, tiny_addressing(config), make_mesh(config.mesh, devices))
 
 
 @lru_cache
-def trained(mesh: tuple, steps: int, **overrides):
-    """(metrics of every step, tables by address, parameters) of a run on that mesh."""
+def trained(mesh: tuple, steps: int, documents: float = 0.2, **overrides):
+    """(metrics of every step, tables by address, parameters) of a run on that mesh. documents: of
+    `random_batch`."""
     program = program_of(mesh, **{"train.accumulation": 2, **overrides})
     config = program.config
     state, step = create_state(program), jit_train_step(program)
     metrics = []
     for number in range(steps):
-        batch = random_batch(config, seed=number, accumulate_padding=True)
-        state, found = step(state, place_batch(program.mesh, batch, BATCH))
+        batch = random_batch(config, number, documents, accumulate_padding=True)
+        state, found = step(state, place_batch(program.mesh, batch, config.data.batch_size))
         metrics.append(jax.device_get(found))
     order = {
         k: jax.tree.map(lambda x, k=k: natural_order(program.mesh, program.layouts[k], x), table)
@@ -105,6 +124,36 @@ def test_steps_equal_those_of_one_device(mesh):
     with jax.enable_x64(True):
         types = {"model.dtype": "float64", "model.param_dtype": "float64"}
         compare((MESHES | MORE_MESHES)[mesh], 3, 1e-9, **types)
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=[pytest.mark.slow] * (m != FAST_CUT)) for m in CUT_MESHES]
+)
+def test_cut_sequences_equal_those_of_one_device(mesh):
+    """24 steps, at the learning rate of `test_fifty_steps`, of packed documents of 33 tokens on
+    average, many of which lie in several chunks."""
+    with jax.enable_x64(True):
+        types = {"model.dtype": "float64", "model.param_dtype": "float64"}
+        compare(CUT_MESHES[mesh], 24, 1e-8, documents=0.03, **types, **CUT)
+
+
+@pytest.mark.slow
+def test_what_is_read_of_cut_sequences_is_in_the_order_of_the_text():
+    found = []
+    for mesh in (ONE, CUT_MESHES[FAST_CUT]):
+        program = program_of(mesh, **CUT)
+        state = create_state(program)
+        variables = state.params, state.router_bias, state.memory
+        batch = random_batch(program.config, documents=0.03)
+        placed = place_batch(program.mesh, batch, len(batch["tokens"]))
+        nats, hidden = jax.jit(partial(score_step, program))(*variables, placed)
+        lens = log_lens(program, variables, [batch])
+        gates = jit_gates(program)(*variables, placed)
+        chosen = np.array([[0, 79], [40, 19], [41, 20], [60, 3]], np.int32)
+        states = jit_states(program)(*variables, {**placed, "chosen": chosen})
+        found.append([nats, hidden, lens.mean, lens.error, gates["1"], states])
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_of_targets_equal_those_of_one_device():

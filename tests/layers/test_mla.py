@@ -8,6 +8,7 @@ from engram_jax.config import AttentionConfig
 from engram_jax.layers import splash
 from engram_jax.layers.attention import causal_attention
 from engram_jax.layers.mla import MLA
+from engram_jax.sharding import sequence
 from tests.layers.filled import filled
 from tests.oracle.mla import attention
 
@@ -214,16 +215,18 @@ def test_queries_cut_in_parts_give_the_same(part, monkeypatch):
     np.testing.assert_allclose(cut[1], whole[1], rtol=1e-4, atol=1e-4)
 
 
-def test_the_kernel_for_tpus_is_the_same_attention():
+@pytest.mark.parametrize("shards", [1, 2], ids=["whole", "cut"])
+def test_the_kernel_for_tpus_is_the_same_attention(shards):
     """Its program interpreted on a CPU, at several tiles, documents across their edges: output and
-    all three gradients."""
-    length, rng = 2 * splash.BLOCK, np.random.default_rng(0)
+    all three gradients. With cut sequences, every device has its queries and all keys, whose
+    gradients add up: chunks of one tile, of which the devices visit 1 + 4 and 2 + 3."""
+    length, rng = 2 * shards * splash.BLOCK, np.random.default_rng(0)
     config = AttentionConfig(heads=2, nope_dim=16, rope_dim=8, v_dim=12, kv_lora_rank=6)
     module = build(7, config)
     query, keys = (jnp.asarray(rng.normal(size=(1, length, 2, 24)), jnp.float32) for _ in "qk")
     values = jnp.asarray(rng.normal(size=(1, length, 2, 12)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(1, length, 2, 12)), jnp.float32)
-    ends = np.array([0, 3, 300, 301, 700, 1000])
+    ends = np.array([0, 3, 300, 301, 700, 1000, 1500])
     segments = jnp.asarray(np.searchsorted(ends, np.arange(length))[None], jnp.int32)
     assert splash.usable(length) and not splash.usable(length + 128)
 
@@ -234,9 +237,22 @@ def test_the_kernel_for_tpus_is_the_same_attention():
 
         return jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(query, keys, values)
 
-    (_, ours), grads = differentiate(
-        lambda *qkv: splash.attention(*qkv, segments, module.scale, interpret=True)
-    )
+    def kernel(query, keys, values):
+        def on_device(own):
+            query, segments_here, device = own
+            how = {"device": device, "shards": shards, "interpret": True}
+            both = segments_here, segments
+            return splash.attention(query, keys, values, *both, module.scale, **how)
+
+        cut = [
+            sequence.device_order(x, shards).reshape(1, shards, length // shards, *x.shape[2:])
+            for x in (query, segments)
+        ]
+        own = *(x.swapaxes(0, 1) for x in cut), jnp.arange(shards)
+        out = jax.lax.map(on_device, own).swapaxes(0, 1)
+        return sequence.natural_order(out.reshape(1, length, *out.shape[3:]), shards)
+
+    (_, ours), grads = differentiate(kernel)
     (_, plain), expected = differentiate(
         lambda *qkv: causal_attention(*qkv, segments, module.scale)
     )

@@ -23,6 +23,7 @@ class Leaf:
 def test_fsdp_takes_the_devices_that_are_left():
     assert rules.axes_for(MeshConfig(), 8) == Axes(fsdp=8)
     assert rules.axes_for(MeshConfig(data=2, expert=2), 8) == Axes(data=2, fsdp=2, expert=2)
+    assert rules.axes_for(MeshConfig(sequence=4), 8) == Axes(fsdp=2, sequence=4)
     assert rules.axes_for(MeshConfig(), 1) == Axes()
 
 
@@ -33,6 +34,7 @@ def test_fsdp_takes_the_devices_that_are_left():
         (MeshConfig(expert=16), 8),
         (MeshConfig(fsdp=4), 8),
         (MeshConfig(fsdp=8, tensor=2), 8),
+        (MeshConfig(sequence=3), 8),
     ],
 )
 def test_axes_that_do_not_multiply_up(mesh, devices):
@@ -61,6 +63,9 @@ def test_between_slices_only_the_data_axis():
         (Axes(fsdp=4), {"model.attention.kv_lora_rank": 6}, "kv_lora_rank = 6"),
         (Axes(tensor=4), {}, "config.model.attention.heads = 2: must be a multiple of 4 = tensor"),
         (Axes(tensor=2), {"data.seq_len": 21}, "config.data.seq_len = 21"),
+        (Axes(sequence=2), {"data.seq_len": 22}, "= 22: must be a multiple of 4 = 2 x sequence"),
+        (Axes(sequence=2, tensor=2), {"data.seq_len": 36}, "multiple of 8 = 2 x sequence x tensor"),
+        (Axes(sequence=2), {"data.seq_len": 32}, "= 32: must be at least 36 on the mesh"),
         (Axes(tensor=2), {"model.ffn.dense_dim": 25}, "config.model.ffn.dense_dim = 25"),
         (Axes(expert=2), {"model.ffn.expert_dim": 11}, "the experts do not divide"),
         (Axes(fsdp=2), {"optimizer.memory_optimizer": "dense_adam"}, "one device; this mesh has 2"),
@@ -75,6 +80,8 @@ def test_what_an_axis_does_not_divide(axes, overrides, says):
 def test_what_divides_is_accepted():
     rules.check(tiny_config(), Axes(fsdp=2, expert=2, tensor=2))
     rules.check(tiny_config(), Axes())
+    rules.check(tiny_config(**{"data.seq_len": 36}), Axes(sequence=2))
+    rules.check(tiny_config(**{"model.engram.conv_kernel": 0}), Axes(sequence=2))
 
 
 @pytest.mark.parametrize("name", ["engram27b", "engram40b"])
