@@ -60,9 +60,9 @@ def open_runs(given: Sequence[str]) -> list[RunResults]:
     """The checkpoints of WORKDIR or WORKDIR@STEP, in order. Raises UserError for one that is not
     there, or there twice."""
     found: list[RunResults] = []
-    names = [parse_checkpoint(text, f"--runs={shown(text)}")[0].resolve().name for text in given]
-    for text, name in zip(given, names, strict=True):
-        workdir, wanted = parse_checkpoint(text, f"--runs={shown(text)}")
+    named = [parse_checkpoint(text, f"--runs={shown(text)}") for text in given]
+    folders = {workdir.resolve() for workdir, _ in named}
+    for text, (workdir, wanted) in zip(given, named, strict=True):
         check_trained(workdir)
         step = step_number(workdir, wanted)
         if step not in checkpoint_steps(workdir):
@@ -72,7 +72,9 @@ def open_runs(given: Sequence[str]) -> list[RunResults]:
             raise UserError(f"--runs={shown(text)}: is there twice")
         records = read_results(workdir, step)
         kept = [r for r in reversed(records) if not any(key in r["asked"] for key in _SWITCHES)]
-        label = f"{name if names.count(name) == 1 else shown(workdir)}, step {step:,}"
+        name = workdir.resolve().name
+        alone = sum(folder.name == name for folder in folders) == 1
+        label = f"{name if alone else shown(workdir)}, step {step:,}"
         held_out = _held_out(workdir, step)
         found.append(RunResults(label, workdir, step, kept, len(records) - len(kept), held_out))
     return found

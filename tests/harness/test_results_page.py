@@ -138,6 +138,20 @@ def test_the_page(runs, tmp_path):
     assert rows_of(text) == rows_of(launched("--mode=report", f"--runs={a},{b}", "--json").out)
 
 
+def test_names_of_runs(runs, tmp_path):
+    """The folder's; with its path where another one has the same name."""
+    a, b = runs
+    (a / "checkpoints" / "9").mkdir()
+    other = tmp_path / "a"
+    made(other)
+    given = [f"{a}@9", str(a), str(b), str(other)]
+    told = [run["name"] for run in json.loads(report(given, None, True))["runs"]]
+    assert told == [f"{a}, step 9", f"{a}, step 24", "b, step 24", f"{other}, step 24"]
+    told = [run["name"] for run in json.loads(report(given[:3], None, True))["runs"]]
+    assert told == ["a, step 9", "a, step 24", "b, step 24"]
+    (a / "checkpoints" / "9").rmdir()
+
+
 def test_what_cannot_be_shown(runs, tmp_path):
     a, _ = runs
     for given, words in (
