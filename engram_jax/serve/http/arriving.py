@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from engram_jax.serve.http.json_fields import ApiError
 
+RATE = 16 << 20  # bytes a second of large bodies: what all of them may cost the others
+LARGE = 1 << 16  # bytes of a body that always arrive at once
 FULL = "too many bodies are arriving; this one was the largest that was not complete"
 
 
@@ -17,6 +19,7 @@ class Arriving:
 
     def __init__(self, room: int):
         self.room, self.held = room, 0  # bytes
+        self._free = 0.0  # when, on the loop's clock, the next part of a large body may be read
         self._bodies: dict[Body, None] = {}
 
     @contextlib.contextmanager
@@ -38,6 +41,12 @@ class Arriving:
             self.held -= largest.size
             largest.give_up()
 
+    def wait(self, size: int) -> float:
+        """Seconds to wait before more of a large body is read, now that it has `size` more."""
+        now = asyncio.get_running_loop().time()
+        self._free = max(self._free, now) + size / RATE
+        return self._free - now
+
 
 class Body:
     """size: bytes held. given_up: its room was needed."""
@@ -45,6 +54,17 @@ class Body:
     def __init__(self, others: Arriving, timeout: asyncio.Timeout):
         self.size, self.given_up = 0, False
         self._others, self._timeout = others, timeout
+        self._arrived = 0
+
+    async def paced(self, size: int) -> None:
+        """Wait, with `size` more bytes of it there, while large bodies arrive faster than `RATE`.
+        The client's time goes on when it ends."""
+        self._arrived += size
+        if self._arrived > LARGE and (seconds := self._others.wait(size)) > 0:
+            until = self._timeout.when()
+            assert until is not None
+            self._timeout.reschedule(until + seconds)
+            await asyncio.sleep(seconds)
 
     def grow(self, size: int) -> None:
         """Raises ApiError if this is the one to be given up."""

@@ -94,6 +94,7 @@ async def read_body(
                         raise DisconnectedError
                     size += len(message["body"])
                     more = message["more_body"]
+                    await body.paced(len(message["body"]))
                     if size <= limits.body:
                         body.grow(len(message["body"]))
                         parts += message["body"]

@@ -30,6 +30,9 @@ from engram_jax.serve.http.json_fields import ApiError
 END_SECONDS = 5  # at the end, for clients that do not read their answer
 SEND_BUFFER = 1 << 17  # bytes that the system keeps of an answer until the client takes them
 BACKLOG = 1024  # connections that the system keeps until they are accepted
+DEFERRED = getattr(socket, "TCP_DEFER_ACCEPT", None)  # Linux
+SILENT = 5  # seconds that the system keeps a connection on which nothing has been sent, about
+CROWDED = "too many connections; this one waited longest for a request"
 ACCEPTED = 16  # at a time; each holds a descriptor before anything can be closed for it
 PROBE_EVERY = 5.0  # seconds; PROBE_ANSWER: in which a client that has gone answers one
 PROBE_ANSWER = 0.1
@@ -104,6 +107,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for sock in sockets or ():  # asyncio has set it to what it accepts at a time
             sock.listen(BACKLOG)
+            if DEFERRED is not None:  # one that is silent costs no descriptor, and no time here
+                sock.setsockopt(socket.IPPROTO_TCP, DEFERRED, SILENT)
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:
@@ -143,6 +148,7 @@ class _Connection(H11Protocol):
         self._probe_timer: asyncio.TimerHandle | None = None
         self._closing_since: float | None = None
         self._discarded = 0
+        self._unwanted = False  # there are too many, and all others are at work
         self._only_reads = False  # the client has closed its side, behind a complete request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -153,11 +159,16 @@ class _Connection(H11Protocol):
         self._watch()
         if len(self.connections) > self._bounds.most:
             oldest = next(iter(self._bounds.waiting), self)
-            # The newest, where all others are at work, is told why before it has asked.
-            end = oldest._refuse if oldest is self else oldest._end
-            end(503, "too many connections; this one waited longest for a request")
+            # The newest, where all others are at work, is told why when its request is there: a
+            # connection that is closed with something unread in it is reset, and the answer lost.
+            self._unwanted = oldest is self
+            if oldest is not self:
+                oldest._end(503, CROWDED)
 
     def data_received(self, data: bytes) -> None:
+        if self._unwanted:
+            self._refuse(503, CROWDED)
+            return
         late = self.conn.our_state is h11.DONE  # the request is answered, and its body still comes
         self._discarded = self._discarded + len(data) if late else 0
         if self._discarded > DISCARDED:
