@@ -182,6 +182,7 @@ IMPOSSIBLE = [
     ("train.samples=('a', '')", "('a', '')", "not empty"),
     ("train.samples=('a', '\udcff')", r"('a', '\udcff')", "UTF-8"),
     ("mesh.data=0", "0", "positive"),
+    ("mesh.sequence=0", "0", "positive"),
     ("mesh.expert=0", "0", "positive"),
     ("mesh.tensor=0", "0", "positive"),
     ("mesh.fsdp=-1", "-1", "0 or more"),
