@@ -39,6 +39,7 @@ from engram_jax.hardware.storage import write_text
 
 GIB = 1 << 30
 DEFAULT = harness.ROOT / "benchmarks" / "results" / "meshes.json"
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 KEY = ("config", "slice", "candidate", "jax", "libtpu")
 
 
@@ -55,8 +56,8 @@ class Candidate:
 
     @property
     def _axes(self) -> list[tuple[str, int]]:
-        axes = ("data", "fsdp", "expert", "sequence", "tensor")
-        return [(k, getattr(self, k)) for k in axes if getattr(self, k) > 1]
+        sizes = [(name, getattr(self, name)) for name in AXES]
+        return [(k, n) for k, n in sizes if n > 1]
 
     @property
     def name(self) -> str:
@@ -72,7 +73,7 @@ class Candidate:
     def of(self, config_name: str) -> Config:
         """The configuration with this mesh."""
         config = importlib.import_module(f"configs.{config_name}").get_config()
-        for axis in ("data", "fsdp", "expert", "sequence", "tensor"):
+        for axis in AXES:
             config.mesh[axis] = getattr(self, axis)
         config.train.accumulation = self.accumulation
         return parse_config(config)
