@@ -23,6 +23,8 @@ def get_config() -> ml_collections.ConfigDict:
     yarn.alpha, yarn.beta, yarn.mscale = 1.0, 32.0, 0.707
     config.data.seq_len = 32_768
     config.data.batch_size = 192
+    # Two devices share a sequence (docs/scaling.md), 64 such pairs share the weights.
+    config.mesh.data, config.mesh.sequence = 1, 2
     config.data.keep_long, config.data.long_share = True, 0.5
     config.train.steps = 5000
     config.optimizer.schedule = "constant"
