@@ -27,6 +27,7 @@ STEPS = SMALL["train.steps"]
 FREE = [
     *("name", "tokenizer.path", "model.remat", "model.kernels", "model.engram.addresses"),
     *("data.path", "data.cache_dir", "data.workers", "train.log_every", "train.eval_every"),
+    "train.evaluations",
     *("train.checkpoint_every", "train.keep", "train.keep_best", "train.count_models"),
     *("train.seen_tokens", "train.samples", "train.sample_tokens"),
     *("train.log_norms", "train.log_activations", "train.loggers"),
