@@ -40,11 +40,11 @@ FLAGS = [
     ([TINY, "--noconfig.train.steps"], "config.train.steps", "a whole number"),
     ([TINY, "--config.model.tie_embeddings", "False"], "'False'", "--flag=value"),
     ([TINY, "describe"], "'describe'", "--flag=value"),
-    ([TINY, "--mode=traim"], "--mode=traim", "train, evaluate, analyse, generate, serve"),
+    ([TINY, "--mode=traim"], "--mode=traim", "train, evaluate, lm-eval, long-ppl"),
     (
         [TINY, "--mode="],
         "--mode=",
-        "train, evaluate, analyse, generate, serve, explore, export-memory",
+        "train, evaluate, lm-eval, long-ppl, report, analyse, generate, serve, explore",
     ),
     ([TINY, "--json=perhaps"], "--json=perhaps"),
     ([TINY, "--mode=generate"], "--prompt: missing"),
@@ -66,8 +66,11 @@ FLAGS = [
     ([TINY, "--profile=3:9", "--config.train.steps=8"], "--profile=3:9", "config.train.steps = 8"),
     ([TINY, "--profile=3:9", "--mode=evaluate"], "--profile: only for --mode=train"),
     ([TINY, "--topology=v5p:2x2x1"], "--topology: only for --mode=compile"),
-    ([TINY, "--step=best"], "--step: only for --mode=evaluate, analyse, generate, serve, explore"),
-    ([TINY, "--mode=serve", "--json"], "--json: only for --mode=describe, evaluate, compile"),
+    ([TINY, "--step=best"], "--step: only for --mode=evaluate, lm-eval, long-ppl, generate, serve"),
+    (
+        [TINY, "--mode=serve", "--json"],
+        "--json: only for --mode=describe, evaluate, lm-eval, long-ppl",
+    ),
     (
         [*COMPILE, "--dump_hlo=launch.py"],
         "--dump_hlo=launch.py: cannot be written to: is not a folder",
