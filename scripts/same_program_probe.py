@@ -38,7 +38,11 @@ from same_program_text import canonical
 # Where a name is, the newest place first. A revision needs one of them.
 NAMES = {
     "main": ("engram_jax.cli:main", "launch:main"),
-    "parse_flags": ("engram_jax.cli:parse_flags", "launch:parse_flags"),
+    "parse_flags": (
+        "engram_jax.program_flags:parse_flags",
+        "engram_jax.cli:parse_flags",
+        "launch:parse_flags",
+    ),
     "parse_config": ("engram_jax.config:parse_config", "engram_jax.config:parse"),
     "slice_topology": ("engram_jax.aot.topology:slice_topology",),
     "make_mesh": ("engram_jax.sharding.rules:make_mesh",),

@@ -29,6 +29,7 @@ from absl.testing import flagsaver
 from configs import engram_tiny
 from engram_jax import cli
 from engram_jax import config as config_lib
+from engram_jax.program_flags import parse_flags
 from tests.xla_flags import cpu_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +149,7 @@ def launched(*arguments: str) -> Outcome:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
-            cli.main(cli.parse_flags(argv))
+            cli.main(parse_flags(argv))
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)

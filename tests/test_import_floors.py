@@ -30,7 +30,12 @@ FLOORS: tuple[str, ...] = (
     "api explore",
 )
 FLOOR_OF = {folder: n for n, folders in enumerate(FLOORS) for folder in folders.split()}
-LOOSE = ("__init__", "__main__", "cli")  # all that may stand outside a folder, above all of them
+LOOSE = (
+    "__init__",
+    "__main__",
+    "cli",
+    "program_flags",
+)  # all that may stand outside a folder, above all of them
 
 
 def folder_of(module: str) -> str:

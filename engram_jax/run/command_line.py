@@ -1,6 +1,6 @@
 """Parses the command line; every mistake in it is reported as one clear line.
 
-The flags themselves: engram_jax/cli.py.
+The flags themselves: engram_jax/program_flags.py.
 """
 
 from __future__ import annotations

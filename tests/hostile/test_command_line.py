@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from engram_jax import cli
+from engram_jax import cli, program_flags
 from engram_jax import config as config_lib
 from engram_jax.checkpoint import run_record
 from engram_jax.config.difference import flat
@@ -148,7 +148,7 @@ def test_ctrl_c_says_what_is_kept(mode, monkeypatch):
         "long-ppl": ["--texts=a=x"],
         "report": ["--runs=x"],
     }
-    monkeypatch.setattr(cli, "require", lambda *arguments: None)  # whatever is installed
+    monkeypatch.setattr(program_flags, "require", lambda *arguments: None)  # whatever is installed
     config = [] if mode == "report" else [TINY]
     outcome = launched(*config, f"--mode={mode}", *needs.get(mode, []))
     assert (outcome.code, outcome.out) == (130, "")
