@@ -84,6 +84,18 @@ def test_rows_that_are_masked_are_rows_of_zeros(model, encoded):
         assert np.abs(mine.log_likelihoods - before.log_likelihoods).max() > 1e-3
 
 
+def test_candidates_are_scored_at_their_own_lengths(model):
+    """Of one item, on both sides of what a short one is padded to; in the item's order."""
+    program, state, weights = model
+    ids = np.random.default_rng(4).integers(3, VOCAB, 34).tolist()
+    item = [(ids[:33], 31), (ids[:32], 31), (ids, 31), (ids[:31], 30)]
+    (found,) = score(program, weights, [item])
+    logs = log_probabilities(program, state, ids)
+    each = [logs[i - 1, ids[i]] for i in range(30, 34)]
+    expected = [sum(each[1:3]), each[1], sum(each[1:]), each[0]]
+    np.testing.assert_allclose(found.log_likelihoods, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("off", [(), ("1",)])
 def test_likelihoods_equal_numpy_float64(model, encoded, off):
     program, state, weights = model

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engram_jax.serve.http.bounds import check_answer_size, check_body, listed_numbers
@@ -64,6 +64,7 @@ RAW = {
     "in the second text": (b'{"prompt": ["b", "%s"]}', False),
     "another field": (b'{"prompt": "b", "user": "%s"}', False),
     "as if it were the key": (b'{"user": "\\"prompt\\": \\"%s", "prompt": "b"}', False),
+    "a key that ends as it does": (b'{"\\"prompt": "%s", "prompt": "b"}', False),
     "a text with the key": (b'{"user": "\\"prompt", "prompt": "b", "x": "%s"}', False),
     "a number": (b'{"prompt": %s}', False),
 }
@@ -83,7 +84,8 @@ def test_before_the_json_is_read(body, refused):
 
 
 @examples(200)
-@given(st.text(min_size=0, max_size=300), st.booleans(), st.booleans())
+@given(st.text(max_size=6).map(lambda text: 100 * text), st.booleans(), st.booleans())
+@example("\x01" * 200, True, False)  # all escapes: six bytes for one
 def test_never_more_than_the_json_has(text, ascii_only, nested):
     """No prompt that the limit allows is refused, however it is escaped."""
     body = json.dumps({"user": text, "prompt": [text] if nested else text}, ensure_ascii=ascii_only)
