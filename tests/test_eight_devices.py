@@ -37,3 +37,9 @@ def test_on_eight_devices(file):
 @pytest.mark.parametrize("file", ["test_training.py", "test_ancestry.py"])
 def test_on_eight_devices_at_length(file):
     run(file, "slow")
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_what_is_proved_on_eight_devices():
+    run("test_training.py", "proof")

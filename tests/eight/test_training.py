@@ -52,7 +52,7 @@ CUT_MESHES = {
     ),
     "sequence and data": (("data", 2), ("fsdp", 1), ("sequence", 4)),
 }
-FAST_CUT = next(iter(CUT_MESHES))
+PROVEN_CUT = next(iter(CUT_MESHES))
 
 
 def program_of(mesh: tuple, **overrides):
@@ -126,8 +126,9 @@ def test_steps_equal_those_of_one_device(mesh):
         compare((MESHES | MORE_MESHES)[mesh], 3, 1e-9, **types)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(m, marks=[pytest.mark.slow] * (m != FAST_CUT)) for m in CUT_MESHES]
+    "mesh", [pytest.param(m, marks=[pytest.mark.proof] * (m == PROVEN_CUT)) for m in CUT_MESHES]
 )
 def test_cut_sequences_equal_those_of_one_device(mesh):
     """24 steps, at the learning rate of `test_fifty_steps`, of packed documents of 33 tokens on
