@@ -141,7 +141,7 @@ def test_cut_sequences_equal_those_of_one_device(mesh):
 @pytest.mark.slow
 def test_what_is_read_of_cut_sequences_is_in_the_order_of_the_text():
     found = []
-    for mesh in (ONE, CUT_MESHES[FAST_CUT]):
+    for mesh in (ONE, CUT_MESHES[PROVEN_CUT]):
         program = program_of(mesh, **CUT)
         state = create_state(program)
         variables = state.params, state.router_bias, state.memory
