@@ -49,7 +49,8 @@ def main() -> None:
     sections = report_sections(seeds, given.target)
     if given.text is not None:
         sections.append(gates(next(iter(pairs.values()))[1], given.text, given.target))
-    write(given.target / "analyses.json", json.dumps(seeds, indent=1) + "\n")
+    lines = [f"{json.dumps(str(seed))}: {json.dumps(record)}" for seed, record in seeds.items()]
+    write(given.target / "analyses.json", "{" + ",\n".join(lines) + "}\n")
     subtitle = (
         f"{len(seeds)} seeds. Made by `python -m scripts.look_inside {given.sweep} {given.target}`"
         " after the sweep `configs/experiments/depth.py`; what each number means:"
