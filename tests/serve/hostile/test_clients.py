@@ -137,6 +137,18 @@ class TestMany:
             for one in held:
                 one.close()
 
+    @pytest.mark.skipif(
+        uvicorn_internals.DEFERRED is None, reason="this system hands silent connections over"
+    )
+    def test_those_that_are_silent_displace_nobody(self, few):
+        begun = few.raw(GET[:14])
+        silent = [few.raw(b"") for _ in range(40)]
+        assert few.get("/health").status == 200
+        begun.sendall(GET[14:])
+        assert read_until(begun, b'"ok"}').startswith(b"HTTP/1.1 200 ")
+        for one in (begun, *silent):
+            one.close()
+
     def test_all_are_at_work(self, few):
         """The newest is refused, and told why."""
         body = {"model": NAME, "prompt": "abc", "n": 5, "max_tokens": 60, "ignore_eos": True}
