@@ -23,7 +23,10 @@ from engram_jax.config.memory_schema import EngramConfig, ProductKeyConfig
 from engram_jax.config.serving_schema import ServeConfig
 from engram_jax.config.training_schema import OptimizerConfig, TrainConfig
 
-TASKS = ("facts", "needle", "multi_query", "tracking", "copying", "arithmetic")
+TASKS = (
+    *("facts", "needle", "multi_query", "tracking", "copying", "arithmetic"),
+    *("ruler_needle", "ruler_tracking"),
+)
 DIFFICULTIES = ("easy", "medium", "hard")
 LOCAL_BPE = "local-bpe"
 
@@ -180,7 +183,8 @@ class TasksConfig:
 
     The held-out text and a tokenizer that is trained here stay those of the text alone.
 
-    names: which: "facts", "needle", "multi_query", "tracking", "copying", "arithmetic".
+    names: which: "facts", "needle", "multi_query", "tracking", "copying", "arithmetic",
+      "ruler_needle", "ruler_tracking".
     difficulties: of each: "easy", "medium", "hard".
     share: of the bytes of the training text, tasks included; an equal part for each.
     frequencies: how often an epoch states a fact; an equal number of facts for each.

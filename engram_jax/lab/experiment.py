@@ -76,6 +76,7 @@ class Experiment:
       "": the points are named things. log_axis: show it by its logarithm, with a line fitted to the
       loss over it.
     free: makes the point of a value of `key` that is not among `points`; None: there is none.
+    source: the workdir of the run that a launch begins with (`train.init_from`); None: with none.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Experiment:
     tune_seed: int = 0
     log_axis: bool = False
     free: Callable[[str, float], Point] | None = field(default=None)
+    source: Callable[[Launch], str] | None = field(default=None)
 
     def __post_init__(self) -> None:
         names = [point.name for point in self.points]
@@ -113,6 +115,8 @@ class Experiment:
         config.name = re.sub(r"[^\w.+-]+", "-", f"{self.name}-{launch.name}")
         config.train.seed = config.data.seed = launch.seed
         config.optimizer.peak_lr = launch.rate
+        if self.source is not None:
+            config.train.init_from = self.source(launch)
         return config
 
     def parse(self, argument: str) -> Launch:

@@ -13,7 +13,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 EASY, MEDIUM, HARD = "easy", "medium", "hard"
 LETTERS = "bcdfghjklmnpqrstvwxz"
@@ -47,6 +47,16 @@ class Item:
     def chance(self) -> float:
         """The expected accuracy of a guess among the candidates."""
         return 1 / (1 + len(self.distractors))
+
+
+class Instance(NamedTuple):
+    """What a document and an item are made of. others: rows that the prompt also has, or that
+    resemble the answer. after: further text of a training document."""
+
+    prompt: str
+    answer: str
+    others: tuple[str, ...] = ()
+    after: str = ""
 
 
 class Draw:

@@ -1,4 +1,5 @@
-"""Tasks whose answer is in the prompt: copying, needle, multi-query retrieval, variable tracking.
+"""Tasks whose answer is in the prompt: copying, needle, multi-query retrieval, variable tracking,
+and needle and tracking in RULER's words (ruler_form.py).
 
 An instance is (prompt, answer, the rows of letters that could be mistaken for it, what follows in
 the document). Training documents have rows of letters for training, test items those for testing,
@@ -9,20 +10,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
-from engram_jax.tasks.drawing import CANDIDATES, COPIED, EASY, HARD, MEDIUM, Draw, Item, spaced
-
-
-class Instance(NamedTuple):
-    """others: rows that the prompt also has, or that resemble the answer. after: further text of a
-    training document."""
-
-    prompt: str
-    answer: str
-    others: tuple[str, ...] = ()
-    after: str = ""
-
+from engram_jax.tasks import ruler_form
+from engram_jax.tasks.drawing import (
+    CANDIDATES,
+    COPIED,
+    EASY,
+    HARD,
+    MEDIUM,
+    Draw,
+    Instance,
+    Item,
+    spaced,
+)
 
 NEEDLES = {EASY: (1, 1), MEDIUM: (2, 4), HARD: (4, 8)}  # codes, sentences around them
 PAIRS = {EASY: 2, MEDIUM: 4, HARD: 8}
@@ -104,6 +104,8 @@ TASKS: dict[str, Callable[..., Instance]] = {
     "needle": needle,
     "multi_query": multi_query,
     "tracking": tracking,
+    "ruler_needle": ruler_form.needle,
+    "ruler_tracking": ruler_form.tracking,
 }
 _LINES = {"copying": 4}  # instances of a document; else one
 

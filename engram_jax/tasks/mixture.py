@@ -115,6 +115,8 @@ class Unseen:
     """
 
     _ROW = re.compile(r"(?<!\S)(?:[A-Za-z] )+[A-Za-z]")
+    _NUMBER = re.compile(r"(?<!\d)\d{7}(?!\d)")
+    _NAMES = re.compile(r"(?<![A-Z])[A-Z]{5}(?: [A-Z]{5})+")
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._items = list(items)
@@ -128,6 +130,9 @@ class Unseen:
             for length in self._lengths:
                 parts = {run[i : i + length] for i in range(0, len(run) - length + 1, 2)}
                 self._seen |= parts & self._answers
+        self._seen.update(self._answers.intersection(self._NUMBER.findall(text)))
+        for run in self._NAMES.findall(text):
+            self._seen.update(answer for answer in self._answers if answer in run)
 
     def keep(self, limit: int) -> list[Item]:
         """At most `limit` items of each task, difficulty and frequency, in their order."""

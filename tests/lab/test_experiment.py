@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import re
@@ -179,3 +180,19 @@ def test_a_declaration_that_does_not_fit_together_is_refused():
         declare(tune="a=3")
     with pytest.raises(UserError, match="family f has no rates"):
         declare(rates=())
+
+
+def test_a_long_model_begins_with_the_short_one_of_its_variant_and_seed():
+    short, long = declared("short_context"), declared("long_context")
+    assert short.points == long.points and short.seeds == long.seeds == (0, 1, 2)
+    for point, seed in itertools.product(("moe", "engram"), short.seeds):
+        first = parse_config(short.config(f"variant={point},seed={seed}"))
+        second = parse_config(long.config(f"variant={point},seed={seed}"))
+        assert second.train.init_from == f"runs/short_context/variant={point},seed={seed},rate=0.008"
+        assert not first.train.init_from
+        yarn = second.model.attention.yarn
+        assert (yarn.scale, yarn.original_length) == (8, first.data.seq_len)
+        assert second.data.seq_len == 2048
+        attention = dataclasses.replace(second.model.attention, yarn=first.model.attention.yarn)
+        assert dataclasses.replace(second.model, attention=attention) == first.model
+        assert second.tokenizer == first.tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from engram_jax.serve.http.json_fields import ApiError
 
-RATE = 16 << 20  # bytes a second of large bodies: what all of them may cost the others
+RATE = 4 << 20  # bytes a second of large bodies: what all of them may cost the others
 LARGE = 1 << 16  # bytes of a body that always arrive at once
 FULL = "too many bodies are arriving; this one was the largest that was not complete"
 
