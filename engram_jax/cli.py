@@ -127,6 +127,7 @@ def _lm_eval(config: Config, workdir: Path, accept: Accepted) -> None:
     from engram_jax.hardware.storage import write_text
     from engram_jax.harness import evaluate
     from engram_jax.harness.loading import Asked
+    from engram_jax.harness.ruler import RulerAsked
 
     include = (
         None
@@ -137,12 +138,15 @@ def _lm_eval(config: Config, workdir: Path, accept: Accepted) -> None:
     if output is not None:
         _writable_folder("output", str(output.parent))
     check_writable(workdir)  # the result is kept there
+    data = options.RULER_DATA.value
+    data = None if data is None else local_path("--ruler_data", data)
     asked = Asked(
         options.TASKS.value,
         options.NUM_FEWSHOT.value,
         include,
         options.UNSAFE_CODE.value,
         options.LIMIT.value,
+        RulerAsked(tuple(map(int, options.RULER_LENGTHS.value)), data),
     )
     found = evaluate.evaluate_tasks(config, workdir, options.STEP.value, asked, accept)
     if not found:  # not process 0

@@ -5,6 +5,7 @@ Which modes read a flag stands in engram_jax/run/modes.py, what a mode does in e
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from engram_jax.aot import PROGRAMS, TRAIN
 from engram_jax.checkpoint import run_settings
 from engram_jax.checkpoint.workdir import parse_step
 from engram_jax.config import ROW_FORMATS, SECRETS
-from engram_jax.config.errors import UserError
+from engram_jax.config.errors import UserError, shown
 from engram_jax.config.extras import require
 from engram_jax.run import command_line
 from engram_jax.run.help_text import asked_for, help_text
@@ -86,6 +87,14 @@ NUM_FEWSHOT = flags.DEFINE_integer(
 )
 INCLUDE_PATH = flags.DEFINE_string(
     "include_path", None, "lm-eval: a folder with tasks of your own."
+)
+RULER_LENGTHS = flags.DEFINE_list(
+    "ruler_lengths", [], "lm-eval: tokens of RULER's prompts, 4096,8192; default: 4096."
+)
+RULER_DATA = flags.DEFINE_string(
+    "ruler_data",
+    None,
+    "lm-eval: a folder with what RULER's tasks would download (docs/lm_eval.md).",
 )
 UNSAFE_CODE = flags.DEFINE_bool(
     "confirm_run_unsafe_code",
@@ -312,6 +321,11 @@ def _check_tasks() -> None:
             raise UserError(f"--limit={limit:g}: must be a whole number for --mode=long-ppl")
     if shots is not None and shots < 0:
         raise UserError(f"--num_fewshot={shots}: must be at least 0")
+    lengths = RULER_LENGTHS.value
+    whole = all(re.fullmatch(r"[1-9][0-9]{0,8}", text) for text in lengths)
+    if not whole or len(set(lengths)) != len(lengths):
+        text = shown(",".join(lengths))
+        raise UserError(f"--ruler_lengths={text}: must be different whole numbers, 4096,8192")
 
 
 def _or(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "report": ("matplotlib",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow", "sqlalchemy", "alembic"),
-    "eval": ("lm_eval", "datasets", "evaluate"),
+    "eval": ("lm_eval", "datasets", "evaluate", "nltk", "scipy", "wonderwords"),
     "lab": ("bm25s", "datasketch", "faiss", "matplotlib", "pyarrow", "scipy"),
 }
 

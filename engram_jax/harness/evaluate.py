@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import handle_non_serializable, make_table
 
+from engram_jax.addressing import load_tokenizer
 from engram_jax.checkpoint.results import LM_EVAL, write_result
 from engram_jax.checkpoint.run_settings import check_opened
+from engram_jax.checkpoint.workdir import TOKENIZER
 from engram_jax.config import Config
 from engram_jax.config.errors import UserError
 from engram_jax.distributed import processes
@@ -25,6 +28,7 @@ from engram_jax.distributed.consensus import agree
 from engram_jax.evaluation.text_scores import of_switches
 from engram_jax.harness.lm import EngineLM
 from engram_jax.harness.loading import Asked, Loaded, load_tasks
+from engram_jax.harness.ruler import Reads
 from engram_jax.harness.scorer import Scorer
 from engram_jax.monitoring.metrics import json_value
 from engram_jax.serve.engine import Engine
@@ -43,7 +47,8 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Score a checkpoint on tasks. Every process calls it; process 0 alone has the result: what
     lm-eval tells by task and group, the checkpoint's name, what the evaluation was asked for
-    ("config"), and "left_out": name -> why.
+    ("config"), "left_out": name -> why, and of RULER's prompts how many there are and where their
+    texts are from ("ruler").
 
     The result is also written below `workdir` (checkpoint/results.py).
 
@@ -54,7 +59,13 @@ def evaluate_tasks(
     check_memory(config, config.serve.capacity or config.data.seq_len)
     agree(lambda: check_opened(config, workdir, step, accept))  # before minutes of reading
     tell("reading the tasks and their data")
-    loaded, missing = agree(lambda: _load(asked))
+
+    def reads() -> Reads:
+        special = config.serve.parse_special
+        tokenizer = load_tokenizer(workdir / TOKENIZER, parse_special=special)
+        return Reads(tokenizer, config.serve.capacity or config.data.seq_len)
+
+    loaded, missing = agree(lambda: _load(asked, reads, tell))
     trained = load_for(config, workdir, step, accept, tell)
     engine = make_engine(trained, config.serve, tell=tell)
     try:
@@ -74,10 +85,12 @@ def evaluate_tasks(
     return found
 
 
-def _load(asked: Asked) -> tuple[list[Loaded], dict[str, str]]:
+def _load(
+    asked: Asked, reads: Callable[[], Reads], tell: Warn
+) -> tuple[list[Loaded], dict[str, str]]:
     if jax.process_index() > 0:
         return [], {}
-    loaded, missing = load_tasks(asked)
+    loaded, missing = load_tasks(asked, reads, processes.warn, tell)
     for name, why in missing.items():
         processes.warn(f"{name}: left out: {why}")
     if not loaded:
@@ -115,6 +128,9 @@ def run(
         settings = found["config"]
         for key in _BY_TASK:
             merged[key] |= found.get(key) or {}
+        if one.about:
+            before = merged.setdefault("ruler", one.about)
+            before["documents"] |= one.about["documents"]
     scorer.release()
     if not merged["results"]:
         raise UserError(f"--tasks: none of the {len(left)} could be run; the lines above say why")
@@ -130,7 +146,7 @@ def run(
     }
 
 
-def _score(model: EngineLM, one: Loaded, asked: Asked, warn: Warn) -> dict[str, Any]:
+def _score(model: LM, one: Loaded, asked: Asked, warn: Warn) -> dict[str, Any]:
     fixed = [
         task.task_name
         for item in one.items
@@ -140,7 +156,7 @@ def _score(model: EngineLM, one: Loaded, asked: Asked, warn: Warn) -> dict[str, 
     if one.shots and fixed:
         warn(f"{one.name}: has no examples in {len(fixed)} of its tasks, whatever is asked for")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    limit = asked.limit
+    limit = one.limit
     with _as_this_program_is():
         found = simple_evaluate(
             model=model,
@@ -173,10 +189,12 @@ def _as_this_program_is() -> Iterator[None]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The tables that lm-eval prints."""
+    """The tables that lm-eval prints, and where RULER's texts are from."""
     parts = [make_table(found)]
     if found["groups"]:
         parts.append(make_table(found, "groups"))
+    sources = found.get("ruler", {}).get("data", {})
+    parts += [f"RULER's {name}: {about['source']}" for name, about in sources.items()]
     return "\n".join(part.rstrip("\n") for part in parts)
 
 

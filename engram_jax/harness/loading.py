@@ -1,8 +1,8 @@
 """Finds and loads lm-eval's tasks: what cannot be loaded is a line each, and the others go on.
 
 A task's data set comes from the cache of the package `datasets`, or from the hub where there is a
-network. Tasks that run code which the model wrote are left alone unless the user allows it: some
-run a first program while they are loaded.
+network; RULER's are made here (harness/ruler.py). Tasks that run code which the model wrote are
+left alone unless the user allows it: some run a first program while they are loaded.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from lm_eval.tasks import TaskManager
 from engram_jax.config.errors import UserError, did_you_mean, shown
 from engram_jax.config.keys import nearest
 from engram_jax.distributed.consensus import error_line
+from engram_jax.harness import ruler
 from engram_jax.harness.code_metric import CodeEval
 from engram_jax.harness.paper import BENCHMARKS, PAPER
+from engram_jax.harness.ruler import RulerAsked
 
 CONSENT = "--confirm_run_unsafe_code"
 
@@ -36,6 +38,7 @@ class Asked:
     tasks: names of tasks, groups and tags, or PAPER alone. shots: for all tasks that do not fix
     theirs to none; None = each one's own. include: a folder with tasks of the user's. unsafe: run
     code that the model wrote. limit: of a task's documents, a count or a share below 1; None = all.
+    ruler: for RULER's tasks.
     """
 
     tasks: tuple[str, ...]
@@ -43,23 +46,35 @@ class Asked:
     include: Path | None = None
     unsafe: bool = False
     limit: float | None = None
+    ruler: RulerAsked = field(default_factory=RulerAsked)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A name that can be run. items: lm-eval's tasks or groups. shots: as in `Asked`. manager: what
-    loaded them; lm-eval reads all of its files again without it."""
+    """A name that can be run. items: lm-eval's tasks or groups. shots, limit: as in `Asked`.
+    manager: what loaded them; lm-eval reads all of its files again without it. about: what the
+    results say of RULER's prompts."""
 
     name: str
     items: list[Any]
     shots: int | None
     manager: TaskManager
+    limit: float | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
-def load_tasks(asked: Asked) -> tuple[list[Loaded], dict[str, str]]:
+def load_tasks(
+    asked: Asked,
+    reads: Callable[[], ruler.Reads] | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Loaded], dict[str, str]]:
     """(what can be run, what cannot: name -> why, in a line).
 
-    Raises UserError for a name that lm-eval does not know.
+    reads: how the model reads, for RULER's tasks. warn, tell: are given lines for the user.
+
+    Raises UserError for a name that lm-eval does not know, and for lengths, examples and a folder
+    that RULER's tasks cannot have.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     wanted = _wanted(asked)
@@ -74,14 +89,28 @@ def load_tasks(asked: Asked) -> tuple[list[Loaded], dict[str, str]]:
             )
     loaded: list[Loaded] = []
     missing: dict[str, str] = {}
+    of_ruler = _of_ruler(manager, names, asked)
+    if of_ruler:
+        assert reads is not None
+        reading = reads()
+        by_task = {str(leaf["task"]): leaf for leaves in of_ruler.values() for leaf in leaves}
+        built = ruler.build([*by_task.values()], asked.ruler, reading, asked.limit, tell)
+        for name, leaves in of_ruler.items():
+            items = ruler.load(manager, name, leaves, built, reading, warn)
+            about = built.about([str(leaf["task"]) for leaf in leaves])
+            if items:
+                loaded.append(Loaded(name, items, None, manager, about=about))
+        missing |= built.errors
     for title, (tasks, shots) in wanted.items():
         if not tasks:
             missing[title] = "lm-eval has no such task"
         for name in tasks:
+            if name in of_ruler:
+                continue
             label = name if title == name else f"{title} ({name})"
             try:
                 items = _load(manager, name, asked.unsafe)
-                loaded.append(Loaded(name, items, shots, manager))
+                loaded.append(Loaded(name, items, shots, manager, asked.limit))
             except Exception as error:  # a data set, a package, the network: whatever it needs
                 missing[label] = _reason(manager, name, error)
     return loaded, missing
@@ -101,16 +130,38 @@ def _wanted(asked: Asked) -> dict[str, tuple[tuple[str, ...], int | None]]:
     return {b.name: (b.tasks, None if b.own else b.shots) for b in BENCHMARKS}
 
 
+def _of_ruler(
+    manager: TaskManager, names: Sequence[str], asked: Asked
+) -> dict[str, list[dict[str, Any]]]:
+    """The names that stand for tasks of RULER, and these."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        leaves = [*configs_of(manager.task_index, name)]
+        own = [leaf for leaf in leaves if leaf and ruler.is_ruler(leaf)]
+        if own and len(own) < len(leaves):
+            raise UserError(
+                f"--tasks={shown(name)}: has tasks of RULER and others; name them apart"
+            )
+        if own:
+            found[name] = own
+    if found and asked.shots:
+        raise UserError(f"--num_fewshot={asked.shots}: RULER's tasks have no examples; must be 0")
+    for flag, value in (("lengths", asked.ruler.lengths), ("data", asked.ruler.data)):
+        if value and not found:
+            raise UserError(f"--ruler_{flag}: only with tasks of RULER, for example --tasks=ruler")
+    return found
+
+
 def _manager(include: Path | None, names: Sequence[str]) -> TaskManager:
-    """With lm-eval's own tasks only if they are asked for: reading all of their thousands of files
-    takes some 15 seconds."""
-    if include is not None:
-        if not os.path.isdir(include):
-            raise UserError(f"--include_path={shown(include)}: no such folder")
-        own = TaskManager(include_path=str(include), include_defaults=False)
-        if all(name in own.all_tasks for name in names) and not _points_outside(own, names):
-            return own
-    return TaskManager(include_path=None if include is None else str(include))
+    """With all of lm-eval's own tasks only if others than RULER's are asked for: reading their
+    thousands of files takes some 15 seconds."""
+    if include is not None and not os.path.isdir(include):
+        raise UserError(f"--include_path={shown(include)}: no such folder")
+    folders = [] if include is None else [str(include)]
+    few = TaskManager(include_path=[str(ruler.TASKS), *folders], include_defaults=False)
+    if all(name in few.all_tasks for name in names) and not _points_outside(few, names):
+        return few
+    return TaskManager(include_path=folders or None)
 
 
 def _points_outside(manager: TaskManager, names: Sequence[str]) -> bool:

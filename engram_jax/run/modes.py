@@ -42,6 +42,8 @@ MODES_OF_FLAGS = {
     "limit": ("lm-eval", "long-ppl"),
     "num_fewshot": ("lm-eval",),
     "include_path": ("lm-eval",),
+    "ruler_lengths": ("lm-eval",),
+    "ruler_data": ("lm-eval",),
     "confirm_run_unsafe_code": ("lm-eval",),
     "step": (*OPENS_A_RUN[1:], "analyse"),
     "accept_changes": OPENS_A_RUN,

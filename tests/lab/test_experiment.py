@@ -188,7 +188,8 @@ def test_a_long_model_begins_with_the_short_one_of_its_variant_and_seed():
     for point, seed in itertools.product(("moe", "engram"), short.seeds):
         first = parse_config(short.config(f"variant={point},seed={seed}"))
         second = parse_config(long.config(f"variant={point},seed={seed}"))
-        assert second.train.init_from == f"runs/short_context/variant={point},seed={seed},rate=0.008"
+        source = f"runs/short_context/variant={point},seed={seed},rate=0.008"
+        assert second.train.init_from == source
         assert not first.train.init_from
         yarn = second.model.attention.yarn
         assert (yarn.scale, yarn.original_length) == (8, first.data.seq_len)

@@ -123,6 +123,11 @@ def test_what_is_left_out_and_refused(corpus, undisturbed, folder):
         (["--tasks=a", "--limit=1.5"], "--limit=1.5: must be a whole number"),
         (["--tasks=a", "--limit=0"], "--limit=0: must be"),
         (["--tasks=a", "--num_fewshot=-1"], "--num_fewshot=-1: must be at least 0"),
+        (
+            ["--tasks=ruler", "--ruler_lengths=4096,4k"],
+            "--ruler_lengths=4096,4k: must be different",
+        ),
+        (["--tasks=ruler", "--ruler_lengths=64,64"], "--ruler_lengths=64,64: must be different"),
         (["--tasks"], "--tasks: missing"),
         ([], "--tasks: missing"),
         (["--tasks=a,,b"], "--tasks=a,,b: has an empty name"),

@@ -11,7 +11,7 @@ from engram_jax.config import DIFFICULTIES
 from engram_jax.tasks import in_context, ruler_form
 from engram_jax.tasks.mixture import Unseen
 
-SENTENCES = r"The grass is green\.|The sky is blue\.|The sun is yellow\.|Here we go\.|There and back again\."
+SENTENCES = r"(The grass is green|The sky is blue|The sun is yellow|Here we go|There and back)"
 
 
 def drawn(task, difficulty, count=30, seed=3):
