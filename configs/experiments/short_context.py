@@ -25,7 +25,6 @@ SEEDS = (0, 1, 2)
 def short(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The demo's configuration with 256 tokens of context and tasks."""
     allocation.plain(config)
-    config.data.near_duplicates = 0.0
     config.data.max_megabytes = 3
     config.data.seq_len, config.data.batch_size = 256, 8
     config.data.tasks.names = ("ruler_needle", "ruler_tracking", "needle", "tracking", "copying")

@@ -3,7 +3,7 @@ model can learn what `--mode=lm-eval --tasks=niah_single_1,ruler_vt` asks of it.
 
 Documents and items are drawn here; none is RULER's. The filler is RULER's repeated sentences. How
 much of it there is makes the difficulty: with a vocabulary of 2,048, documents of the easy level
-have at most about 250 tokens, of the medium one 800, of the hard one 1,900.
+have at most about 250 tokens, of the medium one 800, of the hard one 1,700.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from engram_jax.tasks.drawing import (
 )
 
 # Sentences of filler at most; a training document has between none and all, an item all.
-NEEDLE_FILLER = {EASY: 20, MEDIUM: 100, HARD: 250}
-TRACKING_FILLER = {EASY: 8, MEDIUM: 80, HARD: 220}
+NEEDLE_FILLER = {EASY: 12, MEDIUM: 100, HARD: 220}
+TRACKING_FILLER = {EASY: 3, MEDIUM: 80, HARD: 200}
 HOPS = 4  # assignments of a variable to a variable, as in RULER
 _FILLER = (
     "The grass is green.",

@@ -18,7 +18,8 @@ from tests.model.test_budgets import counted, off
 from tests.runs import ROOT, launched, refused
 
 FOLDER = ROOT / "configs" / "experiments"
-NAMES = ("allocation", "allocation_large", "slots", "components", "depth")
+ONE_RATE = ("depth", "short_context", "long_context")
+NAMES = ("allocation", "allocation_large", "slots", "components", *ONE_RATE)
 
 
 def declared(name: str) -> Experiment:
@@ -51,7 +52,7 @@ def test_every_point_is_a_configuration_that_says_what_it_is(name):
         tokens = config.train.steps * config.data.batch_size * config.data.seq_len
         assert tokens >= (3_000_000 if name == "allocation_large" else 800_000)
     for point in experiment.points:
-        assert len(experiment.rates[point.family]) == (1 if name == "depth" else 3)
+        assert len(experiment.rates[point.family]) == (1 if name in ONE_RATE else 3)
         assert experiment.point(experiment.tune[point.family]).family == point.family
 
 
@@ -63,6 +64,8 @@ def test_seeds_differ_in_nothing_else(name):
     point = experiment.points[-1].name
     first, second = (parse_config(experiment.config(f"{point},seed={s}")) for s in (0, 1))
     changed = {key: values for key, *values in differences(first, second)}
+    source = changed.pop("train.init_from", None)
+    assert (source is not None) == (name == "long_context")
     assert changed.keys() == {"name", "train.seed", "data.seed"}
     assert changed["train.seed"] == changed["data.seed"] == [0, 1]
 
