@@ -1,7 +1,7 @@
 """Converts a state to the arrays that a checkpoint stores, and back onto any mesh.
 
-On a mesh of n devices a table of R rows is padded to a multiple of n * n. R are stored, whatever
-the mesh. Orbax writes the padded array, every process its own shards, and before
+A table of R rows is padded (memory/table.py: TableLayout). R are stored, whatever the mesh. Orbax
+writes the padded array, every process its own shards, and before
 the checkpoint becomes visible Tensorstore sets the array's bounds to R, which drops the chunks
 beyond. Nothing of the table is read or moved for it. Reading, Orbax fills what is not stored
 with zeros (`ArrayRestoreArgs.strict`).

@@ -60,12 +60,11 @@ from engram_jax.checkpoint.orbax_internals import (
     StateHandler,
     open_manager,
     quiet_closed_loops,
+    save_args,
 )
 from engram_jax.checkpoint.save_barrier import SaveBarrier
 from engram_jax.config.errors import UserError
 from engram_jax.distributed.consensus import agree, gather
-
-_CHUNK = 1 << 26  # bytes of an array that are compressed, and read, at once
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(
-                        stored, save_args={k: ocp.SaveArgs(chunk_byte_size=_CHUNK) for k in stored}
+                        stored, save_args={k: save_args(v) for k, v in stored.items()}
                     ),
                     meta=ocp.args.JsonSave(meta),
                 ),

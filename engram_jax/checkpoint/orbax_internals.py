@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
 
 from engram_jax.checkpoint.integrity import list_all, list_mine
 from engram_jax.checkpoint.save_barrier import SaveBarrier
 
+_PIECE, _SMALLEST_PIECE = 1 << 26, 1 << 16  # bytes
 TRASH = "deleted"  # the folder of checkpoints that are being deleted
 
 
@@ -58,6 +61,20 @@ def open_manager(
             async_options=ocp.AsyncOptions(barrier_sync_fn=barrier),
         ),
     )
+
+
+def save_args(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
+    """How an array is divided: each device's part into pieces of at most 64 MiB, which are
+    compressed, and read, at once. Orbax divides by divisors; where that would make pieces below
+    64 KiB (of a prime number of rows: single rows), a part stays whole, for a piece costs 3 KB of
+    memory while it is written."""
+    part = array.shape if isinstance(array, np.ndarray) else array.sharding.shard_shape(array.shape)
+    size = array.dtype.itemsize
+    if math.prod(part) * size <= _PIECE:
+        return ocp.SaveArgs()
+    piece = choose_chunk_shape(array.shape, part, array.dtype, _PIECE, shard_axes=())
+    small = math.prod(piece) * size < _SMALLEST_PIECE
+    return ocp.SaveArgs(chunk_byte_size=None if small else _PIECE)
 
 
 class StateHandler(ocp.PyTreeCheckpointHandler):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+_MANY_ROWS, _DIVISIBLE = 1 << 16, 1 << 10  # of a device
 ONE_DRAW = 1 << 26  # weights of the largest table that is drawn at once
 
 
@@ -32,9 +33,12 @@ class TableLayout:
     @property
     def rows_per_device(self) -> int:
         """L: rows per device, of which the last may be padding. A multiple of n, so that one
-        all-to-all turns the stored into the natural order."""
-        unit = self.devices**2 if self.devices > 1 else 1
-        return -(-self.rows // unit) * unit // self.devices
+        all-to-all turns the stored into the natural order, and of many rows a multiple of 1,024,
+        so that a checkpoint can divide them (Orbax divides by a divisor, and those of a sum of
+        primes may be itself and 1)."""
+        least = -(-self.rows // self.devices)
+        unit = math.lcm(self.devices, _DIVISIBLE) if least > _MANY_ROWS else self.devices
+        return -(-least // unit) * unit
 
     @property
     def stored(self) -> int:

@@ -1,11 +1,55 @@
-"""What a save that failed leaves behind is not printed beside its error."""
+"""Into what pieces arrays are written; what a save that failed leaves is not printed."""
 
 from __future__ import annotations
 
 import gc
 import warnings
 
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from engram_jax.checkpoint import orbax_internals
+from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.checkpoint.orbax_internals import quiet_closed_loops
+from engram_jax.memory.table import TableLayout
+
+
+@pytest.mark.parametrize(
+    ("rows", "piece"),
+    [
+        (8192, 512),  # as large as a piece may be
+        (8191, 8191),  # a prime number of rows: not 8,191 pieces
+        (2 * 8191, 16382),  # two pieces would be too large, and 8,191 too many
+        (300, 300),  # small
+        (3 * 173 * 2, 346),
+    ],
+)
+def test_arrays_are_written_in_pieces_that_are_neither_large_nor_many(
+    rows, piece, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(orbax_internals, "_PIECE", 512 * 32 * 4)
+    monkeypatch.setattr(orbax_internals, "_SMALLEST_PIECE", 64 * 32 * 4)
+    values = np.arange(rows * 32, dtype=np.float32).reshape(rows, 32)
+    with Checkpointer(tmp_path / "run") as made:
+        made.save(1, {"x": values})
+        made.wait()
+        found = made.restore(1, {"x": np.zeros_like(values)}).state["x"]
+    np.testing.assert_array_equal(found, values)
+    store = {"driver": "ocdbt", "base": f"file://{tmp_path}/run/checkpoints/1/state", "path": "x/"}
+    opened = ts.open({"driver": "auto", "kvstore": store}).result()
+    assert opened.chunk_layout.read_chunk.shape == (piece, 32)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8, 128])
+@pytest.mark.parametrize("rows", [65_537, 2_097_143, 15_200_003, 1_000_000_007])
+def test_the_rows_of_a_large_table_can_be_divided(rows, devices):
+    """On every device, whatever the primes of its heads add up to."""
+    layout = TableLayout(rows, devices)
+    length = layout.rows_per_device
+    assert rows <= layout.stored < rows + devices * max(1025, 1024 * devices)
+    assert length % devices == 0
+    assert length <= 1 << 16 or length % 1024 == 0
 
 
 async def async_serialize_from_host() -> None:
