@@ -20,7 +20,7 @@ LARGE = {
     "model.ffn.routed_experts": 8,
     "model.engram.layers": (1, 4),
     "model.engram.heads_per_order": 4,
-    "model.engram.rows_per_head": (1_900_000,),
+    "model.engram.rows_per_head": (1_960_000,),
     "model.engram.d_mem": 256,
     "data.source": "folder",
     "data.seq_len": 512,
