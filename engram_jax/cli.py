@@ -138,8 +138,8 @@ def _lm_eval(config: Config, workdir: Path, accept: Accepted) -> None:
     if output is not None:
         _writable_folder("output", str(output.parent))
     check_writable(workdir)  # the result is kept there
-    data = options.RULER_DATA.value
-    data = None if data is None else local_path("--ruler_data", data)
+    given = options.RULER_DATA.value
+    data = None if given is None else local_path("--ruler_data", given)
     asked = Asked(
         options.TASKS.value,
         options.NUM_FEWSHOT.value,

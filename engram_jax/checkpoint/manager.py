@@ -58,8 +58,10 @@ from engram_jax.checkpoint.orbax_internals import (
     UNRETRIEVED,
     LatestAndBest,
     StateHandler,
+    is_read_in_pieces,
     open_manager,
     quiet_closed_loops,
+    read_pieces,
     save_args,
 )
 from engram_jax.checkpoint.save_barrier import SaveBarrier
@@ -274,12 +276,16 @@ class Checkpointer:
         partial: bool,
     ) -> dict[str, Any]:
         # Not by the manager: after reading it waits for processes that may have failed.
-        args = {k: restore_args(v, shapes[k]) for k, v in targets.items()}
+        large = {k: v for k, v in targets.items() if is_read_in_pieces(v)}
+        others = {k: v for k, v in targets.items() if k not in large}
+        args = {k: restore_args(v, shapes[k]) for k, v in others.items()}
+        partial |= bool(large)
         with OneLine(f"checkpoint {path}: cannot be read"):
-            return self._arrays.restore(
+            found = self._arrays.restore(
                 path / "state",
-                args=ocp.args.PyTreeRestore(targets, restore_args=args, partial_restore=partial),
+                args=ocp.args.PyTreeRestore(others, restore_args=args, partial_restore=partial),
             )
+            return found | {k: read_pieces(path / "state", k, v) for k, v in large.items()}
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending; the one being written counts."""

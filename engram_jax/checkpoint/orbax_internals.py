@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -158,14 +159,45 @@ def crop(directory: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
     directory: where Orbax has written one OCDBT store. shapes: the new shape by array name.
     """
+    for name, shape in shapes.items():
+        _opened(directory, name).resize(exclusive_max=list(shape), shrink_only=True).result()
+
+
+def is_read_in_pieces(target: Any) -> bool:
+    """Whether `read_pieces` reads an array: a large one, of rows, onto one device."""
+    if not isinstance(target, jax.Array | jax.ShapeDtypeStruct) or target.sharding is None:
+        return False
+    size = math.prod(target.shape) * target.dtype.itemsize
+    return target.ndim > 1 and size > 2 * _PIECE and target.sharding.num_devices == 1
+
+
+def read_pieces(directory: epath.Path, name: str, target: Any) -> jax.Array:
+    """A stored array as `target`, rows that are not stored being zeros: piece by piece, for Orbax
+    has all of it on the host and on the device for a while, which on a CPU is twice."""
+    where = target.sharding if target.format.layout is None else target.format
+    array = _opened(directory, name)
+    rows = max(1, _PIECE // (math.prod(target.shape[1:]) * target.dtype.itemsize))
+    create = jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=where)
+    put = jax.jit(
+        lambda whole, piece, at: jax.lax.dynamic_update_slice_in_dim(whole, piece, at, axis=0),
+        donate_argnums=0,
+        out_shardings=where,
+    )
+    found = create()
+    for at in range(0, array.shape[0], rows):
+        piece = array[at : min(at + rows, array.shape[0])].read().result()
+        found = jax.block_until_ready(put(found, piece, at))
+    return found
+
+
+def _opened(directory: epath.Path, name: str) -> ts.TensorStore:
+    """A stored array. directory: where Orbax has written one OCDBT store."""
     if "://" in (path := directory.as_posix()):
         base: Any = f"{path}/"
     else:
         base = {"driver": "file", "path": f"{path}/"}
-    for name, shape in shapes.items():
-        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        array = ts.open({"driver": "auto", "kvstore": store}).result()
-        array.resize(exclusive_max=list(shape), shrink_only=True).result()
+    store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    return ts.open({"driver": "auto", "kvstore": store}).result()
 
 
 def _own(folder: str) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
 
-from engram_jax.checkpoint import orbax_internals
+from engram_jax.checkpoint import manager, orbax_internals
 from engram_jax.checkpoint.manager import Checkpointer
 from engram_jax.checkpoint.orbax_internals import quiet_closed_loops
 from engram_jax.memory.table import TableLayout
@@ -39,6 +41,37 @@ def test_arrays_are_written_in_pieces_that_are_neither_large_nor_many(
     store = {"driver": "ocdbt", "base": f"file://{tmp_path}/run/checkpoints/1/state", "path": "x/"}
     opened = ts.open({"driver": "auto", "kvstore": store}).result()
     assert opened.chunk_layout.read_chunk.shape == (piece, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [640, 641, 1500])
+def test_a_large_array_is_read_in_pieces(rows, dtype, tmp_path, monkeypatch):
+    """Bit for bit; rows that are not stored are zeros."""
+    read = []
+    actual = orbax_internals.read_pieces
+    monkeypatch.setattr(orbax_internals, "_PIECE", 64 * 32 * 4)
+    monkeypatch.setattr(manager, "read_pieces", lambda *a: read.append(a[1]) or actual(*a))
+    values = jax.random.normal(jax.random.key(0), (rows, 32)).astype(dtype)
+    whole = np.asarray(values)
+    state = {"table": values, "small": np.arange(3)}
+    with Checkpointer(tmp_path / "run") as made:
+        made.save(1, state, true_rows={"table": rows - 7})
+        made.wait()
+        found = made.restore(
+            1,
+            {"table": jax.ShapeDtypeStruct((rows + 9, 32), dtype), "small": np.zeros(3, int)},
+            true_rows={"table": rows - 7},
+        ).state
+        on_device = jax.device_put(jnp.zeros((rows + 9, 32), dtype), jax.devices()[0])
+        again = made.restore(
+            1, {"table": on_device, "small": np.zeros(3, int)}, true_rows={"table": rows - 7}
+        ).state
+    assert read == ["table"]  # without a sharding Orbax reads
+    expected = np.zeros((rows + 9, 32), whole.dtype)
+    expected[: rows - 7] = whole[: rows - 7]
+    for table in (found["table"], again["table"]):
+        assert np.asarray(table).tobytes() == expected.tobytes()
+    np.testing.assert_array_equal(again["small"], [0, 1, 2])
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8, 128])
