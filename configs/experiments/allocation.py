@@ -10,12 +10,16 @@ so the rho reached, which the table shows, is up to 0.026 off. 400 steps of 16 x
 5 minutes a run on 2 cores; docs/lab.md says how to read the results.
 """
 
+from collections.abc import Callable
+
 import ml_collections
 
 from configs import engram_tiny, moe_tiny
 from engram_jax.config import parse_config, to_dict
 from engram_jax.lab.experiment import Experiment, Point
 from engram_jax.model import budgets
+
+PAIR_RHO = 0.7
 
 
 def base() -> ml_collections.ConfigDict:
@@ -45,6 +49,34 @@ def allocated(
         return budget
     solved = budgets.solve(parse_config(budget), parse_config(variant), rho)
     return ml_collections.ConfigDict(to_dict(solved))
+
+
+def pair(
+    name: str, title: str, shape: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict]
+) -> Experiment:
+    """The demo's MoE, and Engram at equal budgets with the share PAIR_RHO of experts, both of them
+    `plain` and given another shape; three seeds at the learning rate that this sweep found."""
+
+    def base() -> ml_collections.ConfigDict:
+        return shape(plain(moe_tiny.get_config()))
+
+    def build(point: Point) -> ml_collections.ConfigDict:
+        rho = 1 if point.value == "moe" else PAIR_RHO
+        return allocated(rho, base(), shape(plain(engram_tiny.get_config())))
+
+    points = tuple(Point("variant", n.lower(), n, n) for n in ("MoE", "Engram"))
+    return Experiment(
+        name=name,
+        title=title,
+        base=base,
+        build=build,
+        points=points,
+        baseline="variant=moe",
+        seeds=(0, 1, 2),
+        rates=dict.fromkeys(("MoE", "Engram"), (8e-3,)),
+        tune={point.family: point.name for point in points},
+        axis="",
+    )
 
 
 def point_at(key: str, rho: float) -> Point:

@@ -13,16 +13,12 @@ about 20 minutes a run on 2 cores.
 
 import ml_collections
 
-from configs import engram_tiny, moe_tiny
 from configs.experiments import allocation
-from engram_jax.lab.experiment import Experiment, Point
-
-RHO = 0.7
 
 
 def deep(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The demo's configuration with twice the layers, trained longer and on tasks, too."""
-    allocation.plain(config).model.layers = 8
+    config.model.layers = 8
     if config.model.engram.layers:
         config.model.engram.layers = (1, 4)
     config.data.max_megabytes = 2
@@ -33,30 +29,8 @@ def deep(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def base() -> ml_collections.ConfigDict:
-    """The budget: the pure MoE."""
-    return deep(moe_tiny.get_config())
-
-
-def build(point: Point) -> ml_collections.ConfigDict:
-    rho = 1 if point.value == "moe" else RHO
-    return allocation.allocated(rho, base(), deep(engram_tiny.get_config()))
-
-
-EXPERIMENT = Experiment(
-    name="depth",
-    title="A pair of 8 layers: MoE, and Engram at equal parameters and FLOPs",
-    base=base,
-    build=build,
-    points=(
-        Point("variant", "moe", "MoE", "MoE"),
-        Point("variant", "engram", "Engram", "Engram"),
-    ),
-    baseline="variant=moe",
-    seeds=(0, 1, 2),
-    rates={"MoE": (8e-3,), "Engram": (8e-3,)},
-    tune={"MoE": "variant=moe", "Engram": "variant=engram"},
-    axis="",
+EXPERIMENT = allocation.pair(
+    "depth", "A pair of 8 layers: MoE, and Engram at equal parameters and FLOPs", deep
 )
 
 

@@ -9,20 +9,12 @@ steps of 4 x 2,048 tokens. Both in one working directory: a run begins with the 
 variant and seed under runs/short_context.
 """
 
+import dataclasses
+
 import ml_collections
 
-from configs.experiments import short_context
-from engram_jax.lab.experiment import Experiment, Launch, Point
-
-RATE = 8e-4  # a tenth of the short model's
-
-
-def base() -> ml_collections.ConfigDict:
-    return long(short_context.base())
-
-
-def build(point: Point) -> ml_collections.ConfigDict:
-    return long(short_context.build(point))
+from configs.experiments.short_context import EXPERIMENT as SHORT
+from engram_jax.lab.experiment import Launch
 
 
 def long(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -42,22 +34,17 @@ def long(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def source(launch: Launch) -> str:
     """The short model's run."""
-    short = short_context.EXPERIMENT
-    name = Launch(launch.point, launch.seed, short.rates[launch.point.family][0]).name
-    return f"runs/{short.name}/{name}"
+    short = dataclasses.replace(launch, rate=SHORT.rates[launch.point.family][0])
+    return f"runs/{SHORT.name}/{short.name}"
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = dataclasses.replace(
+    SHORT,
     name="long_context",
     title="Extended from 256 to 2,048 tokens by YaRN",
-    base=base,
-    build=build,
-    points=short_context.VARIANTS,
-    baseline="variant=moe",
-    seeds=short_context.SEEDS,
-    rates={"MoE": (RATE,), "Engram": (RATE,)},
-    tune={"MoE": "variant=moe", "Engram": "variant=engram"},
-    axis="",
+    base=lambda: long(SHORT.base()),
+    build=lambda point: long(SHORT.build(point)),  # the short model's sizes
+    rates={family: (rate / 10,) for family, (rate,) in SHORT.rates.items()},
     source=source,
 )
 

@@ -1,10 +1,11 @@
 """Converts a state to the arrays that a checkpoint stores, and back onto any mesh.
 
 A table of R rows is padded (memory/table.py: TableLayout). R are stored, whatever the mesh. Orbax
-writes the padded array, every process its own shards, and before
-the checkpoint becomes visible Tensorstore sets the array's bounds to R, which drops the chunks
-beyond. Nothing of the table is read or moved for it. Reading, Orbax fills what is not stored
-with zeros (`ArrayRestoreArgs.strict`).
+writes the padded array, every process its own shards, and before the checkpoint becomes visible
+Tensorstore sets the array's bounds to R, which drops the chunks beyond. Nothing of the table is
+read or moved for it. Reading, Orbax fills what is not stored with zeros
+(`ArrayRestoreArgs.strict`), and so does orbax_internals.read_pieces, which reads large arrays onto
+a single device.
 """
 
 from __future__ import annotations

@@ -279,12 +279,12 @@ class Checkpointer:
         large = {k: v for k, v in targets.items() if is_read_in_pieces(v)}
         others = {k: v for k, v in targets.items() if k not in large}
         args = {k: restore_args(v, shapes[k]) for k, v in others.items()}
-        partial |= bool(large)
+        asked = ocp.args.PyTreeRestore(
+            others, restore_args=args, partial_restore=partial or bool(large)
+        )
         with OneLine(f"checkpoint {path}: cannot be read"):
-            found = self._arrays.restore(
-                path / "state",
-                args=ocp.args.PyTreeRestore(others, restore_args=args, partial_restore=partial),
-            )
+            # Orbax refuses to read nothing.
+            found = self._arrays.restore(path / "state", args=asked) if others else {}
             return found | {k: read_pieces(path / "state", k, v) for k, v in large.items()}
 
     def steps(self) -> list[int]:

@@ -51,8 +51,8 @@ class TableLayout:
 class Table:
     """One layer's table and its optimizer's moments.
 
-    rows: [R, dim]; the heads one after another (address = head offset + hash mod head size). On a
-      mesh of n devices [n L, dim], row a at (a mod n) L + a // n (memory/exchange.py).
+    rows: [n L, dim] on n devices; the heads one after another (address = head offset + hash mod
+      head size), row a at (a mod n) L + a // n (memory/exchange.py). Those from R on are padding.
     mu, nu: first and second moments of the rows, likewise, float32; None of a frozen table.
     """
 

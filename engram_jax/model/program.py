@@ -215,7 +215,8 @@ def table_format(mesh: Mesh) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Weights:
-    """What inference needs of a training state; rows: Engram layer id -> [R, dim]."""
+    """What inference needs of a training state; rows: Engram layer id -> [n L, dim] by address,
+    those from R on being padding (`TableLayout`); np.ndarray [R, dim] where read to the host."""
 
     params: Params
     router_bias: Params
