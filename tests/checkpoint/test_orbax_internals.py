@@ -74,6 +74,17 @@ def test_a_large_array_is_read_in_pieces(rows, dtype, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again["small"], [0, 1, 2])
 
 
+def test_nothing_but_a_large_array_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_internals, "_PIECE", 64 * 32 * 4)
+    table = jax.random.normal(jax.random.key(0), (1000, 32))
+    with Checkpointer(tmp_path / "run") as made:
+        made.save(1, {"table": table, "small": np.arange(3)})
+        made.wait()
+        found = made.restore(1, {"table": table}, whole=False).state
+    assert found.keys() == {"table"}
+    np.testing.assert_array_equal(found["table"], table)
+
+
 @pytest.mark.parametrize("devices", [1, 2, 3, 8, 128])
 @pytest.mark.parametrize("rows", [65_537, 2_097_143, 15_200_003, 1_000_000_007])
 def test_the_rows_of_a_large_table_can_be_divided(rows, devices):

@@ -6,6 +6,7 @@ All 13 tasks are built once, at lm-eval's smallest length and at one that is too
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from engram_jax.config.errors import UserError
 from engram_jax.harness import evaluate, loading, ruler
 from engram_jax.harness.loading import Asked, Loaded, load_tasks
+from engram_jax.tasks import in_context, ruler_form
 from scripts import ruler_data
 from tests.harness import local_tasks
 from tests.scripts.test_ruler_data import debian_text
@@ -151,6 +153,26 @@ def test_a_plain_program_solves_every_synthetic_prompt(built):
 
 
 @pytest.mark.slow
+def words(prompt: str) -> str:
+    """A prompt without filler, what is drawn in it being marks; only the last of several."""
+    prompt = prompt[prompt.rfind("Memorize and track") :] if "Memorize" in prompt else prompt
+    for sentence in ruler_form._FILLER:
+        prompt = prompt.replace(sentence.strip(), "")
+    for pattern, mark in ((r"\b\d+\b(?! variables)", "N"), (r"\b[A-Z]{5}\b", "X")):
+        prompt = re.sub(pattern, mark, prompt)
+    return " ".join(re.sub(r"\S+-\S+", "key", prompt).split())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("ruler_needle", "niah_single_1"), ("ruler_tracking", "ruler_vt")]
+)
+def test_our_tasks_have_the_words_of_rulers(ours, theirs, built):
+    """Prompts that are trained on, and lm-eval's."""
+    (document, *_) = built.documents[theirs][LENGTH]
+    (item,) = itertools.islice(in_context.items(ours, "medium", 0), 1)
+    assert words(item.prompt) == words(f"{document['input']} {document['gen_prefix']}")
+
+
 def test_lengths_are_near_what_is_asked(built):
     for task in set(built.documents) - {*QA}:  # of passages there are few here
         for document in built.documents[task][LENGTH]:
