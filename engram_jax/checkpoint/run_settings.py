@@ -24,6 +24,7 @@ FREE = (
     "name",
     "tokenizer.path",
     "model.remat",
+    "model.kept",
     "model.kernels",
     "model.engram.addresses",
     "mesh",

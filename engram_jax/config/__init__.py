@@ -34,8 +34,12 @@ from engram_jax.config.parse import (
     with_changes,
 )
 from engram_jax.config.schema import (
+    ATTENTION,
     DIFFICULTIES,
+    EXPERTS,
     LOCAL_BPE,
+    OUTPUTS,
+    QUERIES,
     TASKS,
     AttentionConfig,
     Config,
@@ -76,6 +80,7 @@ from engram_jax.config.training_schema import (
 
 __all__ = [
     "ALL_LAYERS",
+    "ATTENTION",
     "BF16",
     "CONSTANT",
     "CONTEXT",
@@ -84,6 +89,7 @@ __all__ = [
     "DEVICE",
     "DIFFICULTIES",
     "DISK",
+    "EXPERTS",
     "FP8",
     "FROZEN",
     "HASHED",
@@ -98,8 +104,10 @@ __all__ = [
     "MODEL",
     "ONE",
     "ONE_ROW",
+    "OUTPUTS",
     "OVER_ENCODING",
     "PAPER",
+    "QUERIES",
     "QWEN",
     "ROWWISE_ADAM",
     "ROW_FORMATS",

@@ -29,6 +29,8 @@ TASKS = (
 )
 DIFFICULTIES = ("easy", "medium", "hard")
 LOCAL_BPE = "local-bpe"
+OUTPUTS, ATTENTION, QUERIES, EXPERTS = "outputs", "attention", "queries", "experts"
+KEPT = (OUTPUTS, ATTENTION, QUERIES, EXPERTS)  # model.kept
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,11 @@ class ModelConfig:
     dtype: of the network's computations.
     param_dtype: of the stored parameters and their updates.
     remat: what the backward pass computes again: "none", "dots" (all but matrix products), "block"
-      (all but the blocks' inputs).
+      (all but the blocks' inputs and what `kept` names).
+    kept: what remat = "block" keeps of every layer, of T tokens: "outputs" of attention and
+      feed-forward, 2 T d numbers; "attention", the heads' results, T heads v_dim; "queries",
+      T heads (nope_dim + rope_dim); "experts", both products of every routed expert before the
+      last, 2 T top_k expert_dim.
     kernels: "auto" runs Pallas kernels where they are supported and faster
       (kernels_pallas/dispatch.py), "reference" plain jax.numpy, "pallas" the kernels or an error
       (interpreted on a CPU: slow; on a GPU training works, but decoding raises the error, since its
@@ -169,6 +175,7 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    kept: tuple[str, ...] = ()
     kernels: str = "auto"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: FeedForwardConfig = field(default_factory=FeedForwardConfig)

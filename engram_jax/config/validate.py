@@ -32,6 +32,8 @@ from engram_jax.config.memory_schema import (
 )
 from engram_jax.config.schema import (
     DIFFICULTIES,
+    EXPERTS,
+    KEPT,
     TASKS,
     Config,
     DataConfig,
@@ -159,6 +161,7 @@ def validate(config: Config) -> None:
     model = config.model
     rope = model.attention.rope_dim
     require(rope % 2 == 0, "model.attention.rope_dim", rope, "even (RoPE rotates pairs)")
+    _kept(config)
     _yarn(model.attention.yarn)
     _feed_forward(model.ffn, model.layers)
     validate_memory(config)
@@ -172,6 +175,20 @@ def validate(config: Config) -> None:
     validate_training(config)
     _generate(config.generate, config.tokenizer.vocab_size)
     validate_serving(config.serve, config.model.engram)
+
+
+def _kept(config: Config) -> None:
+    model, key = config.model, "model.kept"
+    if model.kept:
+        require(model.remat == "block", key, model.kept, "left out without model.remat = 'block'")
+    known = set(model.kept) <= set(KEPT) and len(set(model.kept)) == len(model.kept)
+    require(known, key, model.kept, f"different ones of {', '.join(KEPT)}")
+    if EXPERTS in model.kept:
+        routed = model.ffn.routed_experts
+        require(routed > 0, key, model.kept, f"without '{EXPERTS}' in a model without experts")
+        several = config.mesh.expert
+        allowed = f"without '{EXPERTS}' where mesh.expert = {several} exchanges tokens"
+        require(several == 1, key, model.kept, allowed)
 
 
 def _yarn(yarn: YarnConfig) -> None:

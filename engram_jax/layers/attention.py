@@ -18,7 +18,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from engram_jax.config import ATTENTION
 from engram_jax.layers.norm import compute_dtype
 
 MASKED = -1e30  # finite: a row without any visible key still gives numbers, not NaN
@@ -107,6 +109,7 @@ def _forward(
     q, k, v = (x.swapaxes(1, 2) for x in (query, keys, values))
     weights = softmax(_product("bhsk,bhtk->bhst", q, k) * scale, visible)
     out = jnp.einsum("bhst,bhtv->bhsv", weights.astype(v.dtype), v)
+    out = checkpoint_name(out, ATTENTION)
     return out.swapaxes(1, 2), (q, k, v, weights, out)
 
 

@@ -25,7 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from engram_jax.config import EXPERTS
 from engram_jax.layers.grouped_ragged import (
     chunked_backward,
     chunked_forward,
@@ -78,7 +80,7 @@ def _forward(*args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
         paths[TILED] = functools.partial(_forgetful_forward, tiled_forward)
         paths[RAGGED] = functools.partial(_forgetful_forward, ragged_forward)
     y, *kept = _choose(path, chunk, paths)(*inputs)
-    return y, (*inputs, *kept)
+    return y, (*inputs, *(checkpoint_name(products, EXPERTS) for products in kept))
 
 
 def _backward(

@@ -26,6 +26,8 @@ Coefficients are computed in float32 (float64 for float64 streams), streams keep
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -61,6 +63,14 @@ def initial_base(home: ArrayLike, streams: int, start: str, dtype: DTypeLike) ->
     return jnp.concatenate([pre, jnp.zeros(streams), res.reshape(-1)]).astype(dtype)
 
 
+class Mixing(NamedTuple):
+    """Streams x [B, T, n, d]; post [B, T, n] and res [B, T, n (target), n (source)] for them."""
+
+    x: jax.Array
+    post: jax.Array
+    res: jax.Array
+
+
 class HyperConnection(nnx.Module):
     """The hyper-connection of one sub-layer: `pre` before it, `merge` after it.
 
@@ -94,17 +104,17 @@ class HyperConnection(nnx.Module):
             nnx.Param(jnp.ones((n * d_model,), param_dtype)) if config.norm_gain else None
         )
 
-    def pre(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def pre(self, x: jax.Array) -> tuple[jax.Array, Mixing]:
         """The sub-layer's input, and what `merge` needs.
 
         Args:
           x: streams [B, T, n, d].
 
         Returns:
-          (input [B, T, d] in the dtype of x, post [B, T, n], res [B, T, n (target), n (source)]).
+          (input [B, T, d] in the dtype of x, the streams with what they are mixed by).
         """
         config = self.config
-        return mhc_pre(
+        collapsed, post, res, x = mhc_pre(
             x,
             self.fn[...],
             self.base[...],
@@ -115,10 +125,11 @@ class HyperConnection(nnx.Module):
             transpose=config.transpose,
             implementation=self.kernels,
         )
+        return collapsed, Mixing(x, post, res)
 
-    def merge(self, x: jax.Array, y: jax.Array, post: jax.Array, res: jax.Array) -> jax.Array:
-        """res x + post^T y: streams x [B, T, n, d], the sub-layer's output y [B, T, d] -> streams.
+    def merge(self, mixing: Mixing, y: jax.Array) -> jax.Array:
+        """res x + post^T y: from `pre`, and the sub-layer's output y [B, T, d] -> streams.
 
-        post and res are those of `pre` for the same x. Computed in their dtype, returned in x's.
+        Computed in the dtype of post and res, returned in x's.
         """
-        return mhc_merge(x, y, post, res, implementation=self.kernels)
+        return mhc_merge(mixing.x, y, mixing.post, mixing.res, implementation=self.kernels)

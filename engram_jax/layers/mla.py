@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from engram_jax.config import AttentionConfig
+from engram_jax.config import QUERIES, AttentionConfig
 from engram_jax.layers import splash
 from engram_jax.layers.attention import MASKED, attention_of_chunks, causal_attention, softmax
 from engram_jax.layers.linear import linear
@@ -93,6 +94,7 @@ class MLA(nnx.Module):
           [B, T, d] in `dtype`.
         """
         query, latent, key_rope = self._project(x, positions)
+        query = checkpoint_name(query, QUERIES)
         shards, key_segments = shard.axes.sequence, segments
         if shards > 1:
             entry = shard.gather_keys(jnp.concatenate([latent, key_rope], axis=-1))

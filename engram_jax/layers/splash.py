@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from engram_jax.config import ATTENTION
 from engram_jax.sharding.sequence import tokens_in_device_order
 
 BLOCK = 512  # queries and keys of a tile; the longest that fits the VMEM of every generation
@@ -82,6 +83,7 @@ def _kernel(length: int, heads: int, shards: int, interpret: bool) -> Any:
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=shards,
+            residual_checkpoint_name=ATTENTION,
             interpret=interpret,
         )
         return jax.tree.map(np.asarray, kernel)

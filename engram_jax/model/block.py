@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from engram_jax.config import ModelConfig
+from engram_jax.config import OUTPUTS, ModelConfig
 from engram_jax.layers.feed_forward import SwiGLU
 from engram_jax.layers.hyper_connections import HyperConnection
 from engram_jax.layers.mla import MLA, MLACache
@@ -57,21 +58,21 @@ class Block(nnx.Module):
         self, x: jax.Array, segments: jax.Array, shard: ShardView
     ) -> tuple[jax.Array, jax.Array]:
         """streams [B, T, M, d] -> (streams, load [E]; [0] for a dense block)."""
-        h, post, res = self.ffn_hyper.pre(x)
+        h, mixing = self.ffn_hyper.pre(x)
         h = self.ffn_norm(h)
         if isinstance(self.ffn, MoE):
             y, load = self.ffn(h, segments, shard)
         else:
             y, load = self.ffn(h, shard), jnp.zeros((0,), jnp.float32)
-        return self.ffn_hyper.merge(x, y, post, res), load
+        return self.ffn_hyper.merge(mixing, checkpoint_name(y, OUTPUTS)), load
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, segments: jax.Array, shard: ShardView = UNSHARDED
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, M, d], positions and segments int32 [B, T] -> (x, load [E])."""
-        h, post, res = self.attention_hyper.pre(x)
+        h, mixing = self.attention_hyper.pre(x)
         y = self.attention(self.attention_norm(h), positions, segments, shard)
-        x = self.attention_hyper.merge(x, y, post, res)
+        x = self.attention_hyper.merge(mixing, checkpoint_name(y, OUTPUTS))
         return self._feed_forward(x, segments, shard)
 
     def cached(
@@ -86,9 +87,9 @@ class Block(nnx.Module):
 
         valid: int32 [B, S], 1 for real tokens and 0 for padding.
         """
-        h, post, res = self.attention_hyper.pre(x)
+        h, mixing = self.attention_hyper.pre(x)
         y, cache = self.attention.cached(self.attention_norm(h), positions, cache, shard)
-        x = self.attention_hyper.merge(x, y, post, res)
+        x = self.attention_hyper.merge(mixing, y)
         return self._feed_forward(x, valid, shard)[0], cache
 
     def paged(
@@ -102,10 +103,10 @@ class Block(nnx.Module):
         shard: ShardView = UNSHARDED,
     ) -> tuple[jax.Array, jax.Array]:
         """As `cached`, with a shared pool of pages (MLA.paged)."""
-        h, post, res = self.attention_hyper.pre(x)
+        h, mixing = self.attention_hyper.pre(x)
         h = self.attention_norm(h)
         y, pool = self.attention.paged(h, positions, pages, layer, pool, shard)
-        x = self.attention_hyper.merge(x, y, post, res)
+        x = self.attention_hyper.merge(mixing, y)
         return self._feed_forward(x, valid, shard)[0], pool
 
 
@@ -125,7 +126,8 @@ class Stack(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: str, first: int, count: int, *, key: jax.Array):
         """key: of the blocks of all layers; each draws from this key and its layer id."""
-        self.first, self.count, self.remat = first, count, config.remat
+        self.first, self.count = first, count
+        self.remat, self.kept = config.remat, config.kept
 
         @nnx.vmap
         def create(layer: jax.Array) -> Block:
@@ -152,7 +154,8 @@ class Stack(nnx.Module):
             return x, load if observe is None else (load, observe(x))
 
         if self.remat == "block":
-            body = jax.checkpoint(body)
+            policy = jax.checkpoint_policies.save_only_these_names(*self.kept)
+            body = jax.checkpoint(body, policy=policy)
         elif self.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, policy=policy)

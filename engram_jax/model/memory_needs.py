@@ -13,9 +13,13 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from engram_jax.config import (
+    ATTENTION,
     DEVICE,
     DISK,
+    EXPERTS,
     FROZEN,
+    OUTPUTS,
+    QUERIES,
     Config,
     ModelConfig,
     ServeConfig,
@@ -43,7 +47,8 @@ def check_training(config: Config, device: float, machine: float) -> None:
     row_bytes = jnp.dtype(model.engram.table_dtype).itemsize + 4 * moments
     sequences = data.batch_size / config.train.accumulation
     # What every block reads is kept for the backward pass, whatever model.remat is.
-    kept = sequences * data.seq_len * model.layers * model.hyper.streams * model.d_model
+    each = model.layers * model.hyper.streams * model.d_model + _kept(model)
+    kept = sequences * data.seq_len * each
     needs = {
         _named("tokenizer.vocab_size", config.tokenizer.vocab_size): vocabulary
         * item
@@ -56,6 +61,19 @@ def check_training(config: Config, device: float, machine: float) -> None:
     _compare(needs, device, "the devices together have")
     workers = {_named("data.workers", data.workers): data.workers * WORKER}
     _compare(workers, machine, "this machine has")
+
+
+def _kept(model: ModelConfig) -> float:
+    """Numbers of a token in what model.kept names, in all layers."""
+    attention, ffn = model.attention, model.ffn
+    routed = model.layers - ffn.dense_layers if ffn.routed_experts else 0
+    numbers = {
+        OUTPUTS: 2.0 * model.layers * model.d_model,
+        ATTENTION: model.layers * attention.heads * attention.v_dim,
+        QUERIES: model.layers * attention.heads * (attention.nope_dim + attention.rope_dim),
+        EXPERTS: 2.0 * routed * ffn.top_k * ffn.expert_dim,
+    }
+    return sum(numbers[name] for name in model.kept)
 
 
 def check_serving(config: Config, capacity: int, device: float, machine: float) -> None:

@@ -60,7 +60,7 @@ KEY = "config.train.init_from"
 MEANING = ("model", "tokenizer")
 WITHOUT_MEANING = (
     *("tokenizer.name", "tokenizer.path", "tokenizer.canonical_vocab_size", "tokenizer.eos_id"),
-    *("model.init_std", "model.dtype", "model.remat", "model.kernels"),
+    *("model.init_std", "model.dtype", "model.remat", "model.kept", "model.kernels"),
     *("model.hyper.start", "model.hyper.scale_init", "model.ffn.bias_update_rate"),
     *("model.engram.init_std", "model.engram.addresses"),
     *("model.engram.precision", "model.engram.fp8_recipe"),

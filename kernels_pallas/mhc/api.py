@@ -27,8 +27,8 @@ def mhc_pre(
     eps: float,
     transpose: bool,
     implementation: str = AUTO,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sub-layer's input, and post and res for `mhc_merge`. Differentiable in every array.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The sub-layer's input, and what `mhc_merge` takes. Differentiable in every array.
 
     Args:
       x: streams [..., n, d], float32, bfloat16 or (reference only) float64.
@@ -43,8 +43,9 @@ def mhc_pre(
       implementation: of dispatch.IMPLEMENTATIONS.
 
     Returns:
-      (input [..., d] in x's dtype, post [..., n], res [..., n (target), n (source)]), post and res
-      in float32 (float64).
+      (input [..., d] in x's dtype, post [..., n], res [..., n (target), n (source)], x), post and
+      res in float32 (float64). `mhc_merge` is best given this x: the TPU's kernel then adds its
+      gradient where it writes that of the argument, instead of another pass over both.
 
     Raises:
       dispatch.UnsupportedError: "pallas", and the kernel does not support these arguments.
@@ -62,10 +63,15 @@ def mhc_pre(
             x, fn, base, scale, iterations=iterations, eps=eps, transpose=transpose
         )
     options = vjp.Options(iterations, eps, transpose)
-    collapsed, post, res = vjp.pre(
+    collapsed, post, res, streams = vjp.pre(
         x.reshape(math.prod(lead), n, d), fn, base, scale, options, choice
     )
-    return collapsed.reshape(*lead, d), post.reshape(*lead, n), res.reshape(*lead, n, n)
+    return (
+        collapsed.reshape(*lead, d),
+        post.reshape(*lead, n),
+        res.reshape(*lead, n, n),
+        streams.reshape(x.shape),
+    )
 
 
 def mhc_merge(

@@ -24,7 +24,7 @@ def pre(
     iterations: int,
     eps: float,
     transpose: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """As api.mhc_pre, with fn already times the gain; fn, base and scale in the compute dtype."""
     n = x.shape[-2]
     tokens = x.reshape(-1, *x.shape[-2:])
@@ -45,6 +45,7 @@ def pre(
         collapsed.reshape(*x.shape[:-2], -1),
         post.T.reshape(x.shape[:-1]),
         jnp.moveaxis(res, -1, 0).reshape(*x.shape[:-1], n),
+        x,
     )
 
 

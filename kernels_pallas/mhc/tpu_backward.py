@@ -1,12 +1,13 @@
 """Gradients of mHC before a sub-layer on TPU (Mosaic), in one pass over the streams.
 
-From g, g_post and g_res, with the logits h and r = 1 / rms(x) that the forward pass kept:
+From g, g_post, g_res and g_x, the gradient of the streams from what reads them later, with the
+logits h and r = 1 / rms(x) that the forward pass kept:
 
     g_pre_j = <g, x_j>
     dz      = gradient of z = a h + b: Sinkhorn forward (factors after every step stay in VMEM)
               and back, sigmoids (coefficients.py)
     dbase_c = sum dz_c;  dscale = sums dz_c h_c;  e_c = a dz_c r
-    dx_j    = pre_j g + sum_c e_c fn_jc - (sum_c e_c h_c) r x_j / (n d)
+    dx_j    = pre_j g + sum_c e_c fn_jc - (sum_c e_c h_c) r x_j / (n d) + g_x_j
     dfn_jc  = sum over tokens of e_c x_j
 
 Both products run on the MXU in bfloat16 parts as in tpu.py. Gradients of parameters are summed in
@@ -55,7 +56,7 @@ from kernels_pallas.mhc.tpu_blocks import (
 def vmem(tokens: int, n: int, d: int, size: int) -> int:
     """Approximate bytes of VMEM that `backward` needs (20 iterations)."""
     width = Width(n)
-    moving = 2 * tokens * ((2 * n + 1) * d * size + 4 * (n + n * n + width.kept))
+    moving = 2 * tokens * ((3 * n + 1) * d * size + 4 * (n + n * n + width.kept))
     across = 4 * max(8 * LANES, tokens)  # one number per token
     scratch = across * (2 * LANES + width.stacked + 40 * n)
     turned = 2 * tokens * width.stacked * (len(parts_for_dx(size)[1]) + 1) + 8 * tokens * LANES
@@ -72,6 +73,7 @@ def backward(
     g: jax.Array,
     g_post: jax.Array,
     g_res: jax.Array,
+    g_x: jax.Array,
     *,
     iterations: int,
     eps: float,
@@ -83,7 +85,7 @@ def backward(
 
     Args:
       x: [n, P, d]; fn, base, scale: as in tpu.forward; kept: from tpu.forward; g: [P, d];
-      g_post: float32 [n, P]; g_res: float32 [n n, P].
+      g_post: float32 [n, P]; g_res: float32 [n n, P]; g_x: [n, P, d] in x's dtype.
 
     Returns:
       (dx [n, P, d] in x's dtype; float32 dfn [n d, c], dbase [c], dscale [3]).
@@ -99,7 +101,8 @@ def backward(
 
     def kernel(*refs: Any) -> None:
         names = (
-            *("base", "scale", "x", "fn", "kept", "g", "g_post", "g_res", "dx", "dfn", "sums"),
+            *("base", "scale", "x", "fn", "kept", "g", "g_post", "g_res", "g_x"),
+            *("dx", "dfn", "sums"),
             *("lanes", "made", "stack", "factors", "columns", "e_tokens", "e_columns", "partial"),
         )
         named = dict(zip(names, refs, strict=True))
@@ -114,7 +117,7 @@ def backward(
     in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     streams = pl.BlockSpec((n, bt, d), lambda h, s: (0, token_block(h, s), 0))
     groups, lanes = bt // LANES, jnp.float32
-    operands = base, scale, x, stacked_parts(fn, n, of_fn), kept, g, g_post, g_res
+    operands = base, scale, x, stacked_parts(fn, n, of_fn), kept, g, g_post, g_res, g_x
     out_shape = [
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         jax.ShapeDtypeStruct((halves, n, width.part, d), jnp.float32),
@@ -136,6 +139,7 @@ def backward(
             pl.BlockSpec((bt, d), lambda h, s: (token_block(h, s), 0)),
             rows(n),
             rows(n * n),
+            streams,
         ],
         out_specs=[
             streams,
@@ -309,5 +313,5 @@ def _dx(refs: dict[str, Any], tokens: Any, columns: Any, n: int, width: int) -> 
         for j in range(n):
             x = refs["x"][j, tokens, lanes].astype(jnp.float32)
             out = refs["partial"][j, tokens, k * LANES : (k + 1) * LANES]
-            out += pre[j] * g - along * x
+            out += pre[j] * g - along * x + refs["g_x"][j, tokens, lanes].astype(jnp.float32)
             refs["dx"][j, tokens, lanes] = out.astype(refs["dx"].dtype)

@@ -32,8 +32,8 @@ def pre(
     scale: jax.Array,
     options: Options,
     choice: Choice,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [P, n, d], float32 fn [n d, c], base, scale -> collapsed [P, d], post and res."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """x [P, n, d], float32 fn [n d, c], base, scale -> collapsed [P, d], post, res and x."""
     return _pre_forward(x, fn, base, scale, options, choice)[0]
 
 
@@ -55,7 +55,7 @@ def _pre_forward(
     else:
         collapsed, post, res = out
     n = x.shape[1]
-    return (collapsed, post, res.reshape(-1, n, n)), (x, fn, base, scale, kept)
+    return (collapsed, post, res.reshape(-1, n, n), x), (x, fn, base, scale, kept)
 
 
 def _pre_backward(options: Options, choice: Choice, residuals: tuple, g: tuple) -> tuple:
@@ -63,7 +63,7 @@ def _pre_backward(options: Options, choice: Choice, residuals: tuple, g: tuple) 
     if choice.kernel != TPU:
         _, pullback = jax.vjp(functools.partial(reference.pre, **vars(options)), x, fn, base, scale)
         return pullback(g)
-    g_collapsed, g_post, g_res = g
+    g_collapsed, g_post, g_res, g_x = g
     g_res = g_res.reshape(x.shape[0], -1).T
     dx, *rest = tpu_backward.backward(
         _first(x),
@@ -74,6 +74,7 @@ def _pre_backward(options: Options, choice: Choice, residuals: tuple, g: tuple) 
         g_collapsed,
         g_post.T,
         g_res,
+        _first(g_x),
         **vars(options),
         interpret=choice.interpret,
     )

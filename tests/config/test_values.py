@@ -105,6 +105,7 @@ IMPOSSIBLE = [
     ("model.dtype=float16", "'float16'", "'float32', 'bfloat16'"),
     ("model.param_dtype=bfloat16", "'bfloat16'", "'float32'"),
     ("model.remat=full", "'full'", "'none', 'block', 'dots'"),
+    ("model.kept=('outputs',)", "('outputs',)", "left out without model.remat = 'block'"),
     ("model.hyper.start=random", "'random'", "'identity', 'uniform'"),
     ("model.engram.form=v3", "'v3'", "'paper', 'v41', 'qwen'"),
     ("model.engram.hash_dialect=v41", "'v41'", "'paper', 'qwen'"),
@@ -259,6 +260,31 @@ def test_impossible_values(override, words):
 )
 def test_impossible_fp8(overrides, words):
     refused(described({"model.engram.precision": "fp8", "model.d_model": 16, **overrides}), *words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            {"model.kept": ("logits",)},
+            ("'logits'", "different ones of outputs, attention, queries, experts"),
+        ),
+        (
+            {"model.kept": ("queries", "queries")},
+            ("'queries'", "different ones of"),
+        ),
+        (
+            {"model.kept": ("experts",), "model.ffn.routed_experts": 0},
+            ("without 'experts' in a model without experts",),
+        ),
+        (
+            {"model.kept": ("experts",), "mesh.expert": 2},
+            ("without 'experts' where mesh.expert = 2 exchanges tokens",),
+        ),
+    ],
+)
+def test_what_cannot_be_kept(overrides, words):
+    refused(described({"model.remat": "block", **overrides}), "model.kept", *words)
 
 
 OVER = {"model.engram.form": "over_encoding", "model.engram.layers": (0,)}

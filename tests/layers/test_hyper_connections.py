@@ -22,8 +22,8 @@ def build(d, config, home=0, dtype="float32"):
 @jax.jit
 def around(module, x, y):
     """Streams and a given sub-layer output -> (what the sub-layer reads, streams after it)."""
-    collapsed, post, res = module.pre(x)
-    return collapsed, module.merge(x, y, post, res), post, res
+    collapsed, mixing = module.pre(x)
+    return collapsed, module.merge(mixing, y), mixing.post, mixing.res
 
 
 def normal(*shape, seed=0):

@@ -182,10 +182,15 @@ def test_compiled_size_does_not_grow_with_depth():
     assert abs(size(24) - size(12)) < 0.02 * size(12)  # no more than 8 blocks are unrolled
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
-def test_rematerialisation_changes_no_gradient(remat):
+ALL_KEPT = ("outputs", "attention", "queries", "experts")
+
+
+@pytest.mark.parametrize(
+    ("remat", "kept"), [("block", ()), ("block", ALL_KEPT), ("dots", ())], ids=str
+)
+def test_rematerialisation_changes_no_gradient(remat, kept):
     program, state = tiny()
-    other, _ = tiny(**{"model.remat": remat})
+    other, _ = tiny(**{"model.remat": remat, "model.kept": kept})
     batch = random_batch(program.config)
 
     def gradients(program):
@@ -200,6 +205,33 @@ def test_rematerialisation_changes_no_gradient(remat):
         gradients(other),
         gradients(program),
     )
+
+
+def test_what_is_kept_is_not_computed_again():
+    """Matrix products in the gradient's program for a TPU, of dense weights and of experts."""
+
+    def products(**keys):
+        program, state = tiny(**keys)
+        batch = random_batch(program.config)
+
+        def loss(params):
+            return jnp.sum(full(program, dataclasses.replace(state, params=params), batch)[0])
+
+        lowered = jax.jit(jax.grad(loss)).trace(state.params).lower(lowering_platforms=("tpu",))
+        text = lowered.as_text()
+        return text.count("stablehlo.dot_general"), text.count('"chlo.ragged_dot"')
+
+    def kept(*names):
+        dense, routed = products(**{"model.remat": "block", "model.kept": names})
+        return nothing[0] - dense, nothing[1] - routed
+
+    nothing = products(**{"model.remat": "block"})
+    # A dense layer and one with experts. Outputs: of attention, of the dense layer's feed-forward,
+    # of the shared experts, of the routed ones.
+    assert kept("outputs") == (4, 1)
+    assert kept("queries") == (2, 0)
+    assert kept("attention") == (2, 0)  # the weights that its gradient needs are not kept on a CPU
+    assert kept("outputs", "experts") == (4, 3)
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_stays_close():

@@ -9,11 +9,11 @@ from tests.oracle.hyper_connections import coefficients, sigmoid
 
 
 def pre(x, fn, base, scale, gain, *, iterations, eps, transpose):
-    """x [T, n, d] -> (collapsed [T, d], post [T, n], res [T, n (target), n (source)])."""
+    """x [T, n, d] -> (collapsed [T, d], post [T, n], res [T, n (target), n (source)], x)."""
     options = {"iterations": iterations, "eps": eps, "transpose": transpose}
     found = [coefficients(token, fn, base, scale, gain, **options) for token in x]
     weights, post, res = (np.stack(part) for part in zip(*found, strict=True))
-    return np.einsum("tn,tnd->td", weights, x), post, res
+    return np.einsum("tn,tnd->td", weights, x), post, res, x
 
 
 def sinkhorn_gradient(logits, g, iterations, eps):
@@ -32,7 +32,7 @@ def sinkhorn_gradient(logits, g, iterations, eps):
 
 
 def pre_gradients(x, fn, base, scale, gain, g, *, iterations, eps, transpose):
-    """(dx, dfn, dbase, dscale, dgain) from g = (of collapsed, of post, of res)."""
+    """(dx, dfn, dbase, dscale, dgain) from g = (of collapsed, of post, of res, of x)."""
     tokens, n, d = x.shape
     dx = np.zeros_like(x)
     dfn, dbase, dscale, dgain = (np.zeros(np.shape(a)) for a in (fn, base, scale, gain))
@@ -46,7 +46,7 @@ def pre_gradients(x, fn, base, scale, gain, g, *, iterations, eps, transpose):
         s_pre, s_post = sigmoid(z[:n]), sigmoid(z[n : 2 * n])
         logits = z[2 * n :].reshape(n, n)
 
-        g_collapsed, g_post, g_res = (part[t] for part in g)
+        g_collapsed, g_post, g_res, g_x = (part[t] for part in g)
         d_logits = sinkhorn_gradient(logits.T if transpose else logits, g_res, iterations, eps)
         dz = np.concatenate(
             [
@@ -63,7 +63,7 @@ def pre_gradients(x, fn, base, scale, gain, g, *, iterations, eps, transpose):
         dgain += dv * flat / rms
         d_normed = dv * gain
         d_flat = d_normed / rms - flat * (d_normed @ flat) / (len(flat) * rms**3)
-        dx[t] = d_flat.reshape(n, d) + np.outer(s_pre + eps, g_collapsed)
+        dx[t] = d_flat.reshape(n, d) + np.outer(s_pre + eps, g_collapsed) + g_x
     return dx, dfn, dbase, dscale, dgain
 
 

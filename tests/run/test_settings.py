@@ -25,7 +25,8 @@ STEPS = SMALL["train.steps"]
 
 # What decides no result; every other key does. A new key belongs to one or the other.
 FREE = [
-    *("name", "tokenizer.path", "model.remat", "model.kernels", "model.engram.addresses"),
+    *("name", "tokenizer.path", "model.remat", "model.kept", "model.kernels"),
+    "model.engram.addresses",
     *("data.path", "data.cache_dir", "data.workers", "train.log_every", "train.eval_every"),
     "train.evaluations",
     *("train.checkpoint_every", "train.keep", "train.keep_best", "train.count_models"),

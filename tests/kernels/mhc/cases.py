@@ -16,7 +16,7 @@ def exact(values, dtype):
 
 
 def pre_arguments(shape, dtype, seed=0):
-    """[x, fn, base, scale, gain], cotangents of (collapsed, post, res)."""
+    """[x, fn, base, scale, gain], cotangents of (collapsed, post, res, x)."""
     rng = np.random.default_rng(seed)
     t, n, d, c = shape.tokens, shape.streams, shape.d, shape.coefficients
 
@@ -28,7 +28,7 @@ def pre_arguments(shape, dtype, seed=0):
     scale = exact([1.25, 0.75, 0.5], jnp.float32)
     gain = exact(1 + 0.25 * normal(n * d), jnp.float32)
     g = normal(t, d, dtype=dtype), normal(t, n), normal(t, n, n)
-    return [x, fn, normal(c), scale, gain], g
+    return [x, fn, normal(c), scale, gain], (*g, normal(t, n, d, dtype=dtype))
 
 
 def merge_arguments(shape, dtype, seed=0):

@@ -44,7 +44,9 @@ def merge(implementation="pallas"):
 
 
 def as_cotangents(g, dtype):
-    return jnp.asarray(g[0], dtype), *(jnp.asarray(a, jnp.float32) for a in g[1:])
+    collapsed, post, res, x = g
+    wide = (jnp.asarray(a, jnp.float32) for a in (post, res))
+    return jnp.asarray(collapsed, dtype), *wide, jnp.asarray(x, dtype)
 
 
 def slopes(loss, values, gradients, seed=0):
@@ -106,13 +108,13 @@ def test_pre_and_its_gradients(shape, dtype, transpose):
     for implementation in ("pallas", "reference"):
         function = pre(implementation, transpose=transpose)
         out, gradients = with_gradients(function, args, cotangents)
-        for name, ours, exact in zip(("collapsed", "post", "res"), out, want, strict=True):
+        for name, ours, exact in zip(("collapsed", "post", "res", "x"), out, want, strict=True):
             limit = forward if name == "collapsed" else 1e-5  # coefficients are float32 always
             assert error(ours, exact) <= limit, (implementation, name)
         for name, ours, exact in zip(NAMES, gradients, want_gradients, strict=True):
             limit = backward if name == "x" else 1e-5
             assert error(ours, exact) <= limit, (implementation, name)
-        assert [a.dtype for a in out] == [dtype, jnp.float32, jnp.float32]
+        assert [a.dtype for a in out] == [dtype, jnp.float32, jnp.float32, dtype]
         assert [a.dtype for a in gradients] == [a.dtype for a in args]
 
 
@@ -155,7 +157,7 @@ def test_mixing_is_doubly_stochastic():
     """Logits as wide as a trained network's: their products spread by 2.5."""
     values, _ = pre_arguments(Shape(200, 4, 128), "float32")
     values[2] = np.zeros_like(values[2])
-    _, post, res = compiled(pre(), *cast(values, "float32", 1))
+    _, post, res, _ = compiled(pre(), *cast(values, "float32", 1))
     np.testing.assert_allclose(np.sum(res, -1), 1, atol=1e-3)
     np.testing.assert_allclose(np.sum(res, -2), 1, atol=1e-3)
     assert np.all((np.asarray(post) > 0) & (np.asarray(post) < 2))
@@ -238,7 +240,7 @@ def test_golden_deepseek_v4(golden):
     around = pre(iterations=int(data["sinkhorn_iters"]), eps=float(data["eps"]), transpose=True)
 
     def layer(x, y, *params):
-        collapsed, post, res = around(x, *params)
+        collapsed, post, res, x = around(x, *params)
         return collapsed, merge()(x, y, post, res), post, res
 
     cotangents = [tiled(f"cotangent_{name}") / copies for name in ("collapsed", "output")]
