@@ -30,7 +30,13 @@ from engram_jax.layers import splash
 from engram_jax.layers.attention import MASKED, attention_of_chunks, causal_attention, softmax
 from engram_jax.layers.linear import linear
 from engram_jax.layers.norm import RMSNorm, compute_dtype
-from engram_jax.layers.rope import apply_rope, rope_tables, yarn_softmax_factor
+from engram_jax.layers.rope import (
+    apply_rope,
+    pairs_apart,
+    rope_tables,
+    rotate,
+    yarn_softmax_factor,
+)
 from engram_jax.sharding.shard_view import UNSHARDED, ShardView
 
 PAGED_BLOCK = 256  # tokens of a paged cache that attention takes at a time
@@ -93,16 +99,17 @@ class MLA(nnx.Module):
         Returns:
           [B, T, d] in `dtype`.
         """
-        query, latent, key_rope = self._project(x, positions)
+        query, latent, key_rope = self._project(x, positions, whole=True)
         query = checkpoint_name(query, QUERIES)
         shards, key_segments = shard.axes.sequence, segments
         if shards > 1:
             entry = shard.gather_keys(jnp.concatenate([latent, key_rope], axis=-1))
             latent, key_rope = jnp.split(entry, [self.config.kv_lora_rank], axis=-1)
             key_segments = shard.whole_sequences(segments)
-        up = linear(latent, self.kv_b_proj[...].astype(self.dtype))
-        up = up.reshape(*latent.shape[:2], -1, self.config.nope_dim + self.config.v_dim)
-        keys, values = jnp.split(up, [self.config.nope_dim], axis=-1)
+        keys, values = (
+            linear(latent, w.reshape(len(w), -1)).reshape(*latent.shape[:2], *w.shape[1:])
+            for w in self._kv_b()
+        )
         shared = jnp.broadcast_to(key_rope[:, :, None], (*keys.shape[:3], key_rope.shape[-1]))
         keys = jnp.concatenate([keys, shared], axis=-1)
         each = query, keys, values, segments
@@ -249,20 +256,35 @@ class MLA(nnx.Module):
         return (mixed / total[..., None]).astype(self.dtype)
 
     def _project(
-        self, x: jax.Array, positions: jax.Array
+        self, x: jax.Array, positions: jax.Array, *, whole: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries [B, S, h, n + p], latents [B, S, r], rotated keys [B, S, p]."""
+        """Rotated queries [B, S, h, n + p], latents [B, S, r], rotated keys [B, S, p].
+
+        whole: of whole sequences, which have more numbers than the weights: the pairs that are
+        rotated are taken apart in the weights' columns. A TPU takes every other lane of an array
+        by a matrix product.
+        """
         config = self.config
         x = x.astype(self.dtype)
         cos, sin = rope_tables(positions, config.rope_dim, config.rope_theta, config.yarn)
-        query = linear(x, self.q_proj[...].astype(self.dtype))
-        query = query.reshape(*x.shape[:2], -1, config.nope_dim + config.rope_dim)
-        nope, rope = jnp.split(query, [config.nope_dim], axis=-1)
-        rope = apply_rope(rope, cos[:, :, None], sin[:, :, None])
+        turn = rotate if whole else apply_rope
+        width = config.nope_dim + config.rope_dim
+
+        def projected(weights: nnx.Param, width: int) -> tuple[jax.Array, jax.Array]:
+            """[B, S, .., width - p] and [B, S, .., p] of all heads."""
+            matrix, start = weights[...].astype(self.dtype), width - config.rope_dim
+            if whole:
+                heads = matrix.reshape(len(matrix), -1, width)
+                parts = [heads[..., :start], pairs_apart(heads[..., start:])]
+                matrix = jnp.concatenate(parts, axis=-1).reshape(matrix.shape)
+            product = linear(x, matrix).reshape(*x.shape[:2], -1, width)
+            return product[..., :start], product[..., start:]
+
+        nope, rope = projected(self.q_proj, width)
+        rope = turn(rope, cos[:, :, None], sin[:, :, None])
         query = jnp.concatenate([nope, rope], axis=-1)
-        down = linear(x, self.kv_a_proj[...].astype(self.dtype))
-        latent, key_rope = jnp.split(down, [config.kv_lora_rank], axis=-1)
-        return query, self.kv_norm(latent), apply_rope(key_rope, cos, sin)
+        latent, key_rope = projected(self.kv_a_proj, config.kv_lora_rank + config.rope_dim)
+        return query, self.kv_norm(latent[:, :, 0]), turn(key_rope[:, :, 0], cos, sin)
 
     def _kv_b(self) -> tuple[jax.Array, jax.Array]:
         """W_kv_b as the heads' key weights [r, h, n] and value weights [r, h, v]."""
