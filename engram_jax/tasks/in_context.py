@@ -26,6 +26,7 @@ from engram_jax.tasks.drawing import (
 
 NEEDLES = {EASY: (1, 1), MEDIUM: (2, 4), HARD: (4, 8)}  # codes, sentences around them
 PAIRS = {EASY: 2, MEDIUM: 4, HARD: 8}
+MOVED = 4  # letters of a row that a resembling row has in another order
 CHAINS = {EASY: (1, 1), MEDIUM: (2, 2), HARD: (3, 4)}  # chains, assignments of a variable in each
 
 _NOUNS = ("house", "river", "garden", "letter", "teacher", "window", "song", "road", "market")
@@ -34,14 +35,20 @@ _VERBS = ("was near", "looked like", "came before", "stood behind", "belonged to
 
 
 def copying(draw: Draw, difficulty: str, *, testing: bool) -> Instance:
-    """A row of letters, again. Resembling rows: two of its letters exchanged (medium and hard)."""
+    """A row of letters, again. Resembling rows (medium and hard): four of its letters in another
+    order, the same four in all of them, so that none stands out by being in the middle."""
     row = draw.copied(COPIED[difficulty], testing=testing)
+    if difficulty == EASY:
+        return Instance(f"copy{row} :", row)
+    letters = row.split()
+    places = draw.some(range(len(letters)), MOVED)
     others: dict[str, None] = {}
-    while difficulty != EASY and len(others) < CANDIDATES - 1:
-        letters = row.split()
-        i, j = draw.some(range(len(letters)), 2)
-        letters[i], letters[j] = letters[j], letters[i]
-        others[spaced(letters)] = None
+    while len(others) < CANDIDATES - 1:
+        moved = list(letters)
+        for to, from_ in zip(places, draw.some(places, MOVED), strict=True):
+            moved[to] = letters[from_]
+        if moved != letters:
+            others[spaced(moved)] = None
     return Instance(f"copy{row} :", row, tuple(others))
 
 

@@ -63,8 +63,9 @@ def tracking(draw: Draw, difficulty: str, *, testing: bool) -> Instance:
         f" {HOPS + 1} variables are assgined the value {value}, they are:"  # so spelt in RULER
     )
     others: dict[tuple[str, ...], None] = {}
-    while len(others) < CANDIDATES - 1:  # one variable is another one
-        place, other = draw.below(len(names)), _variables(draw, testing=testing)[0]
+    place = draw.below(len(names))
+    while len(others) < CANDIDATES - 1:  # this variable is another one
+        other = _variables(draw, testing=testing)[0]
         if other not in names:
             others[(*names[:place], other, *names[place + 1 :])] = None
     return Instance(prompt, _listed(names), tuple(map(_listed, others)))

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from engram_jax.config import DIFFICULTIES, TASKS, TasksConfig
@@ -71,6 +72,20 @@ def test_candidates_differ_and_chance_is_at_most_a_tenth(everything):
         assert len(candidates) == 1 + len(item.distractors)
         assert item.chance == 1 / len(candidates) <= 0.1
         assert item.answer.startswith(" ") and not item.prompt.endswith(" ")
+
+
+@pytest.mark.parametrize(("task", "difficulty"), LEVELS)
+def test_a_guess_that_knows_nothing_is_right_in_a_tenth(task, difficulty):
+    """It prefers some characters in some places, whatever the prompt says."""
+    items = some(in_context.items(task, difficulty, SEED), 600)
+    likes = np.random.default_rng(0).normal(size=(len(items), 64, 128))
+
+    def best(item, liked):
+        candidates = (item.answer, *item.distractors)
+        return max(candidates, key=lambda c: sum(liked[i, ord(x)] for i, x in enumerate(c)))
+
+    right = sum(best(i, liked) == i.answer for i, liked in zip(items, likes, strict=True))
+    assert abs(right / len(items) - 0.1) < 4 * (0.1 * 0.9 / len(items)) ** 0.5
 
 
 def test_answers_of_copying_needle_and_pairs_are_in_the_prompt(everything):
