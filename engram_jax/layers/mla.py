@@ -99,7 +99,7 @@ class MLA(nnx.Module):
         Returns:
           [B, T, d] in `dtype`.
         """
-        query, latent, key_rope = self._project(x, positions, whole=True)
+        query, latent, key_rope = self._project(x, positions, many=True)
         query = checkpoint_name(query, QUERIES)
         shards, key_segments = shard.axes.sequence, segments
         if shards > 1:
@@ -256,31 +256,29 @@ class MLA(nnx.Module):
         return (mixed / total[..., None]).astype(self.dtype)
 
     def _project(
-        self, x: jax.Array, positions: jax.Array, *, whole: bool = False
+        self, x: jax.Array, positions: jax.Array, *, many: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, S, h, n + p], latents [B, S, r], rotated keys [B, S, p].
 
-        whole: of whole sequences, which have more numbers than the weights: the pairs that are
-        rotated are taken apart in the weights' columns. A TPU takes every other lane of an array
-        by a matrix product.
+        many: the tokens have more numbers than the weights, so the pairs that are rotated are taken
+        apart in the weights' columns: a TPU takes every other lane of an array by a matrix product.
         """
         config = self.config
         x = x.astype(self.dtype)
         cos, sin = rope_tables(positions, config.rope_dim, config.rope_theta, config.yarn)
-        turn = rotate if whole else apply_rope
-        width = config.nope_dim + config.rope_dim
+        turn = rotate if many else apply_rope
 
         def projected(weights: nnx.Param, width: int) -> tuple[jax.Array, jax.Array]:
             """[B, S, .., width - p] and [B, S, .., p] of all heads."""
             matrix, start = weights[...].astype(self.dtype), width - config.rope_dim
-            if whole:
+            if many:
                 heads = matrix.reshape(len(matrix), -1, width)
                 parts = [heads[..., :start], pairs_apart(heads[..., start:])]
                 matrix = jnp.concatenate(parts, axis=-1).reshape(matrix.shape)
             product = linear(x, matrix).reshape(*x.shape[:2], -1, width)
             return product[..., :start], product[..., start:]
 
-        nope, rope = projected(self.q_proj, width)
+        nope, rope = projected(self.q_proj, config.nope_dim + config.rope_dim)
         rope = turn(rope, cos[:, :, None], sin[:, :, None])
         query = jnp.concatenate([nope, rope], axis=-1)
         latent, key_rope = projected(self.kv_a_proj, config.kv_lora_rank + config.rope_dim)

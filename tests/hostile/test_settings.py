@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from configs import engram27b
 from engram_jax import config as config_lib
 from engram_jax.addressing import load_tokenizer
 from engram_jax.addressing.tokenizer import check_encodes, unknown_id
@@ -115,6 +116,27 @@ def test_training_takes_more_than_there_is(changes, words):
     line = said(lambda: check_training(config, 24 * GB, 24 * GB))
     assert line.startswith(words) and "24.0 GB" in line
     check_training(config, 1e6 * GB, 1e6 * GB)
+
+
+KEPT = [  # numbers of a token of Engram-27B: 30 layers, 29 of them with experts; 32 heads
+    ("outputs", 30 * 2 * 2560),
+    ("attention", 30 * 32 * 128),
+    ("queries", 30 * 32 * (128 + 64)),
+    ("experts", 29 * 2 * 6 * 1536),
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), KEPT)
+def test_what_is_kept_takes_memory(name, numbers):
+    """By what a device must have more, in bfloat16 of the 1,280 sequences of 4,096 tokens."""
+
+    def least(kept):
+        values = engram27b.get_config()
+        values.model.kept = kept
+        line = said(lambda: check_training(config_lib.parse_config(values), GB, GB))
+        return float(line.partition(" GB with what is beside it")[0].split()[-1].replace(",", ""))
+
+    assert least((name,)) - least(()) == pytest.approx(1280 * 4096 * numbers * 2 / GB, abs=0.2)
 
 
 SERVING: list[tuple[dict[str, int], str]] = [
